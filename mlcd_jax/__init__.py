@@ -1,0 +1,1 @@
+"""Multi-Label Cluster Discrimination (MLCD, ECCV 2024) in JAX/Flax."""

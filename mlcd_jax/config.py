@@ -1,0 +1,230 @@
+"""Every config field with its default, and the checks a config must pass."""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from mlcd_jax import errors
+
+SOURCES = ('embedded', 'tfds')
+EMBEDDERS = ('hog',)
+LOSSES = ('mlcd', 'mlc', 'softmax')
+TASKS = ('linear', 'knn', 'few_shot')
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns a config with every field; configs/*.py change what they need."""
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+
+  c.data = ml_collections.ConfigDict()
+  c.data.source = 'embedded'  # embedded | tfds
+  c.data.path = ''  # tfds: the data set's name.
+  c.data.data_dir = ''  # tfds: where it was prepared; '' = TFDS's default.
+  c.data.split = 'train'  # The split that is clustered and trained on.
+  c.data.label_key = 'label'  # Feature with the class, for evaluation only.
+  c.data.caption_key = 'caption'
+  c.data.num_workers = 0  # Decoding processes; 0 = threads of this process.
+  c.data.max_bad_fraction = 0.01  # Above it, bad images stop the run.
+  c.data.crop_area = (0.7, 1.0)  # Share of the image a training crop keeps.
+  c.data.flip = True  # Mirror half of the training crops.
+
+  c.embed = ml_collections.ConfigDict()
+  c.embed.embedder = 'hog'
+  c.embed.path = ''  # Unused by hog.
+  c.embed.image_size = 0  # Pixels; 0 = the embedder's own.
+  c.embed.batch_size = 64  # Images per device and call.
+  c.embed.shard_rows = 65_536  # Records per embedding file.
+
+  c.cluster = ml_collections.ConfigDict()
+  c.cluster.num_centers = 1_000
+  c.cluster.iterations = 25
+  c.cluster.tolerance = 0.0  # Stop at a smaller relative gain; 0 = never.
+  c.cluster.num_labels = 10  # Nearest centers stored for every image.
+  c.cluster.path = ''  # Another workdir whose clusters are read in place.
+
+  c.model = ml_collections.ConfigDict()
+  c.model.variant = 'B/16'
+  c.model.image_size = 224
+  c.model.embedding_dim = 512  # Width of the classifier's input.
+  c.model.pooling = 'class_token'  # class_token | average
+  c.model.dtype = 'bfloat16'  # Of the products; weights stay float32.
+
+  c.loss = ml_collections.ConfigDict()
+  c.loss.name = 'mlcd'  # mlcd (Eq. 5) | mlc (Eq. 4) | softmax
+  c.loss.num_positives = 8  # Nearest centers used as labels.
+  c.loss.margin = 0.3  # CosFace: subtracted from a positive's cosine.
+  c.loss.scale = 64.0
+  c.loss.sample_rate = 0.1  # Share of all classes drawn as negatives a step.
+
+  c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.learning_rate = 1e-3
+  c.optimizer.weight_decay = 0.2
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.999
+  c.optimizer.warmup_steps = 0.1  # Steps, or below 1 a fraction of the run.
+  c.optimizer.gradient_clip_norm = 5.0  # 0 = off.
+  c.optimizer.head_learning_rate_multiplier = 1.0  # For the classifier.
+
+  c.train = ml_collections.ConfigDict()
+  c.train.steps = 0  # Either steps or epochs.
+  c.train.epochs = 0.0
+  c.train.batch_size = 256  # Images a step, over all devices.
+  c.train.checkpoint_every_steps = 1_000
+  c.train.log_every_steps = 50
+  c.train.stop_after_steps = 0  # Steps in this invocation; 0 = to the end.
+
+  c.mesh = ml_collections.ConfigDict()
+  c.mesh.data = -1  # Devices that split batch and points; -1 = the rest.
+  c.mesh.fsdp = 1  # Devices that also split the weights and the centers.
+
+  c.evaluate = ml_collections.ConfigDict()
+  c.evaluate.tasks = TASKS
+  c.evaluate.batch_size = 256  # Images a call, over all devices.
+  c.evaluate.datasets = ml_collections.ConfigDict()
+  return c
+
+
+def add_dataset(
+  config: ml_collections.ConfigDict,
+  name: str,
+  *,
+  train_split: str = 'train',
+  test_split: str = 'test',
+  **data: Any,
+) -> None:
+  """Adds a labelled data set to evaluate on; `data` overrides data.* fields."""
+  dataset = ml_collections.ConfigDict(
+    dict(train_split=train_split, test_split=test_split)
+  )
+  for field in ('source', 'path', 'data_dir', 'label_key'):
+    dataset[field] = data.pop(field, config.data[field])
+  if data:
+    raise ValueError(f'unknown data fields: {sorted(data)}')
+  config.evaluate.datasets[name] = dataset
+
+
+def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns plain JSON types, tuples as lists."""
+
+  def plain(value):
+    if isinstance(value, dict):
+      return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+      return [plain(v) for v in value]
+    return value
+
+  return plain(config.to_dict())
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError naming the first field that cannot be used."""
+  for field, choices in {
+    'data.source': SOURCES,
+    'embed.embedder': EMBEDDERS,
+    'model.pooling': ('class_token', 'average'),
+    'model.dtype': ('float32', 'bfloat16'),
+    'loss.name': LOSSES,
+  }.items():
+    if _get(config, field) not in choices:
+      raise errors.UserError(
+        f'{field}={_get(config, field)!r} is unknown; use one of: '
+        + ', '.join(choices)
+      )
+  for field, low, high in _RANGES:
+    value = _get(config, field)
+    if not low <= value <= high:
+      raise errors.UserError(f'{field}={value} is outside {low:g} to {high:g}')
+  _check_together(config)
+
+
+_INF = float('inf')
+_RANGES = (
+  ('seed', 0, 2**31 - 1),
+  ('data.num_workers', 0, 1_024),
+  ('data.max_bad_fraction', 0, 1),
+  ('embed.image_size', 0, 16_384),
+  ('embed.batch_size', 1, _INF),
+  ('embed.shard_rows', 1, _INF),
+  ('cluster.num_centers', 1, 2**31 - 1),
+  ('cluster.iterations', 1, _INF),
+  ('cluster.tolerance', 0, 1),
+  ('cluster.num_labels', 1, 1_024),
+  ('model.image_size', 1, 16_384),
+  ('model.embedding_dim', 1, 65_536),
+  ('loss.num_positives', 1, 1_024),
+  ('loss.margin', 0, 2),
+  ('loss.scale', 1e-6, 1e6),
+  ('loss.sample_rate', 1e-9, 1),
+  ('optimizer.learning_rate', 0, _INF),
+  ('optimizer.weight_decay', 0, _INF),
+  ('optimizer.b1', 0, 1),
+  ('optimizer.b2', 0, 1),
+  ('optimizer.warmup_steps', 0, _INF),
+  ('optimizer.gradient_clip_norm', 0, _INF),
+  ('optimizer.head_learning_rate_multiplier', 0, _INF),
+  ('train.steps', 0, _INF),
+  ('train.epochs', 0, _INF),
+  ('train.batch_size', 1, _INF),
+  ('train.checkpoint_every_steps', 1, _INF),
+  ('train.log_every_steps', 1, _INF),
+  ('train.stop_after_steps', 0, _INF),
+  ('evaluate.batch_size', 1, _INF),
+)
+
+
+def _check_together(c: ml_collections.ConfigDict) -> None:
+  """Checks of more than one field."""
+  if bool(c.train.steps) == bool(c.train.epochs):
+    raise errors.UserError(
+      f'train.steps={c.train.steps} and train.epochs={c.train.epochs}: '
+      'set one of them and leave the other 0'
+    )
+  if c.loss.num_positives > c.cluster.num_labels:
+    raise errors.UserError(
+      f'loss.num_positives={c.loss.num_positives} is more than '
+      f'cluster.num_labels={c.cluster.num_labels}, the labels stored'
+    )
+  if c.cluster.num_labels > c.cluster.num_centers:
+    raise errors.UserError(
+      f'cluster.num_labels={c.cluster.num_labels} is more than '
+      f'cluster.num_centers={c.cluster.num_centers}'
+    )
+  if c.loss.name == 'softmax' and c.loss.num_positives != 1:
+    raise errors.UserError(
+      f'loss.num_positives={c.loss.num_positives}: loss.name=softmax has '
+      'one label; set loss.num_positives=1'
+    )
+  low, high = c.data.crop_area
+  if not 0 < low <= high <= 1:
+    raise errors.UserError(
+      f'data.crop_area={tuple(c.data.crop_area)}: needs 0 < low <= high <= 1'
+    )
+  for task in c.evaluate.tasks:
+    if task not in TASKS:
+      raise errors.UserError(
+        f'evaluate.tasks: {task!r} is unknown; use any of: ' + ', '.join(TASKS)
+      )
+  for name, dataset in c.evaluate.datasets.items():
+    if dataset.source not in SOURCES:
+      raise errors.UserError(
+        f'evaluate.datasets.{name}.source={dataset.source!r} is unknown; '
+        'use one of: ' + ', '.join(SOURCES)
+      )
+  for field in ('mesh.data', 'mesh.fsdp'):
+    if _get(c, field) < 1 and _get(c, field) != -1:
+      raise errors.UserError(f'{field}={_get(c, field)}: use -1 or at least 1')
+  if c.cluster.path and not pathlib.Path(c.cluster.path).is_dir():
+    raise errors.UserError(
+      f'cluster.path={c.cluster.path}: no such folder; name a workdir whose '
+      'cluster stage is done'
+    )
+
+
+def _get(config: ml_collections.ConfigDict, field: str) -> Any:
+  """Returns the value of a dotted field."""
+  value = config
+  for part in field.split('.'):
+    value = value[part]
+  return value

@@ -1,0 +1,66 @@
+"""Reads and writes artefacts: whole files or none, and never a pickle."""
+
+from collections.abc import Iterator
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from mlcd_jax import errors
+
+
+@contextlib.contextmanager
+def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a temporary path that becomes `path` only if the block succeeds."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes `value` as indented JSON with sorted keys."""
+  with atomic(path) as temporary:
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Reads JSON; raises UserError naming the file where it does not parse."""
+  try:
+    return json.loads(path.read_text())
+  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    raise errors.UserError(
+      f'{path}: cannot be read as JSON ({e}); delete the folder it lies in '
+      'to make that stage again'
+    ) from e
+
+
+def write_npy(path: pathlib.Path, array: np.ndarray) -> None:
+  """Writes one array as .npy."""
+  with atomic(path) as temporary:
+    with open(temporary, 'wb') as f:
+      np.save(f, array, allow_pickle=False)
+
+
+def read_npy(path: pathlib.Path) -> np.ndarray:
+  """Maps one .npy into memory; raises UserError naming a broken file."""
+  try:
+    return np.load(path, mmap_mode='r', allow_pickle=False)
+  except (OSError, ValueError, EOFError) as e:
+    raise errors.UserError(
+      f'{path}: cannot be read as an array ({e}); delete the folder it lies '
+      'in to make that stage again'
+    ) from e
+
+
+def sha256(path: pathlib.Path) -> str:
+  """Hex digest of a file's bytes."""
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
