@@ -1,0 +1,167 @@
+"""The cluster stage's files: centers, and label shards joined by key.
+
+labels_00000.npy holds int32 [n, L], nearest center first, and
+scores_00000.npy their cosines; row i belongs to row i of the embedding shard
+of the same number, whose metadata has its key.
+"""
+
+import bisect
+import logging
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from mlcd_jax import distributed
+from mlcd_jax import embeddings
+from mlcd_jax import errors
+from mlcd_jax import files
+from mlcd_jax import kmeans
+from mlcd_jax import manifests
+from mlcd_jax import metrics
+
+_log = logging.getLogger(__name__)
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  manifest: manifests.Manifest,
+  *,
+  embeddings_folder: pathlib.Path,
+  mesh: Mesh,
+) -> None:
+  """Clusters the embeddings and writes every row's nearest centers."""
+  rows = embeddings.Embeddings(embeddings_folder)
+  folder = manifest.folder
+  if not (folder / 'centers.npy').exists():
+    _cluster(config, rows, folder, mesh)
+  centers = files.read_npy(folder / 'centers.npy')
+  progress = metrics.Progress('label', rows.shape[0], unit='rows')
+  start = 0
+  for shard, count in enumerate(rows.shard_rows):
+    if not label_path(folder, shard).exists():
+      labels, scores = kmeans.nearest_centers(
+        rows[start : start + count],
+        centers,
+        config.cluster.num_labels,
+        mesh=mesh,
+      )
+      if distributed.is_main():
+        files.write_npy(score_path(folder, shard), scores.astype(np.float16))
+        files.write_npy(label_path(folder, shard), labels)
+      distributed.barrier(f'labels {shard}')
+    start += count
+    progress.update(start)
+  manifest.finish(
+    num_centers=config.cluster.num_centers,
+    num_labels=config.cluster.num_labels,
+    num_rows=rows.shape[0],
+    sha256={
+      path.name: files.sha256(path) for path in sorted(folder.glob('*.npy'))
+    },
+  )
+
+
+class Labels:
+  """The label shards of a finished cluster stage, by row.
+
+  Attributes:
+    num_classes: number of centers.
+    num_rows: rows of all shards.
+  """
+
+  def __init__(self, manifest: manifests.Manifest):
+    """Opens the shards; raises UserError where one is not what was made."""
+    self.num_classes = manifest.result['num_centers']
+    self.num_rows = manifest.result['num_rows']
+    for name, made in manifest.result['sha256'].items():
+      path = manifest.folder / name
+      if not path.exists() or files.sha256(path) != made:
+        raise errors.UserError(
+          f'{path}: missing or changed since it was made; delete '
+          f'{manifest.folder} to cluster again'
+        )
+    paths = sorted(manifest.folder.glob('labels_*.npy'))
+    self._shards = [files.read_npy(path) for path in paths]
+    self._starts = np.cumsum([0] + [len(s) for s in self._shards]).tolist()
+
+  def __getitem__(self, row: int) -> np.ndarray:
+    """Returns the labels int32 [L] of one row, nearest first."""
+    shard = bisect.bisect_right(self._starts, row) - 1
+    return self._shards[shard][row - self._starts[shard]]
+
+
+def join(source_keys: np.ndarray, label_keys: np.ndarray) -> np.ndarray:
+  """Returns the label row of every record, by key; -1 where there is none.
+
+  Args:
+    source_keys: [N], the records' keys.
+    label_keys: [M], the keys of the label rows, in any order.
+  """
+  order = np.argsort(label_keys, kind='stable')
+  place = np.searchsorted(label_keys, source_keys, sorter=order)
+  row = order[np.minimum(place, len(order) - 1)]
+  return np.where(label_keys[row] == source_keys, row, -1)
+
+
+def label_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
+  """The file of a shard's labels; it exists once the shard is whole."""
+  return folder / f'labels_{shard:05d}.npy'
+
+
+def score_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
+  """The file of a shard's cosines."""
+  return folder / f'scores_{shard:05d}.npy'
+
+
+def _cluster(
+  config: ml_collections.ConfigDict,
+  rows: embeddings.Embeddings,
+  folder: pathlib.Path,
+  mesh: Mesh,
+) -> None:
+  """Writes centers.npy and clustering.json."""
+  progress = metrics.Progress('cluster', config.cluster.iterations, unit='it')
+  try:
+    fit = kmeans.fit(
+      rows,
+      config.cluster.num_centers,
+      iterations=config.cluster.iterations,
+      seed=config.seed,
+      tolerance=config.cluster.tolerance,
+      mesh=mesh,
+      progress=lambda i, objective, empty: progress.update(
+        i + 1, objective=objective, reseeded=empty
+      ),
+    )
+  except ValueError as e:
+    raise errors.UserError(f'cluster.num_centers: {e}') from e
+  if fit.skipped:
+    _log.warning('%d zero or non-finite rows were left out', fit.skipped)
+  if distributed.is_main():
+    files.write_json(folder / 'clustering.json', _summary(fit, rows.shape))
+    files.write_npy(folder / 'centers.npy', fit.centers)
+  distributed.barrier('centers')
+
+
+def _summary(fit: kmeans.Fit, shape: tuple[int, int]) -> dict[str, Any]:
+  counts = fit.counts.astype(np.float64)
+  return {
+    'num_points': shape[0],
+    'dim': shape[1],
+    'num_centers': len(counts),
+    'iterations': len(fit.objective),
+    'objective': fit.objective,
+    'reseeded': fit.reseeded,
+    'skipped_rows': fit.skipped,
+    # faiss's imbalance factor: 1 where all clusters have one size.
+    'imbalance': float(
+      len(counts) * np.square(counts).sum() / counts.sum() ** 2
+    ),
+    'size_percentiles': {
+      str(p): float(np.percentile(counts, p))
+      for p in (0, 1, 10, 50, 90, 99, 100)
+    },
+  }
