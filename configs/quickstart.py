@@ -1,0 +1,27 @@
+"""MLCD on 5,000 handwritten digits: minutes on two CPU cores.
+
+python -m mlcd_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from mlcd_jax import config as config_lib
+from mlcd_jax import presets
+
+
+def get_config(arg=None):
+  """Returns the config; `arg` must be empty."""
+  del arg
+  config = config_lib.default()
+  presets.digits(config)
+  config.model.variant = 'Nano/7'
+  config.model.image_size = 28
+  config.model.embedding_dim = 128
+  config.model.pooling = 'average'
+  config.model.dtype = 'float32'  # CPUs are slower in bfloat16.
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.b2 = 0.98
+  config.train.steps = 1_200
+  config.train.batch_size = 128
+  config.train.checkpoint_every_steps = 200
+  config.train.log_every_steps = 20
+  return config

@@ -1,0 +1,1 @@
+"""The evaluate stage: tasks on frozen features, ours beside the baselines."""

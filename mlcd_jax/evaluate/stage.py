@@ -1,0 +1,96 @@
+"""Which encoders are scored, on what; writes results.json."""
+
+import pathlib
+
+import ml_collections
+
+from mlcd_jax import checkpoint
+from mlcd_jax import distributed
+from mlcd_jax import embed
+from mlcd_jax import files
+from mlcd_jax import manifests
+from mlcd_jax import train
+from mlcd_jax.data import sources
+from mlcd_jax.evaluate import features
+from mlcd_jax.evaluate import few_shot
+from mlcd_jax.evaluate import knn
+from mlcd_jax.evaluate import linear
+
+_TASKS = {'linear': linear.run, 'knn': knn.run, 'few_shot': few_shot.run}
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  manifest: manifests.Manifest,
+  *,
+  workdir: pathlib.Path,
+  program: train.Program,
+  checkpoints: pathlib.Path,
+  embedder: embed.Embedder,
+) -> None:
+  """Scores the trained encoder and the baselines on every data set."""
+  encoders = _encoders(config, program, checkpoints, embedder)
+  results = {}
+  for name, dataset in config.evaluate.datasets.items():
+    train_source = sources.make(dataset, dataset.train_split)
+    test_source = sources.make(dataset, dataset.test_split)
+    for encoder_name, encoder in encoders.items():
+      extracted = _extract(
+        encoder,
+        train_source,
+        test_source,
+        batch_size=config.evaluate.batch_size,
+        name=f'evaluate {name} {encoder_name}',
+      )
+      for task in config.evaluate.tasks:
+        scores = _TASKS[task](extracted, seed=config.seed)
+        for metric, value in scores.items():
+          results[f'{encoder_name}/{name}/{task}/{metric}'] = value
+  if distributed.is_main():
+    files.write_json(workdir / 'results.json', results)
+  manifest.finish(num_results=len(results))
+
+
+def _encoders(
+  config: ml_collections.ConfigDict,
+  program: train.Program,
+  checkpoints: pathlib.Path,
+  embedder: embed.Embedder,
+) -> dict[str, features.Encoder]:
+  """The encoders by the name they have in results.json."""
+  checkpointer = checkpoint.Checkpointer(
+    checkpoints, every_steps=config.train.checkpoint_every_steps
+  )
+  step = checkpointer.latest_step()
+  state = checkpointer.restore(step, program.abstract_state)
+  checkpointer.close()
+  size = config.model.image_size
+
+  def model(params):
+    return features.from_model(program.model, params, size, program.mesh)
+
+  return {
+    'trained': model(state.params['encoder']),
+    'embedder': features.from_embedder(embedder),
+    'random': model(program.init_encoder()),
+    'raw': features.raw_pixels(),
+  }
+
+
+def _extract(
+  encoder: features.Encoder,
+  train_source: sources.Source,
+  test_source: sources.Source,
+  *,
+  batch_size: int,
+  name: str,
+) -> features.Features:
+  x_train, y_train = features.extract(
+    encoder, train_source, batch_size=batch_size, name=f'{name} train'
+  )
+  x_test, y_test = features.extract(
+    encoder, test_source, batch_size=batch_size, name=f'{name} test'
+  )
+  return features.Features(
+    x_train, y_train, x_test, y_test, train_source.num_classes
+  )

@@ -1,0 +1,57 @@
+"""Runs the stages: embed, cluster, train, evaluate.
+
+  python -m mlcd_jax.main --config=configs/quickstart.py --workdir=runs/digits
+
+Any config field is set from the command line, such as
+--config.train.batch_size=64, and a config's preset follows a colon, such as
+--config=configs/vit_b16.py:laion400m. Run the same command again to continue.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from mlcd_jax import cli
+from mlcd_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
+_STAGES = flags.DEFINE_list(
+  'stages', None, 'Some of embed,cluster,train,evaluate; all if not given.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address', None, 'host:port of process 0.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which one this is.')
+_INIT_TIMEOUT = flags.DEFINE_integer(
+  'init_timeout', 300, 'Seconds to wait for the other processes.'
+)
+
+
+def main(rest: list[str]) -> None:
+  """Joins the other processes and hands over to the stages."""
+  if rest:
+    raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
+  # Imported late, so that --help and mistakes answer at once.
+  from mlcd_jax import distributed
+  from mlcd_jax import interrupt
+  from mlcd_jax import stages
+
+  with interrupt.raising():
+    distributed.initialize(
+      coordinator_address=_COORDINATOR.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+      init_timeout=_INIT_TIMEOUT.value,
+    )
+    stages.run(
+      _CONFIG.value,
+      pathlib.Path(_WORKDIR.value),
+      _STAGES.value or stages.STAGES,
+    )
+
+
+if __name__ == '__main__':
+  cli.run(main, required=('config', 'workdir'))

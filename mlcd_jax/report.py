@@ -1,0 +1,99 @@
+"""The results of one or more runs as a table.
+
+python -m mlcd_jax.report runs/quickstart runs/quickstart_1label
+"""
+
+from collections.abc import Sequence
+import pathlib
+
+from mlcd_jax import cli
+from mlcd_jax import errors
+from mlcd_jax import files
+
+_HEADINGS = {
+  'linear': 'linear probe',
+  'knn': 'kNN (k = 10)',
+  'few_shot': 'few-shot (20 a class)',
+}
+_ENCODERS = {
+  'trained': 'trained encoder',
+  'embedder': 'embedder (its teacher)',
+  'random': 'random encoder',
+  'raw': 'raw pixels',
+}
+
+
+def table(workdirs: Sequence[pathlib.Path]) -> str:
+  """Returns accuracies in percent with their 95 % intervals.
+
+  The baselines are the same for runs on the same data and stand once.
+
+  Args:
+    workdirs: of runs whose evaluation is done.
+
+  Raises:
+    UserError: one of them has no results.
+  """
+  rows = []
+  for i, workdir in enumerate(workdirs):
+    path = pathlib.Path(workdir) / 'results.json'
+    if not path.exists():
+      raise errors.UserError(f'{path}: no results; run the evaluate stage')
+    results = files.read_json(path)
+    config = files.read_json(path.with_name('config.json'))
+    datasets = list(dict.fromkeys(k.split('/')[1] for k in results))
+    for encoder, shown in _ENCODERS.items():
+      if i and encoder != 'trained':
+        continue
+      if encoder == 'trained':
+        labels = config['loss']['num_positives']
+        shown = f'{shown}, {labels} label{"s" * (labels > 1)} an image'
+      for dataset in datasets:
+        rows.append(
+          (
+            i,
+            shown,
+            dataset,
+            {t: _cell(results, f'{encoder}/{dataset}/{t}') for t in _HEADINGS},
+          )
+        )
+  # Runs first, baselines after them.
+  rows.sort(key=lambda row: not row[1].startswith(_ENCODERS['trained']))
+  tasks = [t for t in _HEADINGS if any(row[3][t] for row in rows)]
+  lines = [('features', 'data', *(_HEADINGS[t] for t in tasks))]
+  lines += [
+    (shown, dataset, *(cells[t] or '' for t in tasks))
+    for _, shown, dataset, cells in rows
+  ]
+  return _align(lines)
+
+
+def _cell(results: dict[str, float], prefix: str) -> str:
+  """'93.3 (92.0-94.5)', or '' where the task was not run."""
+  accuracy = results.get(f'{prefix}/accuracy')
+  if accuracy is None:
+    return ''
+  low, high = (results[f'{prefix}/accuracy_{end}'] for end in ('low', 'high'))
+  return f'{100 * accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})'
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+  """A Markdown table with padded columns."""
+  widths = [max(map(len, column)) for column in zip(*lines)]
+  rows = [
+    '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths)) + ' |'
+    for line in lines
+  ]
+  rule = '|' + '|'.join('-' * (w + 2) for w in widths) + '|'
+  return '\n'.join([rows[0], rule, *rows[1:]])
+
+
+def main(workdirs: Sequence[str]) -> None:
+  """Prints the table of the workdirs named."""
+  if not workdirs:
+    raise errors.UserError('name one or more workdirs')
+  print(table([pathlib.Path(w) for w in workdirs]))
+
+
+if __name__ == '__main__':
+  cli.run(main, required=())

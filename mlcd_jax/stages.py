@@ -1,0 +1,311 @@
+"""The stages in order: which are done, stale or due.
+
+Each stage keeps a manifest of the config fields and inputs that its files
+depend on. A finished stage is skipped, a started one goes on, and one made
+with another config or from other inputs stops the run.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import contextlib
+import fcntl
+import logging
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+import ml_collections
+
+from mlcd_jax import checkpoint
+from mlcd_jax import config as config_lib
+from mlcd_jax import distributed
+from mlcd_jax import embed
+from mlcd_jax import errors
+from mlcd_jax import files
+from mlcd_jax import labels
+from mlcd_jax import manifests
+from mlcd_jax import report
+from mlcd_jax import sharding
+from mlcd_jax import train
+from mlcd_jax.data import sources
+from mlcd_jax.evaluate import stage as evaluate
+
+_log = logging.getLogger(__name__)
+
+STAGES = ('embed', 'cluster', 'train', 'evaluate')
+
+_FOLDERS = {
+  'embed': 'embeddings',
+  'cluster': 'clusters',
+  'train': 'checkpoints',
+  'evaluate': 'evaluation',
+}
+
+# The config fields that a stage's files depend on; a section stands for all
+# of its fields. How fast and on what devices a run goes is not among them.
+_FIELDS = {
+  'embed': ('data.source', 'data.path', 'data.split', 'embed'),
+  'cluster': (
+    'seed',
+    'cluster.num_centers',
+    'cluster.iterations',
+    'cluster.tolerance',
+    'cluster.num_labels',
+  ),
+  'train': (
+    'seed',
+    'data.source',
+    'data.path',
+    'data.split',
+    'data.crop_area',
+    'data.flip',
+    'model',
+    'loss',
+    'optimizer',
+    'train.steps',
+    'train.epochs',
+    'train.batch_size',
+  ),
+  'evaluate': ('seed', 'evaluate'),
+}
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  stages: Sequence[str] = STAGES,
+) -> None:
+  """Runs the stages that are due, in order.
+
+  Args:
+    config: see config.default.
+    workdir: where everything is written.
+    stages: names from STAGES; the ones before must be done.
+
+  Raises:
+    UserError, RunError, Stopped: see `errors`.
+  """
+  config_lib.check(config)
+  for stage in stages:
+    if stage not in STAGES:
+      raise errors.UserError(
+        f'--stages: {stage!r} is unknown; use any of: ' + ', '.join(STAGES)
+      )
+  mesh = _make_mesh(config)
+  with _locked(workdir):
+    run_ = _Run(config, workdir, mesh)
+    if distributed.is_main():
+      files.write_json(workdir / 'config.json', config_lib.to_dict(config))
+    for stage in STAGES:
+      if stage in stages:
+        getattr(run_, stage)()
+  if 'evaluate' in stages and distributed.is_main():
+    print(report.table([workdir]))
+
+
+class _Run:
+  """One invocation: opens each stage's manifest and hands over to it."""
+
+  def __init__(
+    self, config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh
+  ):
+    self._config = config
+    self._workdir = workdir
+    self._mesh = mesh
+    # Embeddings and clusters may be another run's, read in place.
+    self._shared = pathlib.Path(config.cluster.path or workdir)
+    if self._is_shared:
+      self._check_shared()
+    self._check_made()
+
+  @property
+  def _is_shared(self) -> bool:
+    return bool(self._config.cluster.path)
+
+  def embed(self) -> None:
+    """Images -> embeddings/."""
+    if self._is_shared:
+      _log.info('embed: read from %s', self._shared)
+      return
+    manifest = self._open('embed', {})
+    if not manifest.complete:
+      embed.run(self._config, manifest)
+
+  def cluster(self) -> None:
+    """embeddings/ -> clusters/."""
+    if self._is_shared:
+      _log.info('cluster: read from %s', self._shared)
+      return
+    made = self._done('embed')
+    manifest = self._open('cluster', {'embeddings': made.fingerprint()})
+    if not manifest.complete:
+      labels.run(
+        self._config,
+        manifest,
+        embeddings_folder=made.folder,
+        mesh=self._mesh,
+      )
+
+  def train(self) -> None:
+    """Images and clusters/ -> checkpoints/."""
+    made = self._done('cluster')
+    manifest = self._open('train', {'clusters': made.fingerprint()})
+    if not manifest.complete:
+      train.run(
+        self._config,
+        manifest,
+        workdir=self._workdir,
+        embeddings_folder=self._done('embed').folder,
+        labels=labels.Labels(made),
+        mesh=self._mesh,
+      )
+
+  def evaluate(self) -> None:
+    """checkpoints/ -> results.json."""
+    checkpoints = self._workdir / _FOLDERS['train']
+    step = checkpoint.latest_step(checkpoints)
+    if step is None:
+      raise errors.UserError(
+        f'{checkpoints}: nothing is trained yet; add train to --stages'
+      )
+    manifest = self._open_evaluation(step)
+    if manifest.complete:
+      return
+    source = sources.make(self._config.data)
+    program = train.Program(
+      config=self._config,
+      num_classes=self._done('cluster').result['num_centers'],
+      steps=train.num_steps(self._config, len(source)),
+      mesh=self._mesh,
+    )
+    evaluate.run(
+      self._config,
+      manifest,
+      workdir=self._workdir,
+      program=program,
+      checkpoints=checkpoints,
+      embedder=embed.load_embedder(self._done('embed')),
+    )
+
+  def _folder(self, stage: str) -> pathlib.Path:
+    shared = stage in ('embed', 'cluster')
+    return (self._shared if shared else self._workdir) / _FOLDERS[stage]
+
+  def _fields(self, stage: str) -> dict[str, Any]:
+    return _flatten(config_lib.to_dict(self._config), _FIELDS[stage])
+
+  def _open(self, stage: str, inputs: dict[str, Any]) -> manifests.Manifest:
+    """A stage's manifest, checked, new where there is none."""
+    manifest = manifests.open_for(
+      stage,
+      self._folder(stage),
+      config=self._fields(stage),
+      inputs=inputs,
+    )
+    _log.info('%s: %s', stage, 'done' if manifest.complete else 'running')
+    return manifest
+
+  def _open_evaluation(self, step: int) -> manifests.Manifest:
+    """As `_open`; a later checkpoint or other tasks score anew."""
+    folder = self._folder('evaluate')
+    config, inputs = self._fields('evaluate'), {'step': step}
+    found = manifests.load(folder)
+    if found and found.complete:
+      if (found.config, found.inputs) == (config, inputs):
+        _log.info('evaluate: done')
+        return found
+      _log.info('evaluate: scored before, now again at step %d', step)
+    manifest = manifests.Manifest(
+      'evaluate', folder, config=config, inputs=inputs
+    )
+    manifest.save()
+    return manifest
+
+  def _done(self, stage: str) -> manifests.Manifest:
+    """The manifest of a stage that must be complete."""
+    manifest = manifests.load(self._folder(stage))
+    if manifest is None or not manifest.complete:
+      raise errors.UserError(
+        f'{self._folder(stage)}: the {stage} stage is not done; add {stage} '
+        'to --stages'
+      )
+    return manifest
+
+  def _check_made(self) -> None:
+    """Every stage that was started must fit the config, due or not."""
+    for stage in ('embed', 'cluster', 'train'):
+      if self._is_shared and stage != 'train':
+        continue
+      manifest = manifests.load(self._folder(stage))
+      if manifest:
+        manifests.check_same(
+          manifest.config, self._fields(stage), manifest.folder
+        )
+
+  def _check_shared(self) -> None:
+    """Another run's clusters must be whole and what the config says."""
+    embedded, clustered = self._done('embed'), self._done('cluster')
+    if clustered.inputs['embeddings'] != embedded.fingerprint():
+      raise errors.UserError(
+        f'cluster.path={self._shared}: its clusters were made from other '
+        'embeddings than lie there now; cluster again'
+      )
+    wanted = self._fields('cluster')
+    manifests.check_same(
+      clustered.config,
+      {k: wanted[k] for k in ('cluster.num_centers', 'cluster.num_labels')},
+      clustered.folder,
+    )
+
+
+def _flatten(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+  """Dotted field -> value, with sections spread into their fields."""
+  out = {}
+  for field in fields:
+    value = config
+    for part in field.split('.'):
+      value = value[part]
+    if isinstance(value, dict):
+      out |= _flatten(config, [f'{field}.{name}' for name in value])
+    else:
+      out[field] = value
+  return out
+
+
+def _make_mesh(config: ml_collections.ConfigDict) -> Mesh:
+  """The mesh, and the sizes that must divide over it."""
+  try:
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  except ValueError as e:
+    raise errors.UserError(str(e)) from e
+  for field in ('train', 'evaluate'):
+    size = config[field].batch_size
+    if size % mesh.size:
+      raise errors.UserError(
+        f'{field}.batch_size={size} is not divisible by the {mesh.size} devices'
+      )
+  return mesh
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the folder for this run; a dead process holds nothing."""
+  if not distributed.is_main():
+    yield
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = open(workdir / 'lock', 'w')
+  except OSError as e:
+    raise errors.UserError(
+      f'--workdir={workdir}: cannot be written ({e.strerror})'
+    ) from e
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise errors.UserError(
+        f'--workdir={workdir} is in use by another process; wait for it, or '
+        'use another folder'
+      ) from e
+    yield
