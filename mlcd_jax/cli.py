@@ -69,10 +69,12 @@ def _check_config_exists(argv: Sequence[str]) -> None:
 
 def _unknown_field(argv: Sequence[str], e: Exception) -> errors.UserError:
   """Names the whole flag whose last part is no config field."""
-  said = ' '.join(str(e.args[0]).strip('"').split())
-  name = said.split("'")[1] if "'" in said else said
+  while isinstance(e.args[0], Exception):
+    e = e.args[0]
+  said = ' '.join(str(e.args[0]).split())
+  name = said.split("'")[1]
   flag = next(
-    (a for a in argv if a.split('=')[0].endswith(f'.{name}')), '--config'
+    (a for a in argv if name in a.partition('=')[0].split('.')), '--config'
   )
   return errors.UserError(f'{flag}: the config has no field {said}')
 

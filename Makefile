@@ -1,0 +1,36 @@
+# make demo | test | lint | lock
+PYTHON ?= python3
+SEED ?= 0
+BIN := .venv/bin
+
+.PHONY: demo test lint lock
+
+demo: .venv/installed
+	@launch/demo.sh $(SEED)
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -q -rs
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Writes requirements.txt anew from pyproject.toml.
+lock:
+	{ echo '# What pyproject.toml asks for, locked for Python 3.11 to 3.13 (`make lock`).'; \
+	  uv pip compile --quiet --universal --python-version 3.11 \
+	    --fork-strategy fewest --no-header --no-annotate pyproject.toml; \
+	} > requirements.lock && mv requirements.lock requirements.txt
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "error: $(PYTHON) is not Python 3.11 to 3.13; name one: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/installed-test: requirements-test.txt .venv/installed
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	@touch $@
