@@ -1,0 +1,20 @@
+"""ViT-B/16 at 224 pixels (the paper's Table 9).
+
+  python -m mlcd_jax.main --config=configs/vit_b16.py --workdir=runs/vit_b16
+
+runs a few steps on the embedded digits. RESULT_vit_b16
+`:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:
+not run.
+"""
+
+from mlcd_jax import presets
+
+
+def get_config(preset=None):
+  """Returns the config; see `presets.NAMES` for the argument."""
+  return presets.make(
+    preset,
+    variant='B/16',
+    embedding_dim=512,  # MLCD Table 9.
+    image_size=224,
+  )

@@ -1,0 +1,22 @@
+"""ViT-bigG/14 at 224 pixels, the size of the largest released weights.
+
+Its recipe is unpublished: the ViT-L/14 one is used, which is our choice.
+
+  python -m mlcd_jax.main --config=configs/vit_bigg14.py --workdir=runs/vit_bigg14
+
+runs a few steps on the embedded digits. RESULT_vit_bigg14
+`:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:
+not run.
+"""
+
+from mlcd_jax import presets
+
+
+def get_config(preset=None):
+  """Returns the config; see `presets.NAMES` for the argument."""
+  return presets.make(
+    preset,
+    variant='bigG/14',
+    embedding_dim=1024,  # the released weights.
+    image_size=224,
+  )
