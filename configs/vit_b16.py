@@ -1,6 +1,6 @@
 """ViT-B/16 at 224 pixels (the paper's Table 9).
 
-  python -m mlcd_jax.main --config=configs/vit_b16.py --workdir=runs/vit_b16
+  python -m mlcd_jax.main --config=configs/vit_b16.py --workdir=runs/b16
 
 runs a few steps on the embedded digits. RESULT_vit_b16
 `:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:

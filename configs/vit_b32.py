@@ -1,6 +1,6 @@
 """ViT-B/32 at 224 pixels, the model of the paper's ablations (Tables 5, 6, 7).
 
-  python -m mlcd_jax.main --config=configs/vit_b32.py --workdir=runs/vit_b32
+  python -m mlcd_jax.main --config=configs/vit_b32.py --workdir=runs/b32
 
 runs a few steps on the embedded digits. RESULT_vit_b32
 `:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:

@@ -77,17 +77,18 @@ def merge_log_sum_exp(reduced_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _add(a: jax.Array, b: jax.Array) -> jax.Array:
-  """A + b where one may be -inf, with zero gradients there."""
-  finite = jnp.isfinite(a) & jnp.isfinite(b)
+  """a + b, with zero gradients where one is -inf."""
+  empty = (a == -jnp.inf) | (b == -jnp.inf)
   return jnp.where(
-    finite, jnp.where(finite, a, 0) + jnp.where(finite, b, 0), -jnp.inf
+    empty, -jnp.inf, jnp.where(empty, 0, a) + jnp.where(empty, 0, b)
   )
 
 
-def _finite(x: jax.Array) -> jax.Array:
-  return jnp.where(jnp.isfinite(x), x, 0)
+def _finite(peak: jax.Array) -> jax.Array:
+  """0 for the peak of nothing; NaN stays, so that it is seen."""
+  return jnp.where(peak == -jnp.inf, 0, peak)
 
 
 def _log(x: jax.Array) -> jax.Array:
-  """Log of x >= 0 with a zero gradient at 0."""
-  return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1)), -jnp.inf)
+  """Log of x >= 0 with a zero gradient at 0; NaN stays NaN."""
+  return jnp.where(x == 0, -jnp.inf, jnp.log(jnp.where(x == 0, 1, x)))

@@ -151,7 +151,7 @@ class Program:
     )
     metrics = {
       'train/loss': loss,
-      'train/gradient_norm': optax.global_norm(gradients),
+      'train/gradient_norm': optax.tree.norm(gradients),
       'train/images_without_labels': jnp.sum(1 - batch['weight']),
     }
     state = TrainState(
@@ -313,11 +313,12 @@ class _Log:
     step, metrics = self._pending
     self._pending = None
     values = {k: float(v) for k, v in metrics.items()}
-    if not math.isfinite(values['train/loss']):
-      raise errors.RunError(
-        f'the loss of step {step} is {values["train/loss"]}; lower '
-        'optimizer.learning_rate and run again in another --workdir'
-      )
+    for name in ('train/loss', 'train/gradient_norm'):
+      if not math.isfinite(values[name]):
+        raise errors.RunError(
+          f'{name} is {values[name]} at step {step}; lower '
+          'optimizer.learning_rate and run again in another --workdir'
+        )
     now = time.monotonic()
     if self._timed_from is None:  # Compiling is not counted.
       self._timed_from = step, now

@@ -83,6 +83,13 @@ def test_extreme_logits_stay_finite(name):
   assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize('name', ['mlcd', 'mlc'])
+def test_nan_is_not_hidden(name):
+  nan, number = jnp.full((1, 2), jnp.nan), jnp.ones((1, 2))
+  assert np.isnan(losses.multi_label_loss(name, nan, number)).all()
+  assert np.isnan(losses.multi_label_loss(name, number, nan)).all()
+
+
 def test_wrong_uses_are_refused():
   one, two = jnp.zeros((1, 1)), jnp.zeros((1, 2))
   with pytest.raises(ValueError, match='none of'):

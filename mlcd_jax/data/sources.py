@@ -82,13 +82,7 @@ def make(data: ml_collections.ConfigDict, split: str | None = None) -> Source:
   Raises:
     UserError: the data is not there, has no such split, or has no images.
   """
-  source = _MAKERS[data.source](data, split or data.split)
-  if not len(source):
-    raise errors.UserError(
-      f'data.split={split or data.split} of data.source={data.source} has '
-      'no images'
-    )
-  return source
+  return _MAKERS[data.source](data, split or data.split)
 
 
 def _make_embedded(data: ml_collections.ConfigDict, split: str) -> Source:
@@ -129,10 +123,16 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
   """Opens one split of a prepared builder, images left encoded."""
   import tensorflow_datasets as tfds
 
-  if split.split('[')[0] not in builder.info.splits:
+  try:
+    num_images = builder.info.splits[split].num_examples
+  except (KeyError, ValueError) as e:
     raise errors.UserError(
       f'data.split={split}: {builder.name} has '
       + ', '.join(sorted(builder.info.splits))
+    ) from e
+  if not num_images:
+    raise errors.UserError(
+      f'data.split={split} of {builder.name} has no images'
     )
   features = builder.info.features
   if 'image' not in features:

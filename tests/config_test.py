@@ -1,0 +1,61 @@
+"""Values that cannot be used are refused by name."""
+
+import pytest
+
+from mlcd_jax import config as config_lib
+from mlcd_jax import errors
+from mlcd_jax import models
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'says'),
+  [
+    ('data.source', 'ftp', 'data.source'),
+    ('embed.embedder', 'clip', 'embed.embedder'),
+    ('loss.name', 'circle', 'loss.name.*mlcd'),
+    ('model.dtype', 'float16', 'model.dtype'),
+    ('model.pooling', 'max', 'model.pooling'),
+    ('loss.sample_rate', 0.0, 'loss.sample_rate'),
+    ('loss.sample_rate', 1.5, 'loss.sample_rate'),
+    ('loss.scale', -1.0, 'loss.scale'),
+    ('loss.num_positives', 11, 'cluster.num_labels=10'),
+    ('loss.name', 'softmax', 'loss.num_positives=1'),
+    ('cluster.num_labels', 65, 'cluster.num_centers=64'),
+    ('cluster.path', '/nowhere', 'cluster.path=/nowhere'),
+    ('train.steps', 0, 'train.epochs'),
+    ('train.epochs', 1.0, 'set one of them'),
+    ('train.batch_size', 0, 'train.batch_size'),
+    ('optimizer.learning_rate', -1.0, 'optimizer.learning_rate'),
+    ('data.crop_area', (0.0, 1.0), 'data.crop_area'),
+    ('data.crop_area', (0.9, 0.5), 'data.crop_area'),
+    ('mesh.fsdp', 0, 'mesh.fsdp'),
+    ('evaluate.tasks', ('linear', 'svm'), 'svm'),
+    ('seed', -1, 'seed'),
+  ],
+)
+def test_refused(tiny_config, field, value, says):
+  config_lib.check(tiny_config)
+  section, _, name = field.rpartition('.')
+  setattr(tiny_config[section] if section else tiny_config, name, value)
+  with pytest.raises(errors.UserError, match=says):
+    config_lib.check(tiny_config)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'says'),
+  [
+    ('variant', 'XXL/16', 'model.variant'),
+    ('variant', 'B', 'model.variant'),
+    ('variant', 'B/0', 'model.variant'),
+    ('image_size', 30, 'model.image_size=30'),
+  ],
+)
+def test_model_refused(tiny_config, field, value, says):
+  tiny_config.model[field] = value
+  with pytest.raises(errors.UserError, match=says):
+    models.make(tiny_config.model)
+
+
+def test_unknown_data_field_is_refused(tiny_config):
+  with pytest.raises(ValueError, match='unknown data fields'):
+    config_lib.add_dataset(tiny_config, 'x', folder='y')

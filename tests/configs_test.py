@@ -1,0 +1,71 @@
+"""Every config builds with every preset."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from mlcd_jax import config as config_lib
+from mlcd_jax import errors
+from mlcd_jax import models
+from mlcd_jax import presets
+
+_CONFIGS = sorted(
+  (pathlib.Path(__file__).parent.parent / 'configs').glob('*.py')
+)
+_CASES = [
+  (path, preset)
+  for path in _CONFIGS
+  for preset in (
+    (None,) if path.stem == 'quickstart' else (None, *presets.NAMES)
+  )
+]
+
+
+def load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.mark.parametrize(
+  ('path', 'preset'), _CASES, ids=[f'{p.stem}-{a}' for p, a in _CASES]
+)
+def test_builds(path, preset):
+  module = load(path)
+  assert f'--config=configs/{path.name}' in module.__doc__
+  config = module.get_config(preset)
+  assert isinstance(config, ml_collections.ConfigDict)
+  # A preset adds no field that the default does not have.
+  default = config_lib.default()
+  for section, fields in config_lib.to_dict(config).items():
+    if isinstance(fields, dict) and section != 'evaluate':
+      assert set(fields) == set(default[section])
+  size = config.model.image_size
+  out = jax.eval_shape(
+    lambda images: models.make(config.model).init_with_output(
+      jax.random.key(0), images
+    )[0],
+    jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8),
+  )
+  assert out['embedding'].shape == (2, config.model.embedding_dim)
+  if preset in (None, 'embedded'):
+    config_lib.check(config)
+
+
+def test_paper_recipe():
+  config = load(_CONFIGS[0].with_name('vit_l14.py')).get_config('laion400m')
+  assert config.cluster.num_centers == 1_000_000
+  assert config.loss.num_positives == 8
+  assert config.loss.sample_rate == 0.1
+  assert config.train.batch_size == 32_768
+  assert config.train.epochs == 32
+
+
+def test_unknown_preset_is_refused():
+  with pytest.raises(errors.UserError, match='laion400m'):
+    presets.make('laion', variant='B/16', embedding_dim=8)

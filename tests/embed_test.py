@@ -1,0 +1,106 @@
+"""The embed stage: rows, shards, restarts."""
+
+import numpy as np
+import pytest
+
+from mlcd_jax import embed
+from mlcd_jax import embeddings
+from mlcd_jax import errors
+from mlcd_jax import manifests
+from mlcd_jax.data import sources
+
+
+def new_manifest(folder):
+  config = {'embed.image_size': 0}
+  return manifests.open_for('embed', folder, config=config, inputs={})
+
+
+def read_all(folder):
+  return {
+    p.relative_to(folder): p.read_bytes()
+    for p in folder.rglob('*')
+    if p.suffix in ('.npy', '.parquet')
+  }
+
+
+@pytest.fixture(name='made')
+def fixture_made(tiny_config, tmp_path):
+  folder = tmp_path / 'embeddings'
+  manifest = new_manifest(folder)
+  embed.run(tiny_config, manifest)
+  return folder, manifest
+
+
+def test_rows_are_unit_and_centered_on_the_mean(made, tiny_config):
+  folder, manifest = made
+  rows = embeddings.Embeddings(folder)
+  assert rows.shape == (300, 324)
+  assert rows.shard_rows == [100, 100, 100]
+  norms = np.linalg.norm(rows[:].astype(np.float32), axis=1)
+  np.testing.assert_allclose(norms, 1, atol=1e-3)
+  source = sources.make(tiny_config.data)
+  np.testing.assert_array_equal(rows.keys(), source.keys())
+  assert rows.captions()[3] == source[3]['caption']
+  features = embed.Hog(28).features(
+    np.stack([embed._image(embed.Hog(28), source[i]) for i in range(300)])
+  )
+  np.testing.assert_allclose(
+    manifest.notes['mean'], features.mean(0), atol=1e-5
+  )
+  centered = features - features.mean(0)
+  centered /= np.linalg.norm(centered, axis=1, keepdims=True)
+  np.testing.assert_allclose(rows[:], centered, atol=1e-3)
+  assert manifest.result['bad'] == {}
+
+
+def test_finished_shards_are_kept_and_missing_ones_made(made, tiny_config):
+  folder, _ = made
+  before = read_all(folder)
+  kept = embeddings.row_path(folder, 0)
+  written = kept.stat().st_mtime_ns
+  embeddings.row_path(folder, 1).unlink()
+  (folder / 'manifest.json').unlink()
+  embed.run(tiny_config, new_manifest(folder))
+  assert read_all(folder) == before
+  assert kept.stat().st_mtime_ns == written
+
+
+def test_hosts_share_the_shards_and_write_the_same(
+  made, tiny_config, tmp_path, monkeypatch
+):
+  folder = tmp_path / 'two_hosts'
+  monkeypatch.setattr(embed.distributed, 'barrier', lambda name: None)
+  monkeypatch.setattr(embed, '_summary', lambda *args: {})
+  monkeypatch.setattr(embed.jax, 'process_count', lambda: 2)
+  for host in (0, 1):
+    monkeypatch.setattr(embed.jax, 'process_index', lambda h=host: h)
+    (folder / 'manifest.json').unlink(missing_ok=True)
+    embed.run(tiny_config, new_manifest(folder))
+    assert len(read_all(folder)) == (4, 6)[host]
+  assert read_all(folder) == read_all(made[0])
+
+
+def test_bad_images_have_no_row_and_too_many_stop(
+  tiny_config, tmp_path, monkeypatch
+):
+  source = sources.make(tiny_config.data)
+
+  class Broken:
+    num_classes = 10
+
+    def __len__(self):
+      return len(source)
+
+    def __getitem__(self, index):
+      record = source[index]
+      return record | {'image': b'not one'} if index in (4, 104) else record
+
+  monkeypatch.setattr(embed.sources, 'make', lambda data: Broken())
+  manifest = new_manifest(tmp_path / 'a')
+  embed.run(tiny_config, manifest)
+  assert manifest.result['bad'] == {'undecodable': 2}
+  keys = embeddings.Embeddings(tmp_path / 'a').keys()
+  assert len(keys) == 298 and source.keys()[4] not in keys
+  tiny_config.data.max_bad_fraction = 0.001
+  with pytest.raises(errors.UserError, match='2 of 300 images are bad'):
+    embed.run(tiny_config, new_manifest(tmp_path / 'b'))
