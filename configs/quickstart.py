@@ -20,8 +20,8 @@ def get_config(arg=None):
   config.optimizer.learning_rate = 2e-3
   config.optimizer.weight_decay = 0.05
   config.optimizer.b2 = 0.98
-  config.train.steps = 1_200
+  config.train.steps = 900
   config.train.batch_size = 128
-  config.train.checkpoint_every_steps = 200
+  config.train.checkpoint_every_steps = 150
   config.train.log_every_steps = 20
   return config

@@ -77,7 +77,7 @@ def merge_log_sum_exp(reduced_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _add(a: jax.Array, b: jax.Array) -> jax.Array:
-  """a + b, with zero gradients where one is -inf."""
+  """A + b, with zero gradients where one is -inf."""
   empty = (a == -jnp.inf) | (b == -jnp.inf)
   return jnp.where(
     empty, -jnp.inf, jnp.where(empty, 0, a) + jnp.where(empty, 0, b)

@@ -39,11 +39,15 @@ def fixture_start(tiny_config, clustered):
       workdir=workdir,
       embeddings_folder=clustered / 'embeddings',
       labels=labels.Labels(made),
-      mesh=mesh or sharding.make_mesh(4, 2),
+      mesh=mesh or two_devices(),
     )
     return manifest
 
   return start
+
+
+def two_devices():
+  return sharding.make_mesh(2, 1, devices=jax.devices()[:2])
 
 
 def losses(workdir):
@@ -51,12 +55,12 @@ def losses(workdir):
   return {r['step']: r['train/loss'] for r in map(json.loads, lines)}
 
 
-def final_params(workdir, config, mesh=None):
+def final_params(workdir, config):
   program = train.Program(
     config=config,
     num_classes=config.cluster.num_centers,
     steps=config.train.steps,
-    mesh=mesh or sharding.make_mesh(4, 2),
+    mesh=two_devices(),
   )
   folder = workdir / 'checkpoints'
   checkpointer = checkpoint.Checkpointer(folder, every_steps=1)
@@ -99,7 +103,7 @@ def test_continues_from_the_last_whole_checkpoint(start, tmp_path):
 @pytest.mark.parametrize('sample_rate', [1.0, 0.1])
 def test_meshes_give_the_same_loss_curve(start, tmp_path, sample_rate):
   curves = {}
-  for devices, shape in ((1, (1, 1)), (8, (2, 4)), (8, (8, 1))):
+  for devices, shape in ((1, (1, 1)), (8, (2, 4))):
     workdir = tmp_path / f'{shape}'
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[:devices])
     start(workdir, mesh, **{'train.steps': 20, 'loss.sample_rate': sample_rate})
@@ -110,7 +114,7 @@ def test_meshes_give_the_same_loss_curve(start, tmp_path, sample_rate):
 
 
 def test_loss_falls(start, tmp_path):
-  start(tmp_path, **{'train.steps': 60, 'optimizer.learning_rate': 2e-3})
+  start(tmp_path, **{'train.steps': 50, 'optimizer.learning_rate': 2e-3})
   curve = list(losses(tmp_path).values())
   assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.5
 

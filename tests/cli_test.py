@@ -1,0 +1,110 @@
+"""The command itself: exit codes, one-line errors, signals."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mlcd_jax import checkpoint
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_TINY = (
+  '--config=configs/quickstart.py',
+  '--config.data.split=train[:300]',
+  '--config.cluster.num_centers=64',
+  '--config.cluster.iterations=3',
+  '--config.train.log_every_steps=1',
+  '--config.train.checkpoint_every_steps=1000',
+)
+
+
+def start(*arguments, module='mlcd_jax.main'):
+  return subprocess.Popen(
+    [sys.executable, '-m', module, *map(str, arguments)],
+    cwd=_ROOT,
+    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': str(_ROOT / '.cache/jax')},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def run(*arguments, **options):
+  process = start(*arguments, **options)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'says'),
+  [
+    ((), '--config is missing'),
+    (('--config=configs/quickstart.py',), '--workdir is missing'),
+    (('--config=configs/vit_b61.py',), 'configs/vit_b16.py'),
+    (('--config',), 'no such file'),
+    (('--config=configs/vit_b16.py:laion', '--workdir=x'), 'laion400m'),
+    ((*_TINY, '--workdir=x', '--config.train.stepz=1'), '"steps" instead'),
+    ((*_TINY, '--workdir=x', '--config.train.steps=many'), 'train.steps'),
+    ((*_TINY, '--workdir=x', '--config.lr=1'), "no field 'lr'"),
+    ((*_TINY, '--workdir=x', '--wrkdir=y'), 'wrkdir'),
+    ((*_TINY, '--workdir=x', 'embed'), "'embed' is not a flag"),
+  ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments, says):
+  code, out, err = run(*arguments)
+  assert code == 2
+  assert err.startswith('error: ') and err.count('\n') == 1
+  assert says in err
+  assert not out
+
+
+def test_mistakes_found_later_are_one_line_and_exit_2(tmp_path):
+  code, _, err = run(
+    *_TINY, f'--workdir={tmp_path}', '--config.data.split=trian'
+  )
+  assert code == 2
+  assert 'Traceback' not in err
+  assert err.splitlines()[-1].startswith('error: data.split=trian')
+
+
+def test_report_of_nothing(tmp_path):
+  code, _, err = run(tmp_path, module='mlcd_jax.report')
+  assert (code, err.count('\n')) == (2, 1)
+  assert 'results.json' in err
+
+
+def test_help_is_short_and_has_an_example():
+  code, out, _ = run('--help')
+  assert code in (0, 1)  # absl exits with 1.
+  assert 'python -m mlcd_jax.main --config=' in out
+  assert len(out.splitlines()) < 40
+
+
+def test_terminated_run_saves_exits_75_and_goes_on(tmp_path):
+  arguments = (*_TINY, f'--workdir={tmp_path}', '--config.train.steps=100000')
+  process = start(*arguments, '--stages=embed,cluster,train')
+  metrics = tmp_path / 'metrics.jsonl'
+  deadline = time.monotonic() + 240
+  while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+    assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 75
+  assert 'after saving; run the same command' in err.splitlines()[-1]
+  saved = checkpoint.latest_step(tmp_path / 'checkpoints')
+  assert saved >= 5
+
+  code, _, err = run(
+    *arguments, '--stages=train', '--config.train.stop_after_steps=3'
+  )
+  assert code == 0, err
+  assert f'continuing from step {saved}' in err
+  lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+  assert [r['step'] for r in lines] == list(range(1, saved + 4))

@@ -1,0 +1,202 @@
+"""The whole job, shrunk: artefacts, skipping, staleness, sharing, locking."""
+
+import fcntl
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from mlcd_jax import embeddings
+from mlcd_jax import errors
+from mlcd_jax import files
+from mlcd_jax import report
+from mlcd_jax import stages
+
+
+@pytest.fixture(scope='module', name='folder')
+def fixture_folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('job') / 'run'
+
+
+@pytest.fixture(name='done')
+def fixture_done(tiny_config, folder):
+  """A finished run; made once, and only read."""
+  tiny_config.mesh.fsdp = 2
+  stages.run(tiny_config, folder)
+  return folder
+
+
+@pytest.fixture(name='copy')
+def fixture_copy(done, tmp_path):
+  return shutil.copytree(done, tmp_path / 'copy')
+
+
+def snapshot(folder):
+  return {
+    p: p.stat().st_mtime_ns
+    for p in folder.rglob('*')
+    if p.is_file() and p.name not in ('config.json', 'lock')
+  }
+
+
+def test_artefacts(done, tiny_config):
+  config = json.loads((done / 'config.json').read_text())
+  assert config['cluster']['num_centers'] == 64
+  rows = embeddings.Embeddings(done / 'embeddings')
+  assert rows.shape == (300, 324)
+
+  centers = np.load(done / 'clusters/centers.npy')
+  assert centers.dtype == np.float32 and centers.shape == (64, 324)
+  np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-5)
+  clustering = json.loads((done / 'clusters/clustering.json').read_text())
+  assert len(clustering['objective']) == 5
+  assert clustering['objective'][-1] > clustering['objective'][0]
+
+  labels = np.load(done / 'clusters/labels_00001.npy')
+  scores = np.load(done / 'clusters/scores_00001.npy')
+  assert labels.dtype == np.int32 and labels.shape == (100, 10)
+  assert scores.dtype == np.float16
+  dense = rows[100:200].astype(np.float32) @ centers.T
+  np.testing.assert_array_equal(labels[:, 0], dense.argmax(1))
+  np.testing.assert_allclose(
+    scores, -np.sort(-dense, axis=1)[:, :10], atol=2e-3
+  )
+
+  lines = (done / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == list(range(1, 13))
+  assert any((done / 'tensorboard').iterdir())
+  assert (done / 'checkpoints/12').is_dir()
+  for stage in ('embeddings', 'clusters', 'checkpoints', 'evaluation'):
+    assert json.loads((done / stage / 'manifest.json').read_text())['complete']
+
+
+def test_results(done):
+  results = json.loads((done / 'results.json').read_text())
+  for encoder in ('trained', 'embedder', 'random', 'raw'):
+    for task in ('linear', 'knn', 'few_shot'):
+      prefix = f'{encoder}/digits/{task}/accuracy'
+      low, value, high = (results[prefix + s] for s in ('_low', '', '_high'))
+      assert 0.05 < low <= value <= high <= 1
+  assert results['embedder/digits/linear/accuracy'] > 0.75
+  assert results['trained/digits/linear/accuracy_count'] == 100
+  table = report.table([done, done])
+  assert '8 labels an image' in table and 'raw pixels' in table
+  assert table.count('trained encoder') == 2
+  assert table.count('raw pixels') == 1
+
+
+def test_run_again_does_nothing(done, tiny_config, caplog):
+  before = snapshot(done)
+  stages.run(tiny_config, done)
+  assert snapshot(done) == before
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'folder_named'),
+  [
+    ('seed', 1, 'clusters'),
+    ('embed.image_size', 35, 'embeddings'),
+    ('data.split', 'train', 'embeddings'),
+    ('cluster.num_centers', 65, 'clusters'),
+    ('model.embedding_dim', 16, 'checkpoints'),
+    ('loss.scale', 10.0, 'checkpoints'),
+    ('train.steps', 13, 'checkpoints'),
+  ],
+)
+def test_another_config_is_refused(
+  done, tiny_config, field, value, folder_named
+):
+  before = snapshot(done)
+  tiny_config.update_from_flattened_dict({field: value})
+  with pytest.raises(errors.UserError, match=f'{folder_named}.*{field}'):
+    stages.run(tiny_config, done)
+  assert snapshot(done) == before
+
+
+def test_how_a_run_is_executed_may_change(done, tiny_config):
+  tiny_config.mesh.fsdp = 1
+  tiny_config.train.log_every_steps = 7
+  tiny_config.train.checkpoint_every_steps = 3
+  before = snapshot(done)
+  stages.run(tiny_config, done)
+  assert snapshot(done) == before
+
+
+def test_other_tasks_are_scored_anew(copy, tiny_config):
+  tiny_config.evaluate.tasks = ('knn',)
+  stages.run(tiny_config, copy)
+  results = json.loads((copy / 'results.json').read_text())
+  assert {k.split('/')[2] for k in results} == {'knn'}
+
+
+def test_clusters_of_another_run_are_read_in_place(done, tiny_config, tmp_path):
+  before = snapshot(done)
+  tiny_config.cluster.path = str(done)
+  tiny_config.loss.num_positives = 1
+  tiny_config.evaluate.tasks = ('knn',)
+  workdir = tmp_path / 'one_label'
+  stages.run(tiny_config, workdir)
+  assert snapshot(done) == before
+  assert not (workdir / 'embeddings').exists()
+  assert not (workdir / 'clusters').exists()
+  assert (workdir / 'results.json').exists()
+
+  tiny_config.cluster.num_centers = 65
+  with pytest.raises(errors.UserError, match='cluster.num_centers=64'):
+    stages.run(tiny_config, tmp_path / 'other')
+
+
+def test_changed_clusters_are_refused(copy, tiny_config, tmp_path):
+  path = copy / 'clusters/labels_00000.npy'
+  files.write_npy(path, np.load(path) + 1)
+  tiny_config.cluster.path = str(copy)
+  with pytest.raises(errors.UserError, match='labels_00000.npy.*changed'):
+    stages.run(tiny_config, tmp_path / 'other')
+
+
+def test_stages_need_the_ones_before(tiny_config, tmp_path):
+  with pytest.raises(errors.UserError, match='add embed to --stages'):
+    stages.run(tiny_config, tmp_path, ['cluster'])
+  with pytest.raises(errors.UserError, match='add train to --stages'):
+    stages.run(tiny_config, tmp_path, ['evaluate'])
+  with pytest.raises(errors.UserError, match="'trian' is unknown"):
+    stages.run(tiny_config, tmp_path, ['trian'])
+
+
+def test_broken_manifest_is_refused(copy, tiny_config):
+  (copy / 'clusters/manifest.json').write_text('{"stage": ')
+  with pytest.raises(errors.UserError, match='manifest.json.*JSON'):
+    stages.run(tiny_config, copy)
+  (copy / 'clusters/manifest.json').write_text('[1]')
+  with pytest.raises(errors.UserError, match='not a manifest'):
+    stages.run(tiny_config, copy)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'says'),
+  [
+    ('train.batch_size', 12, 'not divisible by the 8 devices'),
+    ('mesh.fsdp', 3, 'do not fit 8 devices'),
+    ('cluster.num_centers', 301, '301 centers need as many rows'),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+  tiny_config, tmp_path, field, value, says
+):
+  tiny_config.update_from_flattened_dict({field: value})
+  with pytest.raises(errors.UserError, match=says):
+    stages.run(tiny_config, tmp_path / 'run')
+
+
+def test_folder_in_use_is_refused(tiny_config, tmp_path):
+  with open(tmp_path / 'lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(errors.UserError, match='in use by another process'):
+      stages.run(tiny_config, tmp_path)
+
+
+def test_folder_that_cannot_be_written_is_refused(tiny_config, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(errors.UserError, match='--workdir.*cannot be written'):
+    stages.run(tiny_config, tmp_path / 'file' / 'run')
