@@ -24,5 +24,4 @@ if [ "${NUM_NODES:-1}" -gt 1 ]; then
 fi
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
-# All devices of the mesh split the weights as well as the batch.
-exec "$python" -m mlcd_jax.main --config.mesh.data=1 --config.mesh.fsdp=-1 "$@"
+exec "$python" -m mlcd_jax.main "$@"

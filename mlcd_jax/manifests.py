@@ -76,15 +76,17 @@ class Manifest:
 
 
 def load(folder: pathlib.Path) -> Manifest | None:
-  """Reads a folder's manifest; None where there is none.
+  """Reads a folder's manifest, in all processes; None where there is none.
 
   Raises:
     UserError: the file is there and is no manifest.
   """
   path = folder / NAME
-  if not path.exists():
+  content = files.read_json(path) if path.exists() else None
+  # All processes see the same before one of them writes.
+  distributed.barrier(f'read {path}')
+  if content is None:
     return None
-  content = files.read_json(path)
   try:
     return Manifest(content.pop('stage'), folder, **content)
   except (AttributeError, KeyError, TypeError) as e:
