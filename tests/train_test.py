@@ -119,6 +119,14 @@ def test_loss_falls(start, tmp_path):
   assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.5
 
 
+def test_bfloat16_stays_close_to_float32(start, tmp_path):
+  start(tmp_path / 'a')
+  start(tmp_path / 'b', **{'model.dtype': 'bfloat16'})
+  a, b = (list(losses(tmp_path / name).values()) for name in 'ab')
+  assert a != b
+  np.testing.assert_allclose(a, b, rtol=2e-2)
+
+
 def test_state_is_sharded_as_its_parameters(tiny_config):
   tiny_config.model.variant = 'S/14'  # Large enough for FSDP.
   program = train.Program(
