@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import errno
 import logging
 import os
 import pathlib
@@ -12,6 +13,9 @@ from absl import flags
 from absl import logging as absl_logging
 
 from mlcd_jax import errors
+from mlcd_jax import interrupt
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
@@ -25,7 +29,7 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
   def parse(argv):
     rest = _parse(argv)
     for name in required:
-      if flags.FLAGS[name].value is None:
+      if not flags.FLAGS[name].value:
         raise errors.UserError(f'--{name} is missing; see --help')
     return rest
 
@@ -35,48 +39,71 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
 
   _log_to_stderr()
   try:
-    app.run(start, flags_parser=parse)
+    with interrupt.raising():
+      app.run(start, flags_parser=parse)
   except (errors.UserError, errors.RunError, errors.Stopped) as e:
-    print(f'error: {e}', file=sys.stderr, flush=True)
-    # Threads and processes of a broken run must not hold the exit up.
-    os._exit(e.exit_code)
+    _exit(e)
+  except OSError as e:
+    if e.filename is None and e.errno not in _DISK_FULL:
+      raise
+    full = e.errno in _DISK_FULL
+    kind = errors.RunError if full else errors.UserError
+    _exit(kind(f'{e.filename or "the disk"}: {e.strerror}'))
+
+
+def _exit(e: BaseException) -> None:
+  """Says what happened in one line and ends the process."""
+  line = ' '.join(str(e).split())
+  print(f'error: {line}', file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  # Threads and processes of a broken run must not hold the exit up.
+  os._exit(e.exit_code)
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
   """Parses the flags; a mistake in them becomes a UserError."""
-  _check_config_exists(argv)
+  path = _config_path(argv)
   try:
     return flags.FLAGS(argv)
-  except (AttributeError, KeyError) as e:
-    raise _unknown_field(argv, e) from e
-  except (flags.Error, TypeError, ValueError) as e:
+  except errors.UserError:
+    raise
+  except flags.Error as e:
     raise _as_user_error(e) from e
+  except Exception as e:  # The config file is the user's code.
+    raise _from_config_file(argv, path, e) from e
 
 
-def _check_config_exists(argv: Sequence[str]) -> None:
-  """A wrong --config lists the right ones."""
+def _config_path(argv: Sequence[str]) -> str:
+  """The file that --config names; a wrong name lists the right ones."""
   for arg, following in zip(argv[1:], [*argv[2:], '']):
     name, equals, value = arg.lstrip('-').partition('=')
     if name != 'config':
       continue
     value = value if equals else following
-    if not pathlib.Path(value.partition(':')[0]).is_file():
+    path = value.partition(':')[0]
+    if not pathlib.Path(path).is_file():
       known = sorted(map(str, pathlib.Path('configs').glob('*.py')))
       raise errors.UserError(
         f'--config={value}: no such file; there are ' + ', '.join(known)
       )
+    return path
+  return ''
 
 
-def _unknown_field(argv: Sequence[str], e: Exception) -> errors.UserError:
-  """Names the whole flag whose last part is no config field."""
-  while isinstance(e.args[0], Exception):
+def _from_config_file(
+  argv: Sequence[str], path: str, e: Exception
+) -> errors.UserError:
+  """An unknown field, named whole, or what the config file itself did."""
+  while e.args and isinstance(e.args[0], Exception):
     e = e.args[0]
-  said = ' '.join(str(e.args[0]).split())
-  name = said.split("'")[1]
-  flag = next(
-    (a for a in argv if name in a.partition('=')[0].split('.')), '--config'
+  said = ' '.join(str(e.args[0] if e.args else e).split())
+  for flag in argv:
+    fields = flag.partition('=')[0].split('.')[1:]
+    if isinstance(e, KeyError) and any(f"'{f}'" in said for f in fields):
+      return errors.UserError(f'{flag}: the config has no field {said}')
+  return errors.UserError(
+    f'--config={path}: the file fails with {type(e).__name__}: {said}'
   )
-  return errors.UserError(f'{flag}: the config has no field {said}')
 
 
 def _as_user_error(e: Exception) -> errors.UserError:

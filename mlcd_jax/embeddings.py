@@ -5,6 +5,7 @@ metadata/metadata_00000.parquet the key and caption of the same rows.
 """
 
 import bisect
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import hashlib
@@ -70,7 +71,8 @@ def write_shard(
 
 def read_notes(folder: pathlib.Path, shard: int) -> dict[str, Any]:
   """Returns what `write_shard` was given as notes, and 'sha256'."""
-  schema = pq.read_schema(metadata_path(folder, shard))
+  path = metadata_path(folder, shard)
+  schema = _read_parquet(path, pq.read_schema)
   return json.loads(schema.metadata[b'mlcd_jax'])
 
 
@@ -82,12 +84,18 @@ class Embeddings:
     shard_rows: rows of each shard.
   """
 
-  def __init__(self, folder: pathlib.Path):
-    """Opens the shards; raises UserError where they do not fit together."""
+  def __init__(self, folder: pathlib.Path, num_shards: int):
+    """Opens the shards.
+
+    Args:
+      folder: of the layout.
+      num_shards: they are numbered from 0.
+
+    Raises:
+      UserError: one is missing, broken, or does not fit the others.
+    """
     self._folder = folder
-    paths = sorted((folder / 'img_emb').glob('img_emb_*.npy'))
-    if not paths:
-      raise errors.UserError(f'{folder}/img_emb: no embedding files')
+    paths = [row_path(folder, shard) for shard in range(num_shards)]
     self._shards = [files.read_npy(path) for path in paths]
     dim = self._shards[0].shape[-1]
     for path, rows in zip(paths, self._shards):
@@ -123,7 +131,8 @@ class Embeddings:
     columns = []
     for shard, rows in enumerate(self.shard_rows):
       path = metadata_path(self._folder, shard)
-      column = pq.read_table(path, columns=[name])[name]
+      column = _read_parquet(path, lambda p: pq.read_table(p, columns=[name]))
+      column = column[name]
       if len(column) != rows:
         raise errors.UserError(
           f'{path}: {len(column)} rows, but '
@@ -131,3 +140,14 @@ class Embeddings:
         )
       columns.append(column.to_numpy(zero_copy_only=False).astype(str))
     return np.concatenate(columns)
+
+
+def _read_parquet(path: pathlib.Path, read: Callable[[pathlib.Path], Any]):
+  """Reads with pyarrow; raises UserError naming a broken file."""
+  try:
+    return read(path)
+  except (OSError, KeyError, pa.ArrowException) as e:
+    raise errors.UserError(
+      f'{path}: cannot be read as Parquet; delete {path.parent.parent} to '
+      'make that stage again'
+    ) from e

@@ -1,6 +1,7 @@
 """Reads and writes artefacts: whole files or none, and never a pickle."""
 
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import hashlib
 import json
@@ -20,9 +21,17 @@ def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
     yield temporary
+    with open(temporary, 'rb') as f:
+      os.fsync(f.fileno())  # Whole before it has its name, whatever crashes.
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+  """Removes what killed processes left of `atomic` writes."""
+  for path in folder.rglob('.*.tmp'):
+    path.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -31,14 +40,23 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Reads JSON; raises UserError naming the file where it does not parse."""
+def read_json(path: pathlib.Path, delete: pathlib.Path | None = None) -> Any:
+  """Reads JSON.
+
+  Args:
+    path: the file.
+    delete: what to delete where it is broken, to make it anew; `path` where
+      not given.
+
+  Raises:
+    UserError: it cannot be read or parsed.
+  """
   try:
     return json.loads(path.read_text())
   except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
     raise errors.UserError(
-      f'{path}: cannot be read as JSON ({e}); delete the folder it lies in '
-      'to make that stage again'
+      f'{path}: cannot be read as JSON ({e}); delete {delete or path} to make '
+      'it again'
     ) from e
 
 
@@ -58,6 +76,22 @@ def read_npy(path: pathlib.Path) -> np.ndarray:
       f'{path}: cannot be read as an array ({e}); delete the folder it lies '
       'in to make that stage again'
     ) from e
+
+
+def check_sha256(folder: pathlib.Path, made: Mapping[str, str]) -> None:
+  """Raises UserError naming a file that is not what was made.
+
+  Args:
+    folder: where the files are.
+    made: relative name -> hex digest.
+  """
+  for name, digest in made.items():
+    path = folder / name
+    if not path.exists() or sha256(path) != digest:
+      raise errors.UserError(
+        f'{path}: missing or changed since it was made; delete {folder} to '
+        'make that stage again'
+      )
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -108,8 +108,9 @@ def fit(
     reseeded.append(int(empty))
     if progress:
       progress(i, objective[-1], reseeded[-1])
-    if i and objective[-1] - objective[-2] < tolerance * objective[-2]:
-      break
+    if tolerance and i:
+      if objective[-1] - objective[-2] < tolerance * objective[-2]:
+        break
   return Fit(
     centers=_to_host(c_KD)[:num_centers],
     objective=objective,
@@ -323,14 +324,17 @@ def _make_iteration(mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
   def iteration(c_kD, x_nD):
     k = c_kD.shape[0]
     usable_n = jnp.any(x_nD != 0, axis=1)
+    # Embeddings share a large mean, which would take up most of a low
+    # precision's digits. Without it the order of the centers is the same.
+    mean_D = _mean_of_first_tile(c_kD, tile[1], num_centers)
     score, center = _nearest(
-      c_kD.astype(score_dtype),
+      (c_kD - mean_D[None]).astype(score_dtype),
       x_nD.astype(score_dtype),
       tile=tile,
       num_centers=num_centers,
     )
     score, center = _merge(score[:, None], center[:, None], 1)
-    score, center = score[:, 0], center[:, 0]
+    score, center = score[:, 0] + x_nD @ mean_D, center[:, 0]
 
     # Rows of other devices' centers, and padding, fall into segment k.
     local = center - lax.axis_index('fsdp') * k
@@ -369,6 +373,13 @@ def _make_iteration(mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
     ),
     donate_argnums=0,
   )
+
+
+def _mean_of_first_tile(c_kD, tile_centers, num_centers):
+  """Mean [D] of the first centers, with the same bits on every mesh."""
+  first = c_kD[:tile_centers]  # On the first device; padding is zero.
+  mean = jnp.sum(first, axis=0) / min(tile_centers, num_centers)
+  return lax.psum(jnp.where(lax.axis_index('fsdp') == 0, mean, 0), 'fsdp')
 
 
 def _reseed(c_kD, empty_k, x_nD, score_n, usable_n):

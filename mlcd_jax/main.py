@@ -36,21 +36,19 @@ def main(rest: list[str]) -> None:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
   # Imported late, so that --help and mistakes answer at once.
   from mlcd_jax import distributed
-  from mlcd_jax import interrupt
   from mlcd_jax import stages
 
-  with interrupt.raising():
-    distributed.initialize(
-      coordinator_address=_COORDINATOR.value,
-      num_processes=_NUM_PROCESSES.value,
-      process_id=_PROCESS_ID.value,
-      init_timeout=_INIT_TIMEOUT.value,
-    )
-    stages.run(
-      _CONFIG.value,
-      pathlib.Path(_WORKDIR.value),
-      _STAGES.value or stages.STAGES,
-    )
+  distributed.initialize(
+    coordinator_address=_COORDINATOR.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+    init_timeout=_INIT_TIMEOUT.value,
+  )
+  stages.run(
+    _CONFIG.value,
+    pathlib.Path(_WORKDIR.value),
+    stages.STAGES if _STAGES.value is None else _STAGES.value,
+  )
 
 
 if __name__ == '__main__':

@@ -82,7 +82,7 @@ def load(folder: pathlib.Path) -> Manifest | None:
     UserError: the file is there and is no manifest.
   """
   path = folder / NAME
-  content = files.read_json(path) if path.exists() else None
+  content = files.read_json(path, folder) if path.exists() else None
   # All processes see the same before one of them writes.
   distributed.barrier(f'read {path}')
   if content is None:
@@ -105,10 +105,18 @@ def open_for(
   """Reads a stage's manifest, or starts one.
 
   Raises:
-    UserError: the folder was made with another config or from other inputs.
+    UserError: the folder was made with another config or from other inputs,
+      or nothing says from what.
   """
   found = load(folder)
+  if distributed.is_main():
+    files.remove_leftovers(folder)
   if found is None:
+    if folder.exists() and any(folder.iterdir()):
+      raise errors.UserError(
+        f'{folder} has files but no {NAME} that says what they were made '
+        'from; delete it to make that stage again'
+      )
     manifest = Manifest(stage, folder, config=config, inputs=inputs)
     manifest.save()
     return manifest
