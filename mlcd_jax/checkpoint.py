@@ -5,6 +5,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from mlcd_jax import errors
+
 # Checkpoints that are kept; the last ones.
 _MAX_TO_KEEP = 2
 
@@ -12,34 +14,23 @@ _MAX_TO_KEEP = 2
 class Checkpointer:
   """Saves and restores train states under a folder, one folder a step."""
 
-  def __init__(self, folder: pathlib.Path, *, every_steps: int):
-    """Opens the folder.
-
-    Args:
-      folder: made where missing.
-      every_steps: `save` writes at its multiples.
-    """
-    self._every_steps = every_steps
+  def __init__(self, folder: pathlib.Path):
+    """Opens the folder, or makes it."""
+    self._folder = folder
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=_MAX_TO_KEEP,
         cleanup_tmp_directories=True,
-        # Due steps are decided here.
+        # When to save is the training loop's decision.
         save_interval_steps=1,
       ),
     )
 
-  def latest_step(self) -> int | None:
-    """The last complete checkpoint's step."""
-    return self._manager.latest_step()
-
-  def save(self, step: int, state: Any, *, force: bool = False) -> None:
-    """Writes in the background when due, or now when forced."""
-    if step == self.latest_step():
-      return
-    if force or step % self._every_steps == 0:
-      self._manager.save(step, args=ocp.args.StandardSave(state), force=force)
+  def save(self, step: int, state: Any) -> None:
+    """Writes in the background, unless the step is there already."""
+    if step != self._manager.latest_step():
+      self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
   def restore(self, step: int, abstract_state: Any) -> Any:
     """Reads a state onto any mesh.
@@ -47,10 +38,20 @@ class Checkpointer:
     Args:
       step: of a complete checkpoint.
       abstract_state: jax.ShapeDtypeStructs with the shardings wanted.
+
+    Raises:
+      UserError: the checkpoint is damaged or of another model.
     """
-    return self._manager.restore(
-      step, args=ocp.args.StandardRestore(abstract_state)
-    )
+    try:
+      return self._manager.restore(
+        step, args=ocp.args.StandardRestore(abstract_state)
+      )
+    except Exception as e:  # Orbax and TensorStore raise all kinds.
+      raise errors.UserError(
+        f'{self._folder / str(step)}: cannot be restored '
+        f'({str(e).strip().splitlines()[0]}); delete it to go on from the '
+        'checkpoint before'
+      ) from e
 
   def close(self) -> None:
     """Waits for what is being written."""
@@ -59,6 +60,17 @@ class Checkpointer:
 
 
 def latest_step(folder: pathlib.Path) -> int | None:
-  """The last complete checkpoint's step; None where there is none."""
-  steps = ocp.utils.checkpoint_steps(folder) if folder.exists() else []
-  return max(steps, default=None)
+  """The last complete checkpoint's step; None where there is none.
+
+  Raises:
+    UserError: a folder that looks like a checkpoint is none.
+  """
+  if not folder.exists():
+    return None
+  try:
+    return max(ocp.utils.checkpoint_steps(folder), default=None)
+  except ValueError as e:
+    raise errors.UserError(
+      f'{folder}: not a folder of checkpoints ({e}); delete what does not '
+      'belong there'
+    ) from e

@@ -63,6 +63,7 @@ class Progress:
     self._unit = unit
     self._first = done
     self._start = time.monotonic()
+    self._begun = False
     self._terminal = sys.stderr.isatty()
     self._interval = 0.2 if self._terminal else 10.0
     self._last = self._start
@@ -72,6 +73,10 @@ class Progress:
     now = time.monotonic()
     finished = done >= self._total
     if not distributed.is_main():
+      return
+    if not self._begun and not finished:
+      # What compiles comes with the first and says nothing of the rest.
+      self._begun, self._first, self._start = True, done, now
       return
     if now - self._last < self._interval and not finished:
       return
