@@ -1,6 +1,8 @@
 """Bad input, counted by reason and reported by key."""
 
 import collections
+from collections.abc import Mapping
+from collections.abc import Sequence
 import logging
 
 from mlcd_jax import errors
@@ -40,6 +42,11 @@ class Problems:
       _log.warning('%s: %s: %s', self._stage, key, reason)
       if self.total >= _LOGGED:
         _log.warning('%s: from here on they are only counted', self._stage)
+
+  def merge(self, counts: Mapping[str, int], examples: Sequence[str]) -> None:
+    """Adds what another one counted, without logging it again."""
+    self.counts.update(counts)
+    self.examples = [*self.examples, *examples][:_EXAMPLES]
 
   def summary(self) -> str:
     """Returns '3 bad: 2 empty, 1 undecodable'."""

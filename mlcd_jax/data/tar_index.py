@@ -63,9 +63,7 @@ class _Sample:
   label: int = -1
 
 
-def find(
-  file: storage.File, members: Members, cache_dir: str
-) -> Index | None:
+def find(file: storage.File, members: Members, cache_dir: str) -> Index | None:
   """Reads a tar's index if it was kept and neither has changed.
 
   It lies beside the tar, or where that cannot be written, in `cache_dir`.
@@ -182,9 +180,7 @@ def _leads_outside(name: str) -> bool:
   return name.startswith('/') or '..' in name.split('/')
 
 
-def _members(
-  f: BinaryIO, length: int
-) -> Iterator[tuple[str | None, int, int]]:
+def _members(f: BinaryIO, length: int) -> Iterator[tuple[str | None, int, int]]:
   """Yields (name, offset, size) of regular files; name None: cut short.
 
   Reads ustar, GNU and pax, of their extensions long names and large sizes.
@@ -249,7 +245,7 @@ def _name(header: bytes) -> bytes:
 
 
 def _pax(records: bytes) -> dict[bytes, bytes]:
-  """Reads records of the form b'length key=value\\n'."""
+  """Reads records, each of them "length key=value" and a newline."""
   fields = {}
   while records:
     length, _, _ = records.partition(b' ')

@@ -98,10 +98,16 @@ def make(
 
 def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
   """Opens one split of a prepared builder, images left encoded."""
-  if split.split('[')[0] not in builder.info.splits:
+  try:
+    num_images = builder.info.splits[split].num_examples
+  except (KeyError, ValueError) as e:
     raise errors.UserError(
       f'data.split={split}: {builder.name} has '
       + ', '.join(sorted(builder.info.splits))
+    ) from e
+  if not num_images:
+    raise errors.UserError(
+      f'data.split={split} of {builder.name} has no images'
     )
   features = builder.info.features
   image_key = data.get('image_key', 'image')
