@@ -1,6 +1,5 @@
 """Image files below a folder, with or without a folder for each class."""
 
-import os
 import posixpath
 from typing import Any
 
@@ -64,15 +63,12 @@ def make(
   if not data.path:
     raise errors.UserError('data.path: name the folder with the images')
   root = data.path.replace('{split}', split).rstrip('/')
-  if not storage.folders(root):
-    raise errors.UserError(f'data.path={root}: no such folder')
-  start = len(root) + 1
-  keys = sorted(
-    file.path[start:].replace(os.sep, '/')
-    for file in storage.walk(root)
-    if file.path.lower().endswith(_IMAGES)
-    and not posixpath.basename(file.path).startswith('.')
-  )
+  keys = [
+    key
+    for key in storage.walk(root)
+    if key.lower().endswith(_IMAGES)
+    and not posixpath.basename(key).startswith('.')
+  ]
   if not keys:
     raise errors.UserError(
       f'data.path={root}: no image files ({", ".join(_IMAGES)})'

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import glob
 import hashlib
@@ -84,18 +85,26 @@ def find(pattern: str, suffixes: Sequence[str]) -> list[File]:
   return sorted(set(found), key=lambda f: f.path)
 
 
-def walk(root: str) -> list[File]:
-  """Returns all files below a folder, in order of their names."""
-  if is_url(root):
-    with reading(root):
+def walk(root: str) -> list[str]:
+  """Returns the paths below a folder, relative to it, in order.
+
+  Raises:
+    UserError: there is no such folder.
+  """
+  with reading(root):
+    if is_url(root):
       filesystem, path = _filesystem(root)
-      infos = filesystem.find(path, detail=True)
-    return [_remote_file(filesystem, n, infos[n]) for n in sorted(infos)]
-  return [
-    _local_file(os.path.join(folder, name))
+      if not filesystem.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, 'no such folder')
+      path = path.rstrip('/') + '/'
+      return sorted(name.removeprefix(path) for name in filesystem.find(path))
+    if not os.path.isdir(root):
+      raise NotADirectoryError(errno.ENOTDIR, 'no such folder')
+  return sorted(
+    os.path.relpath(os.path.join(folder, name), root).replace(os.sep, '/')
     for folder, _, names in os.walk(root, followlinks=True)
     for name in names
-  ]
+  )
 
 
 def folders(pattern: str) -> list[str]:
