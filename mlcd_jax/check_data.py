@@ -8,17 +8,15 @@ leaves them out; another one does with --config.data.bad_keys=FILE.
 """
 
 from concurrent import futures
-import logging
 import os
 import pathlib
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from mlcd_jax import cli
 from mlcd_jax import errors
-
-_log = logging.getLogger(__name__)
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
 _WORKDIR = flags.DEFINE_string('workdir', '.', 'Where bad_keys.txt is written.')
@@ -35,7 +33,7 @@ def main(rest: list[str]) -> None:
 
   config_lib.check(_CONFIG.value)
   path = pathlib.Path(_WORKDIR.value) / 'bad_keys.txt'
-  keys = find_bad(_CONFIG.value.data)
+  keys, found = find_bad(_CONFIG.value.data)
   try:
     with files.atomic(path) as temporary:
       temporary.write_bytes(b''.join(key + b'\n' for key in keys))
@@ -43,14 +41,18 @@ def main(rest: list[str]) -> None:
     raise errors.UserError(
       f'--workdir={_WORKDIR.value}: cannot be written ({e.strerror})'
     ) from e
-  print(f'{len(keys)} bad keys in {path}')
+  print(f'{found.summary()}; {len(keys)} keys written to {path}')
 
 
-def find_bad(data) -> list[bytes]:
-  """Returns the keys of the images that cannot be decoded, in order.
+def find_bad(data) -> tuple[list[bytes], Any]:
+  """Decodes every image.
 
   Args:
     data: a config's `data`; its bad_keys are not used.
+
+  Returns:
+    The keys of the images that cannot be decoded, in order, and the
+    `problems.Problems`, with what the source leaves out in any case.
   """
   from mlcd_jax import metrics
   from mlcd_jax.data import problems
@@ -78,8 +80,7 @@ def find_bad(data) -> list[bytes]:
   keys = source.keys()
   for index, reason in bad:
     found.add(keys[index].decode('utf-8', 'replace'), reason)
-  _log.info('check_data: %d images, %s', len(source), found.summary())
-  return [bytes(keys[index]) for index, _ in bad]
+  return [bytes(keys[index]) for index, _ in bad], found
 
 
 if __name__ == '__main__':

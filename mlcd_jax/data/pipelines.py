@@ -271,11 +271,15 @@ def _host_batches(
   return rows.batch(batch_size // count, drop_remainder=True)
 
 
+def _num_threads(image_size: int) -> int:
+  return max(1, (os.cpu_count() or 1) // 2)
+
+
 def _iterate(
   dataset: grain.MapDataset, num_workers: int, image_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
   """Reads ahead in threads, or in worker processes."""
-  threads = max(1, (os.cpu_count() or 1) // 2)
+  threads = _num_threads(image_size)
   batches = dataset.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   )

@@ -73,11 +73,10 @@ def make(
   module, function = _MAKERS[data.source]
   module = importlib.import_module(f'mlcd_jax.data.{module}')
   source = getattr(module, function)(data, split, found)
-  num_records = len(source)
   source = _without_bad(source, data.get('bad_keys', ''), found)
   if strict and found.total:
     # A shard that cannot be read at all counts as one image.
-    found.check(num_records + found.total, data.get('max_bad_fraction', 0.01))
+    found.check(len(source) + found.total, data.get('max_bad_fraction', 0.01))
     _log.warning('data: left out: %s', found.summary())
   if not len(source):
     raise errors.UserError(

@@ -29,8 +29,8 @@ def _bomb(width=9_000, height=9_000):
 
   def chunk(kind, data):
     body = kind + data
-    return struct.pack('>I', len(data)) + body + struct.pack(
-      '>I', zlib.crc32(body)
+    return (
+      struct.pack('>I', len(data)) + body + struct.pack('>I', zlib.crc32(body))
     )
 
   header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
