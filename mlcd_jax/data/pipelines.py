@@ -1,8 +1,9 @@
 """Input pipelines: the order of the data is a function of the step alone.
 
-Records are shuffled and augmented first and divided among hosts last, so that
-a global batch is the same for any number of hosts, workers and threads, and a
-run continues at step t by building the pipeline at t.
+Place p of the endless stream of epochs holds the same record, augmented the
+same, whoever reads it; step t is places t * batch_size and following. So a
+global batch is the same for any number of hosts, workers and threads, and a
+run continues at step t by beginning to read there.
 """
 
 import collections
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from concurrent import futures
 import dataclasses
+import functools
 import os
 import time
 from typing import Any
@@ -24,6 +26,10 @@ from mlcd_jax.data import problems
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
 
+# Images that a thread or process makes at once: work enough to be handed out,
+# little enough that memory stays small where a batch has thousands.
+_CHUNK = 64
+_ENDLESS = 2**40  # Steps.
 # Images seen before the share of bad ones can stop a run.
 _MIN_SEEN = 1_000
 
@@ -74,16 +80,18 @@ def train_batches(
   Raises:
     UserError: too many images are bad.
   """
-  example = _TrainExample(labels, num_positives, image_size, crop_area, flip)
-  dataset = (
-    grain.MapDataset.source(_Labelled(source, files.SharedArray(label_rows)))
-    .seed(seed)
-    .shuffle()
-    .repeat(None)
-    .random_map(example)
+  rows = _TrainRows(
+    source=source,
+    label_rows=files.SharedArray(label_rows),
+    labels=labels,
+    num_positives=num_positives,
+    image_size=image_size,
+    crop_area=crop_area,
+    flip=flip,
+    seed=seed,
   )
-  dataset = _host_batches(dataset, batch_size, host)
-  batches = _iterate(dataset[start_step:], num_workers, image_size)
+  steps = range(start_step, _ENDLESS)
+  batches = _batches(rows, steps, batch_size, host, num_workers)
   return _reported(batches, source, 'train', max_bad_fraction)
 
 
@@ -110,12 +118,9 @@ def ordered_batches(
   Yields:
     image uint8 [b, S, S, 3], label int32 [b], weight float32 [b].
   """
-  padded = -(-len(source) // batch_size) * batch_size
-  dataset = grain.MapDataset.range(padded).map(
-    _OrderedExample(source, image_size)
-  )
-  dataset = _host_batches(dataset, batch_size, host)
-  batches = _iterate(dataset, num_workers, image_size)
+  rows = _OrderedRows(source, image_size)
+  steps = range(-(-len(source) // batch_size))
+  batches = _batches(rows, steps, batch_size, host, num_workers)
   return _reported(batches, source, 'data', max_bad_fraction=1.0)
 
 
@@ -160,134 +165,157 @@ class Prefetched:
     return self._put(next(self._batches))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Labelled:
-  """Adds to each record its place and its row among the labels."""
+class _Rows(Protocol):
+  """What a batch's rows are made of."""
+
+  image_size: int
+
+  def __call__(self, place: int, image: np.ndarray) -> dict[str, Any]:
+    """Fills in the zeros of `image`, returns the other values of the row."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainRows:
+  """Shuffled, augmented records; place counts on through the epochs."""
 
   source: sources.Source
   label_rows: files.SharedArray
-
-  def __len__(self) -> int:
-    return len(self.source)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self.source[index] | {
-      'record': index,
-      'label_row': int(self.label_rows[index]),
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrainExample:
-  """record, rng -> one row of a training batch."""
-
   labels: LabelRows
   num_positives: int
   image_size: int
   crop_area: tuple[float, float]
   flip: bool
+  seed: int
 
-  def __call__(self, record, rng):
-    row = record['label_row']
+  def __call__(self, place: int, image: np.ndarray) -> dict[str, Any]:
+    epoch, index = divmod(place, len(self.source))
+    record = grain.experimental.index_shuffle(
+      index,
+      max_index=len(self.source) - 1,
+      seed=_epoch_seed(self.seed, epoch),
+      rounds=4,
+    )
+    row = int(self.label_rows[record])
     labels = np.full(self.num_positives, -1, np.int32)
-    image, bad = None, 0
+    bad = 0
     if row >= 0:
       try:
-        image = transforms.random_resized_crop(
-          record['image'],
+        transforms.random_resized_crop(
+          self.source[record]['image'],
           self.image_size,
-          rng,
+          np.random.Generator(np.random.Philox(key=self.seed << 64 | place)),
           area=self.crop_area,
           flip=self.flip,
+          out=image,
         )
-        labels = np.asarray(self.labels[row][: self.num_positives], np.int32)
+        labels = self.labels[row][: self.num_positives]
       except transforms.BadImage as e:
         bad = transforms.REASONS.index(str(e)) + 1
-    return {'labels': labels} | _row(
-      image, bad, record['record'], self.image_size
-    )
+    good = row >= 0 and not bad
+    return {'labels': labels, 'weight': good, 'bad': bad, 'record': record}
 
 
 @dataclasses.dataclass(frozen=True)
-class _OrderedExample:
-  """index -> one row of an evaluation batch; padding past the end."""
+class _OrderedRows:
+  """Every record once, then padding."""
 
   source: sources.Source
   image_size: int
 
-  def __call__(self, index):
-    label, image, bad = -1, None, 0
-    if index < len(self.source):
-      record = self.source[index]
-      label = record['label']
-      try:
-        image = transforms.resize_center_crop(
-          transforms.decode(record['image']), self.image_size
-        )
-      except transforms.BadImage as e:
-        bad = transforms.REASONS.index(str(e)) + 1
-    return {'label': np.int32(label)} | _row(image, bad, index, self.image_size)
+  def __call__(self, place: int, image: np.ndarray) -> dict[str, Any]:
+    row = {'label': -1, 'weight': False, 'bad': 0, 'record': place}
+    if place >= len(self.source):
+      return row
+    record = self.source[place]
+    row['label'] = record['label']
+    try:
+      pixels = transforms.decode(record['image'])
+      image[:] = transforms.resize_center_crop(pixels, self.image_size)
+      row['weight'] = True
+    except transforms.BadImage as e:
+      row['bad'] = transforms.REASONS.index(str(e)) + 1
+    return row
 
 
-def _row(
-  image: np.ndarray | None, bad: int, record: int, size: int
-) -> dict[str, Any]:
-  """The parts of a row that all batches have; zeros where there is no image."""
-  return {
-    'image': np.zeros((size, size, 3), np.uint8) if image is None else image,
-    'weight': np.float32(image is not None),
-    'bad': np.int8(bad),  # 1 + the place in transforms.REASONS.
-    'record': np.int64(record),
-  }
+@functools.lru_cache(16)
+def _epoch_seed(seed: int, epoch: int) -> int:
+  return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-class _HostRows(grain.MapDataset):
-  """This host's contiguous share of every global batch of rows."""
-
-  def __init__(self, parent, *, batch_size, host, num_hosts):
-    super().__init__(parent)
-    self._batch = batch_size
-    self._host_batch = batch_size // num_hosts
-    self._first = host * self._host_batch
-
-  def __len__(self) -> int:
-    return len(self._parent) // self._batch * self._host_batch
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return self.slice(index)
-    step, row = divmod(index, self._host_batch)
-    return self._parent[step * self._batch + self._first + row]
+_TYPES = {
+  'labels': np.int32,
+  'label': np.int32,
+  'weight': np.float32,
+  'bad': np.int8,  # 1 + the place in transforms.REASONS, or 0.
+  'record': np.int64,
+}
 
 
-def _host_batches(
-  dataset: grain.MapDataset, batch_size: int, host: tuple[int, int] | None
-) -> grain.MapDataset:
-  """Batches this host's rows of every global batch."""
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+  """Parts of this host's contiguous share of the global batches, by number."""
+
+  rows: _Rows
+  batch_size: int
+  host: int
+  host_batch: int
+
+  @property
+  def per_step(self) -> int:
+    """How many of them are a batch."""
+    return -(-self.host_batch // _CHUNK)
+
+  def __call__(self, number: int) -> dict[str, np.ndarray]:
+    step, part = divmod(number, self.per_step)
+    start = part * _CHUNK
+    size = min(_CHUNK, self.host_batch - start)
+    first = step * self.batch_size + self.host * self.host_batch + start
+    side = self.rows.image_size
+    images = np.zeros((size, side, side, 3), np.uint8)
+    rows = [self.rows(first + i, images[i]) for i in range(size)]
+    return {'image': images} | {
+      name: np.array([row[name] for row in rows], _TYPES[name])
+      for name in rows[0]
+    }
+
+
+def _batches(
+  rows: _Rows,
+  steps: range,
+  batch_size: int,
+  host: tuple[int, int] | None,
+  num_workers: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Makes this host's rows of some steps ahead of time."""
   index, count = host or (jax.process_index(), jax.process_count())
   if batch_size % count:
     raise ValueError(f'batch {batch_size} is not divisible by {count} hosts')
-  rows = _HostRows(dataset, batch_size=batch_size, host=index, num_hosts=count)
-  return rows.batch(batch_size // count, drop_remainder=True)
+  chunks = _Chunks(rows, batch_size, index, batch_size // count)
+  per_step = chunks.per_step
+  threads = _num_threads(rows.image_size)
+  ready = (
+    grain.MapDataset.range(steps.start * per_step, steps.stop * per_step)
+    .map(chunks)
+    .to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    )
+  )
+  if num_workers:
+    ready = ready.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=num_workers)
+    )
+  ready = iter(ready)
+  for _ in steps:
+    parts = [next(ready) for _ in range(per_step)]
+    if per_step == 1:
+      yield parts[0]
+    else:
+      yield {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
 def _num_threads(image_size: int) -> int:
   return max(1, (os.cpu_count() or 1) // 2)
-
-
-def _iterate(
-  dataset: grain.MapDataset, num_workers: int, image_size: int
-) -> Iterator[dict[str, np.ndarray]]:
-  """Reads ahead in threads, or in worker processes."""
-  threads = _num_threads(image_size)
-  batches = dataset.to_iter_dataset(
-    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-  )
-  if num_workers:
-    batches = batches.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=num_workers)
-    )
-  return iter(batches)
 
 
 def _reported(

@@ -104,6 +104,7 @@ def random_resized_crop(
   *,
   area: tuple[float, float],
   flip: bool,
+  out: np.ndarray | None = None,
 ) -> np.ndarray:
   """Decodes, crops a random rectangle, resizes it to uint8 [size, size, 3].
 
@@ -116,6 +117,7 @@ def random_resized_crop(
     rng: source of the crop's position and shape.
     area: smallest and largest share of the image that is kept.
     flip: mirror every second result.
+    out: uint8 [size, size, 3] that gets the result; a new one if not given.
 
   Raises:
     BadImage: see `decode`.
@@ -131,10 +133,13 @@ def random_resized_crop(
   crop = pixels[
     top : top + max(1, crop_h // reduce), left : left + max(1, crop_w // reduce)
   ]
-  crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR)
+  if out is None:
+    out = np.empty((size, size, 3), np.uint8)
   if flip and rng.random() < 0.5:
-    crop = cv2.flip(crop, 1)
-  return crop
+    cv2.flip(cv2.resize(crop, (size, size)), 1, dst=out)
+  else:
+    cv2.resize(crop, (size, size), dst=out)  # Bilinear.
+  return out
 
 
 def resize_center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
