@@ -29,6 +29,7 @@ from mlcd_jax.data import transforms
 # Images that a thread or process makes at once: work enough to be handed out,
 # little enough that memory stays small where a batch has thousands.
 _CHUNK = 64
+_LARGE = 64  # Pixels of a side from which decoding takes most of the time.
 _ENDLESS = 2**40  # Steps.
 # Images seen before the share of bad ones can stop a run.
 _MIN_SEEN = 1_000
@@ -293,7 +294,7 @@ def _batches(
     raise ValueError(f'batch {batch_size} is not divisible by {count} hosts')
   chunks = _Chunks(rows, batch_size, index, batch_size // count)
   per_step = chunks.per_step
-  threads = _num_threads(rows.image_size)
+  threads = _num_threads(rows.image_size, num_workers)
   ready = (
     grain.MapDataset.range(steps.start * per_step, steps.stop * per_step)
     .map(chunks)
@@ -314,8 +315,18 @@ def _batches(
       yield {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
-def _num_threads(image_size: int) -> int:
-  return max(1, (os.cpu_count() or 1) // 2)
+def _num_threads(image_size: int, num_workers: int) -> int:
+  """Threads of each process.
+
+  Decoding lets go of Python's lock, the 45 us a row around it do not: above
+  16 threads of 1,300 images a second they wait for each other, and at digits
+  of 28 pixels already two do (9,700 images a CPU-second with one, 7,900 with
+  two; benchmarks/input_pipeline.py).
+  """
+  if image_size < _LARGE:
+    return 1
+  cores = (os.cpu_count() or 1) // max(1, num_workers)
+  return min(16, max(1, cores))
 
 
 def _reported(
