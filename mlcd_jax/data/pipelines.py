@@ -9,6 +9,7 @@ run continues at step t by beginning to read there.
 import collections
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
 import functools
@@ -28,7 +29,7 @@ from mlcd_jax.data import transforms
 
 # Images that a thread or process makes at once: work enough to be handed out,
 # little enough that memory stays small where a batch has thousands.
-_CHUNK = 64
+_CHUNK = 128
 _LARGE = 64  # Pixels of a side from which decoding takes most of the time.
 _ENDLESS = 2**40  # Steps.
 # Images seen before the share of bad ones can stop a run.
@@ -171,7 +172,13 @@ class _Rows(Protocol):
 
   image_size: int
 
-  def __call__(self, place: int, image: np.ndarray) -> dict[str, Any]:
+  def draw(self, places: range) -> Sequence[Any]:
+    """Returns what is random about each of some places."""
+    ...
+
+  def __call__(
+    self, place: int, draws: Any, image: np.ndarray
+  ) -> dict[str, Any]:
     """Fills in the zeros of `image`, returns the other values of the row."""
     ...
 
@@ -189,7 +196,15 @@ class _TrainRows:
   flip: bool
   seed: int
 
-  def __call__(self, place: int, image: np.ndarray) -> dict[str, Any]:
+  def draw(self, places: range) -> list[list[float]]:
+    """See `_Rows`; a place has two of Philox's blocks of four to itself."""
+    generator = np.random.Philox(key=self.seed, counter=2 * places.start)
+    return np.random.Generator(generator).random((len(places), 8)).tolist()
+
+  def __call__(
+    self, place: int, draws: Sequence[float], image: np.ndarray
+  ) -> dict[str, Any]:
+    """See `_Rows`."""
     epoch, index = divmod(place, len(self.source))
     record = grain.experimental.index_shuffle(
       index,
@@ -205,7 +220,7 @@ class _TrainRows:
         transforms.random_resized_crop(
           self.source[record]['image'],
           self.image_size,
-          np.random.Generator(np.random.Philox(key=self.seed << 64 | place)),
+          draws,
           area=self.crop_area,
           flip=self.flip,
           out=image,
@@ -224,7 +239,14 @@ class _OrderedRows:
   source: sources.Source
   image_size: int
 
-  def __call__(self, place: int, image: np.ndarray) -> dict[str, Any]:
+  def draw(self, places: range) -> Sequence[None]:
+    """See `_Rows`."""
+    return [None] * len(places)
+
+  def __call__(
+    self, place: int, draws: None, image: np.ndarray
+  ) -> dict[str, Any]:
+    """See `_Rows`."""
     row = {'label': -1, 'weight': False, 'bad': 0, 'record': place}
     if place >= len(self.source):
       return row
@@ -274,7 +296,8 @@ class _Chunks:
     first = step * self.batch_size + self.host * self.host_batch + start
     side = self.rows.image_size
     images = np.zeros((size, side, side, 3), np.uint8)
-    rows = [self.rows(first + i, images[i]) for i in range(size)]
+    places = range(first, first + size)
+    rows = list(map(self.rows, places, self.rows.draw(places), images))
     return {'image': images} | {
       name: np.array([row[name] for row in rows], _TYPES[name])
       for name in rows[0]

@@ -1,5 +1,6 @@
 """From encoded bytes to RGB uint8 [H, W, 3] of the size a model takes."""
 
+from collections.abc import Sequence
 import io
 import math
 import struct
@@ -11,6 +12,9 @@ from PIL import Image
 # Range of width / height of training crops, as OneVision-Encoder's loader
 # (dataloader/data_v2.py), the closest published recipe.
 _ASPECT_RATIO = (0.8, 1.25)
+
+# Random numbers a crop takes: area, shape, top, left, flip.
+NUM_DRAWS = 5
 
 # Web archives hold images of 169 and 231 Mpixel, 0.7 GB once decoded.
 _MAX_PIXELS = 64_000_000
@@ -100,7 +104,7 @@ def read_size(image: bytes) -> tuple[int, int]:
 def random_resized_crop(
   image: bytes,
   size: int,
-  rng: np.random.Generator,
+  draws: Sequence[float],
   *,
   area: tuple[float, float],
   flip: bool,
@@ -114,7 +118,7 @@ def random_resized_crop(
   Args:
     image: encoded.
     size: side of the result in pixels.
-    rng: source of the crop's position and shape.
+    draws: NUM_DRAWS random numbers in [0, 1), that say which crop it is.
     area: smallest and largest share of the image that is kept.
     flip: mirror every second result.
     out: uint8 [size, size, 3] that gets the result; a new one if not given.
@@ -123,7 +127,7 @@ def random_resized_crop(
     BadImage: see `decode`.
   """
   width, height = read_size(image)
-  left, top, crop_w, crop_h = _crop_box(width, height, rng, area)
+  left, top, crop_w, crop_h = _crop_box(width, height, draws, area)
   reduce = 1
   if image.startswith(_JPEG):
     while reduce < 8 and min(crop_w, crop_h) >= 2 * reduce * size:
@@ -135,7 +139,7 @@ def random_resized_crop(
   ]
   if out is None:
     out = np.empty((size, size, 3), np.uint8)
-  if flip and rng.random() < 0.5:
+  if flip and draws[4] < 0.5:
     cv2.flip(cv2.resize(crop, (size, size)), 1, dst=out)
   else:
     cv2.resize(crop, (size, size), dst=out)  # Bilinear.
@@ -163,16 +167,18 @@ def resize_center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
 def _crop_box(
   width: int,
   height: int,
-  rng: np.random.Generator,
+  draws: Sequence[float],
   area: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-  """Draws (left, top, width, height) in pixels."""
-  kept = height * width * rng.uniform(*area)
-  ratio = math.exp(rng.uniform(*map(math.log, _ASPECT_RATIO)))
+  """Returns (left, top, width, height) in pixels."""
+  low, high = area
+  kept = height * width * (low + (high - low) * draws[0])
+  low, high = map(math.log, _ASPECT_RATIO)
+  ratio = math.exp(low + (high - low) * draws[1])
   crop_w = min(width, max(1, round(math.sqrt(kept * ratio))))
   crop_h = min(height, max(1, round(math.sqrt(kept / ratio))))
-  top = int(rng.integers(height - crop_h + 1))
-  left = int(rng.integers(width - crop_w + 1))
+  top = int((height - crop_h + 1) * draws[2])
+  left = int((width - crop_w + 1) * draws[3])
   return left, top, crop_w, crop_h
 
 

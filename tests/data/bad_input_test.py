@@ -10,6 +10,7 @@ from mlcd_jax import embeddings
 from mlcd_jax import errors
 from mlcd_jax import labels
 from mlcd_jax import manifests
+from mlcd_jax import train
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import problems
 from mlcd_jax.data import sources
@@ -300,6 +301,35 @@ def test_join_is_by_key(tmp_path):
   np.testing.assert_array_equal(
     labels.join(np.strings.encode(umlaut, 'utf-8'), umlaut[::-1]), [1, 0]
   )
+
+
+def test_rows_missing_on_either_side_are_counted(tmp_path, monkeypatch):
+  lines = []
+  monkeypatch.setattr(
+    train._log, 'warning', lambda text, *args: lines.append(text % args)
+  )
+  shards.tar(tmp_path / '0.tar', _members(10))
+  config = config_lib.default()
+  config.data = _data(tmp_path)
+  source = sources.make(config.data)
+  keys = [f'{i:04d}' for i in (*range(12, 9, -1), *range(7, -1, -1))]
+  embeddings.write_shard(
+    tmp_path / 'made',
+    0,
+    rows=np.eye(11),
+    keys=keys,
+    captions=[''] * 11,
+    notes={},
+  )
+  rows = train._label_rows(config, source, tmp_path / 'made')
+  np.testing.assert_array_equal(rows, [10, 9, 8, 7, 6, 5, 4, 3, -1, -1])
+  assert lines == [
+    'train: 2 of 10 images have no labels and weigh nothing; 3 of 11 label '
+    'rows have no image'
+  ]
+  config.data.max_bad_fraction = 0.1
+  with pytest.raises(errors.UserError, match='such as 0008, 0009'):
+    train._label_rows(config, source, tmp_path / 'made')
 
 
 def test_bad_keys_are_left_out(tmp_path):

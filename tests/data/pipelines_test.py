@@ -46,8 +46,7 @@ def _train_batches(source, **options):
     image_size=28,
     crop_area=(0.3, 1.0),
     flip=True,
-    seed=5,
-    **options,
+    **dict(seed=5) | options,
   )
 
 
@@ -69,6 +68,55 @@ def _joined(per_host):
     {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
     for batches in zip(*per_host)
   ]
+
+
+def test_batch(source):
+  label_rows = np.arange(len(source))
+  label_rows[::10] = -1
+  (batch,) = _take(
+    pipelines.train_batches(
+      source,
+      label_rows,
+      np.arange(len(source) * 4).reshape(-1, 4),
+      num_positives=3,
+      batch_size=60,
+      image_size=14,
+      crop_area=(0.5, 1.0),
+      flip=True,
+      seed=1,
+    ),
+    1,
+  )
+  assert batch['image'].shape == (60, 14, 14, 3)
+  assert batch['image'].dtype == np.uint8
+  assert batch['labels'].shape == (60, 3)
+  assert batch['labels'].dtype == np.int32
+  assert batch['weight'].dtype == np.float32
+  unlabelled = batch['labels'][:, 0] < 0
+  assert unlabelled.sum() == 6
+  np.testing.assert_array_equal(batch['weight'], 1 - unlabelled)
+  assert not batch['image'][unlabelled].any()
+  labelled = batch['labels'][~unlabelled]
+  np.testing.assert_array_equal(labelled[:, 0] % 4, 0)
+  np.testing.assert_array_equal(labelled[:, 1], labelled[:, 0] + 1)
+
+
+def test_seed_changes_order_and_crops(source):
+  (a,), (b,) = (_take(_train_batches(source, seed=s), 1) for s in (1, 2))
+  assert not np.array_equal(a['labels'], b['labels'])
+  rows = pipelines._TrainRows(
+    source=source, label_rows=None, labels=None, num_positives=1,
+    image_size=1, crop_area=(), flip=True, seed=3,
+  )  # fmt: skip
+  draws = rows.draw(range(100, 130))
+  assert rows.draw(range(117, 118)) == [draws[17]]
+  assert len({tuple(d) for d in draws}) == 30
+
+
+def test_a_batch_of_many_chunks(source, monkeypatch):
+  whole = _take(_train_batches(source), 3)
+  monkeypatch.setattr(pipelines, '_CHUNK', 5)  # 5, 5, 5 and 1.
+  _assert_same(_take(_train_batches(source), 3), whole)
 
 
 @pytest.mark.parametrize('hosts', [2, 4, 8])

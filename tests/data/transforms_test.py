@@ -177,8 +177,10 @@ def test_read_size_of_progressive_and_padded_jpeg():
 
 
 def _crop(image, size, seed=0, area=(0.9, 1.0), flip=True):
-  rng = np.random.default_rng(seed)
-  return transforms.random_resized_crop(image, size, rng, area=area, flip=flip)
+  draws = np.random.default_rng(seed).random(transforms.NUM_DRAWS)
+  return transforms.random_resized_crop(
+    image, size, draws, area=area, flip=flip
+  )
 
 
 def test_crop_is_seeded():
@@ -186,6 +188,27 @@ def test_crop_is_seeded():
   assert a.shape == (28, 28, 3) and a.flags.c_contiguous
   np.testing.assert_array_equal(a, b)
   assert (a != c).any()
+
+
+def test_crop_keeps_its_area_and_flips_every_second():
+  whole, part = dict(area=(1.0, 1.0), flip=False), dict(area=(0.1, 0.2))
+  crops = [_crop(_GOOD, 16, **options) for options in (whole, part)]
+  spread = [int(np.ptp(crop[..., 0])) for crop in crops]
+  assert spread[0] > 1.3 * spread[1]
+  flipped = [_crop(_GOOD, 16, seed, area=(1.0, 1.0)) for seed in range(20)]
+  falling = [f[8, 0, 0] > f[8, -1, 0] for f in flipped]
+  assert 3 < sum(falling) < 17
+
+
+def test_out_gets_the_result():
+  out = np.zeros((2, 28, 28, 3), np.uint8)
+  for seed in range(4):  # Flipped and not.
+    draws = np.random.default_rng(seed).random(transforms.NUM_DRAWS)
+    transforms.random_resized_crop(
+      _GOOD, 28, draws, area=(0.9, 1.0), flip=True, out=out[1]
+    )
+    np.testing.assert_array_equal(out[1], _crop(_GOOD, 28, seed))
+    assert not out[0].any()
 
 
 @pytest.mark.parametrize('factor', [2, 4, 8])
@@ -209,4 +232,7 @@ def test_resize_center_crop():
   pixels = _smooth(40, 80)
   got = transforms.resize_center_crop(pixels, 40)
   np.testing.assert_array_equal(got, pixels[:, 20:60])
-  assert transforms.resize_center_crop(pixels, 20).shape == (20, 20, 3)
+  resized = Image.fromarray(pixels).resize((40, 20), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(
+    transforms.resize_center_crop(pixels, 20), np.asarray(resized)[:, 10:30]
+  )
