@@ -47,7 +47,7 @@ def test_writes_the_bad_keys_and_a_run_leaves_them_out(tmp_path):
   assert done.returncode == 0, done.stderr
   found = workdir / 'bad_keys.txt'
   assert done.stdout == (
-    f'2 bad: 1 empty, 1 not an image; 2 keys written to {found}\n'
+    f'2 bad (1 empty, 1 not an image); 2 keys written to {found}\n'
   )
   assert found.read_text().splitlines() == ['05.png', 'b\u00f6se.jpg']
   assert 'check_data: b\u00f6se.jpg: not an image' in done.stderr

@@ -49,9 +49,8 @@ class Problems:
     self.examples = [*self.examples, *examples][:_EXAMPLES]
 
   def summary(self) -> str:
-    """Returns '3 bad: 2 empty, 1 undecodable'."""
-    reasons = ', '.join(f'{n} {r}' for r, n in self.counts.most_common())
-    return f'{self.total} bad' + (f': {reasons}' if reasons else '')
+    """Returns '3 bad (2 empty, 1 undecodable)'."""
+    return f'{self.total} bad' + (f' ({self._reasons()})' if self.total else '')
 
   def check(self, num_images: int, max_bad_fraction: float) -> None:
     """Raises UserError with examples where too many of the images are bad.
@@ -63,8 +62,12 @@ class Problems:
     if self.total <= max_bad_fraction * num_images:
       return
     raise errors.UserError(
-      f'data.path: of {num_images} images {self.summary()}; such as '
+      f'data.path: {self.total} of {num_images} images are bad '
+      f'({self._reasons()}), such as '
       + ', '.join(self.examples)
-      + f'; more than data.max_bad_fraction={max_bad_fraction} allows. '
+      + f', more than data.max_bad_fraction={max_bad_fraction} allows. '
       'python -m mlcd_jax.check_data lists them all, to be left out'
     )
+
+  def _reasons(self) -> str:
+    return ', '.join(f'{n} {r}' for r, n in self.counts.most_common())

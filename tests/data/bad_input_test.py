@@ -183,8 +183,8 @@ def test_too_much_left_out_stops_with_examples(tmp_path):
   with pytest.raises(errors.UserError) as e:
     sources.make(_data(tmp_path, max_bad_fraction=0.4))
   assert str(e.value).startswith(
-    'data.path: of 8 images 4 bad: 4 duplicate key; such as 0000 (duplicate '
-    'key), 0001 (duplicate key), 0002 (duplicate key); more than '
+    'data.path: 4 of 8 images are bad (4 duplicate key), such as 0000 '
+    '(duplicate key), 0001 (duplicate key), 0002 (duplicate key), more than '
     'data.max_bad_fraction=0.4 allows'
   )
 
@@ -263,7 +263,9 @@ def test_training_logs_the_first_keys_then_counts(tmp_path, monkeypatch):
 def test_training_stops_when_too_much_is_bad(tmp_path):
   _with_bad_images(tmp_path / 'bad')
   source, _ = _open(tmp_path / 'bad')
-  with pytest.raises(errors.UserError, match='75 bad: .*max_bad_fraction=0.07'):
+  with pytest.raises(
+    errors.UserError, match='75 of 1000 .*max_bad_fraction=0.07'
+  ):
     _train_batches(source, 120, max_bad_fraction=0.07)
 
 
@@ -285,7 +287,7 @@ def test_embedding_has_no_row_for_a_bad_image(tmp_path):
   config.data.max_bad_fraction = 0.05
   with pytest.raises(errors.UserError) as e:
     embed.run(config, manifest)
-  assert 'of 40 images 3 bad: 1 empty, 1 not an image' in str(e.value)
+  assert '3 of 40 images are bad (1 empty, 1 not an image, ' in str(e.value)
   assert '0003 (empty), 0005 (not an image)' in str(e.value)
 
 
