@@ -7,7 +7,14 @@ import ml_collections
 
 from mlcd_jax import errors
 
-SOURCES = ('embedded', 'tfds')
+SOURCES = (
+  'embedded',
+  'tfds',
+  'webdataset',
+  'folder',
+  'array_record',
+  'parquet',
+)
 EMBEDDERS = ('hog',)
 LOSSES = ('mlcd', 'mlc', 'softmax')
 TASKS = ('linear', 'knn', 'few_shot')
@@ -19,12 +26,18 @@ def default() -> ml_collections.ConfigDict:
   c.seed = 0
 
   c.data = ml_collections.ConfigDict()
-  c.data.source = 'embedded'  # embedded | tfds
-  c.data.path = ''  # tfds: the data set's name.
+  c.data.source = 'embedded'  # One of SOURCES.
+  # tfds: the data set's name. Otherwise a path, glob or range such as
+  # {00000..00099}, local or an fsspec URL; {split} stands for the split.
+  c.data.path = ''
   c.data.data_dir = ''  # tfds: where it was prepared; '' = TFDS's default.
   c.data.split = 'train'  # The split that is clustered and trained on.
-  c.data.label_key = 'label'  # Feature with the class, for evaluation only.
+  # The feature or column, or in tars the suffix, of each part of a record.
+  c.data.image_key = 'image'
+  c.data.label_key = 'label'  # The class, for evaluation only.
   c.data.caption_key = 'caption'
+  c.data.bad_keys = ''  # Keys to leave out; '' = bad_keys.txt in the workdir.
+  c.data.cache_dir = ''  # Indices and copies; '' = ~/.cache/mlcd_jax.
   c.data.num_workers = 0  # Decoding processes; 0 = threads of this process.
   c.data.max_bad_fraction = 0.01  # Above it, bad images stop the run.
   c.data.crop_area = (0.7, 1.0)  # Share of the image a training crop keeps.
@@ -98,7 +111,15 @@ def add_dataset(
   dataset = ml_collections.ConfigDict(
     dict(train_split=train_split, test_split=test_split)
   )
-  for field in ('source', 'path', 'data_dir', 'label_key'):
+  for field in (
+    'source',
+    'path',
+    'data_dir',
+    'image_key',
+    'label_key',
+    'caption_key',
+    'cache_dir',
+  ):
     dataset[field] = data.pop(field, config.data[field])
   if data:
     raise ValueError(f'unknown data fields: {sorted(data)}')

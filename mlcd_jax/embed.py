@@ -4,7 +4,6 @@ Shards are ranges of records, not of hosts, so their bytes are the same for
 any number of hosts and a finished one is skipped after a restart.
 """
 
-import collections
 import logging
 import pathlib
 from typing import Any
@@ -20,6 +19,7 @@ from mlcd_jax import embeddings
 from mlcd_jax import errors
 from mlcd_jax import manifests
 from mlcd_jax import metrics
+from mlcd_jax.data import problems
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
 
@@ -87,6 +87,7 @@ def run(
     UserError: the data cannot be read, or too much of it is bad.
   """
   source = sources.make(config.data)
+  sources.check_bad_keys(config.data.bad_keys, manifest)
   if 'mean' not in manifest.notes:
     embedder = Hog(config.embed.image_size)
     manifest.notes['mean'] = _mean_row(embedder, source).tolist()
@@ -117,7 +118,7 @@ def _embed_shard(
 ) -> None:
   """Embeds some records into one shard; bad images have no row."""
   rows, keys, captions = [], [], []
-  bad = collections.Counter()
+  bad = problems.Problems('embed')
   for start in range(records.start, records.stop, config.embed.batch_size):
     stop = min(start + config.embed.batch_size, records.stop)
     images = []
@@ -126,8 +127,7 @@ def _embed_shard(
       try:
         images.append(_image(embedder, record))
       except transforms.BadImage as e:
-        bad[str(e)] += 1
-        _log.warning('%s: %s', record['key'], e)
+        bad.add(record['key'], str(e))
         continue
       keys.append(record['key'])
       captions.append(record['caption'])
@@ -142,7 +142,7 @@ def _embed_shard(
     rows=np.concatenate(rows),
     keys=keys,
     captions=captions,
-    notes={'bad': dict(bad)},
+    notes={'bad': dict(bad.counts), 'examples': bad.examples},
   )
 
 
@@ -179,22 +179,18 @@ def _summary(
   config: ml_collections.ConfigDict,
 ) -> dict[str, Any]:
   """The finished stage's manifest entry; refuses too many bad images."""
-  bad = collections.Counter()
+  bad = problems.Problems('embed')
   sha256 = {}
   for shard in range(num_shards):
     notes = embeddings.read_notes(folder, shard)
-    bad.update(notes['bad'])
+    bad.merge(notes['bad'], notes['examples'])
     sha256[embeddings.row_path(folder, shard).name] = notes['sha256']
-  if bad.total() > config.data.max_bad_fraction * num_records:
-    raise errors.UserError(
-      f'{bad.total()} of {num_records} images are bad ({dict(bad)}), more '
-      f'than data.max_bad_fraction={config.data.max_bad_fraction} allows'
-    )
+  bad.check(num_records, config.data.max_bad_fraction)
   num_rows, dim = embeddings.Embeddings(folder).shape
   return {
     'num_records': num_records,
     'num_rows': num_rows,
     'dim': dim,
-    'bad': dict(bad),
+    'bad': dict(bad.counts),
     'sha256': sha256,
   }

@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
+import weakref
 
 import numpy as np
 
@@ -98,3 +100,35 @@ def sha256(path: pathlib.Path) -> str:
   """Hex digest of a file's bytes."""
   with open(path, 'rb') as f:
     return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+class SharedArray:
+  """An array that worker processes map from a file instead of copying it.
+
+  Pickling passes on a path: of the .npy it was read from, or of a temporary
+  one that is written the first time and goes with the array.
+  """
+
+  def __init__(self, array: np.ndarray, path: pathlib.Path | None = None):
+    """Wraps `array`; `path` is the .npy it was mapped from, if it was."""
+    self.array = array
+    self._path = path
+
+  def __len__(self) -> int:
+    return len(self.array)
+
+  def __getitem__(self, index):
+    return self.array[index]
+
+  def __getstate__(self) -> str:
+    if self._path is None:
+      handle, name = tempfile.mkstemp('.npy', 'mlcd_jax_')
+      with os.fdopen(handle, 'wb') as f:
+        np.save(f, self.array, allow_pickle=False)
+      self._path = pathlib.Path(name)
+      weakref.finalize(self, self._path.unlink, missing_ok=True)
+    return str(self._path)
+
+  def __setstate__(self, state: str) -> None:
+    self._path = pathlib.Path(state)
+    self.array = read_npy(self._path)

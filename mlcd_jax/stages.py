@@ -44,7 +44,14 @@ _FOLDERS = {
 # The config fields that a stage's files depend on; a section stands for all
 # of its fields. How fast and on what devices a run goes is not among them.
 _FIELDS = {
-  'embed': ('data.source', 'data.path', 'data.split', 'embed'),
+  'embed': (
+    'data.source',
+    'data.path',
+    'data.split',
+    'data.image_key',
+    'data.caption_key',
+    'embed',
+  ),
   'cluster': (
     'seed',
     'cluster.num_centers',
@@ -57,6 +64,7 @@ _FIELDS = {
     'data.source',
     'data.path',
     'data.split',
+    'data.image_key',
     'data.crop_area',
     'data.flip',
     'model',
@@ -86,6 +94,7 @@ def run(
     UserError, RunError, Stopped: see `errors`.
   """
   config_lib.check(config)
+  config = _with_bad_keys(config, workdir)
   for stage in stages:
     if stage not in STAGES:
       raise errors.UserError(
@@ -256,6 +265,18 @@ class _Run:
       {k: wanted[k] for k in ('cluster.num_centers', 'cluster.num_labels')},
       clustered.folder,
     )
+
+
+def _with_bad_keys(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> ml_collections.ConfigDict:
+  """The config with what check_data found in the workdir, if it did."""
+  found = workdir / 'bad_keys.txt'
+  if config.data.bad_keys or not found.exists():
+    return config
+  config = config.copy_and_resolve_references()
+  config.data.bad_keys = str(found)
+  return config
 
 
 def _flatten(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:

@@ -179,6 +179,7 @@ def run(
     Stopped: by a signal, after saving.
   """
   source = sources.make(config.data)
+  sources.check_bad_keys(config.data.bad_keys, manifest)
   label_rows = _label_rows(config, source, embeddings_folder)
   program = Program(
     config=config,
@@ -205,12 +206,17 @@ def run(
     seed=config.seed,
     start_step=first,
     num_workers=config.data.num_workers,
+    max_bad_fraction=config.data.max_bad_fraction,
+  )
+  batches = pipelines.Prefetched(
+    batches, functools.partial(sharding.put_batch, mesh)
   )
   log = _Log(program, workdir, first)
   try:
     with interrupt.noted() as interrupted:
       _loop(program, state, batches, checkpointer, log, last, interrupted)
   finally:
+    batches.close()
     log.close()
     checkpointer.close()
   if last == program.steps:
@@ -225,10 +231,9 @@ def _loop(program, state, batches, checkpointer, log, last, interrupted):
   """
   step = int(state.step)
   while step < last:
-    batch = sharding.put_batch(program.mesh, next(batches))
-    state, metrics = program.step(state, batch)
+    state, metrics = program.step(state, next(batches))
     step += 1
-    log.add(step, metrics)
+    log.add(step, metrics, batches.seconds_waited)
     if interrupted():
       log.flush()
       checkpointer.save(step, state, force=True)
@@ -259,19 +264,25 @@ def _label_rows(
   label_keys = embeddings.Embeddings(embeddings_folder).keys()
   rows = labels_lib.join(keys, label_keys)
   missing = np.flatnonzero(rows < 0)
+  unused = len(label_keys) - (len(keys) - len(missing))
   if len(missing) > config.data.max_bad_fraction * len(keys):
-    examples = ', '.join(keys[missing[:3]])
+    examples = ', '.join(
+      k.decode('utf-8', 'replace') for k in keys[missing[:3]]
+    )
     raise errors.UserError(
       f'data.path: {len(missing)} of {len(keys)} images have no labels '
       f'(such as {examples}), more than data.max_bad_fraction='
       f'{config.data.max_bad_fraction} allows; the labels were made from '
       'other images'
     )
-  if len(missing):
+  if len(missing) or unused:
     _log.warning(
-      '%d of %d images have no labels and weigh nothing',
+      'train: %d of %d images have no labels and weigh nothing; %d of %d '
+      'label rows have no image',
       len(missing),
       len(keys),
+      unused,
+      len(label_keys),
     )
   return rows
 
@@ -299,18 +310,26 @@ class _Log:
       'train', program.steps, unit='steps', done=first
     )
     self._pending = None
-    self._timed_from = None  # (step, time) the current rate counts from.
+    self._timed_from = None  # (step, time, wait) rates count from.
 
-  def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes a step's metrics, writes those of the step before if due."""
+  def add(
+    self, step: int, metrics: dict[str, jax.Array], seconds_waited: float
+  ) -> None:
+    """Takes a step's metrics, writes those of the step before if due.
+
+    Args:
+      step: number.
+      metrics: of the step.
+      seconds_waited: for data, since the beginning.
+    """
     self.flush(last=False)
-    self._pending = step, metrics
+    self._pending = step, metrics, seconds_waited
 
   def flush(self, *, last: bool = True) -> None:
     """Writes what is pending, if due or the last."""
     if self._pending is None:
       return
-    step, metrics = self._pending
+    step, metrics, waited = self._pending
     self._pending = None
     values = {k: float(v) for k, v in metrics.items()}
     for name in ('train/loss', 'train/gradient_norm'):
@@ -321,15 +340,18 @@ class _Log:
         )
     now = time.monotonic()
     if self._timed_from is None:  # Compiling is not counted.
-      self._timed_from = step, now
+      self._timed_from = step, now, waited
     if not (last or step == 1 or step % self._every == 0):
       return
     values['train/learning_rate'] = float(self._schedule(step - 1))
-    from_step, since = self._timed_from
+    from_step, since, waited_before = self._timed_from
     if step > from_step:
       images = (step - from_step) * self._batch_size
       values['train/images_per_second'] = images / (now - since)
-      self._timed_from = step, now
+      values['train/data_wait_fraction'] = (waited - waited_before) / (
+        now - since
+      )
+      self._timed_from = step, now, waited
     self._writer.write(step, values)
     self._progress.update(
       step,

@@ -1,13 +1,20 @@
 """Input pipelines: the order of the data is a function of the step alone.
 
-Records are shuffled and augmented first and divided among hosts last, so that
-a global batch is the same for any number of hosts, workers and threads, and a
-run continues at step t by building the pipeline at t.
+Place p of the endless stream of epochs holds the same record, augmented the
+same, whoever reads it; step t is places t * batch_size and following. So a
+global batch is the same for any number of hosts, workers and threads, and a
+run continues at step t by beginning to read there.
 """
 
+import collections
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent import futures
 import dataclasses
+import functools
 import os
+import time
 from typing import Any
 from typing import Protocol
 
@@ -15,8 +22,18 @@ import grain
 import jax
 import numpy as np
 
+from mlcd_jax import files
+from mlcd_jax.data import problems
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
+
+# Images that a thread or process makes at once: work enough to be handed out,
+# little enough that memory stays small where a batch has thousands.
+_CHUNK = 128
+_LARGE = 64  # Pixels of a side from which decoding takes most of the time.
+_ENDLESS = 2**40  # Steps.
+# Images seen before the share of bad ones can stop a run.
+_MIN_SEEN = 1_000
 
 
 class LabelRows(Protocol):
@@ -38,6 +55,8 @@ def train_batches(
   seed: int,
   start_step: int = 0,
   num_workers: int = 0,
+  max_bad_fraction: float = 1.0,
+  host: tuple[int, int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of the global batches from `start_step` on.
 
@@ -53,21 +72,29 @@ def train_batches(
     seed: of order and augmentation.
     start_step: index of the first global batch.
     num_workers: decoding processes; 0 decodes in threads.
+    max_bad_fraction: more bad images than this stop the run.
+    host: (index, count) of this process; jax's where not given.
 
   Yields:
     image uint8 [b, S, S, 3], labels int32 [b, P] (-1 where there is none),
     weight float32 [b]: 0 where the image is bad or has no labels.
+
+  Raises:
+    UserError: too many images are bad.
   """
-  example = _TrainExample(labels, num_positives, image_size, crop_area, flip)
-  dataset = (
-    grain.MapDataset.source(_Labelled(source, label_rows))
-    .seed(seed)
-    .shuffle()
-    .repeat(None)
-    .random_map(example)
+  rows = _TrainRows(
+    source=source,
+    label_rows=files.SharedArray(label_rows),
+    labels=labels,
+    num_positives=num_positives,
+    image_size=image_size,
+    crop_area=crop_area,
+    flip=flip,
+    seed=seed,
   )
-  dataset = _host_batches(dataset, batch_size)
-  return _iterate(dataset[start_step:], num_workers)
+  steps = range(start_step, _ENDLESS)
+  batches = _batches(rows, steps, batch_size, host, num_workers)
+  return _reported(batches, source, 'train', max_bad_fraction)
 
 
 def ordered_batches(
@@ -76,6 +103,7 @@ def ordered_batches(
   batch_size: int,
   image_size: int,
   num_workers: int = 0,
+  host: tuple[int, int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every record once, in order, resized and center-cropped.
 
@@ -87,134 +115,258 @@ def ordered_batches(
     batch_size: images over all hosts.
     image_size: pixels of a side.
     num_workers: decoding processes; 0 decodes in threads.
+    host: (index, count) of this process; jax's where not given.
 
   Yields:
     image uint8 [b, S, S, 3], label int32 [b], weight float32 [b].
   """
-  padded = -(-len(source) // batch_size) * batch_size
-  dataset = grain.MapDataset.range(padded).map(
-    _OrderedExample(source, image_size)
-  )
-  return _iterate(_host_batches(dataset, batch_size), num_workers)
+  rows = _OrderedRows(source, image_size)
+  steps = range(-(-len(source) // batch_size))
+  batches = _batches(rows, steps, batch_size, host, num_workers)
+  return _reported(batches, source, 'data', max_bad_fraction=1.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Labelled:
-  """Adds to each record its row among the labels."""
+class Prefetched:
+  """Batches put on the devices ahead of time, in a thread.
+
+  Attributes:
+    seconds_waited: how long `next` had to wait, all together.
+  """
+
+  def __init__(
+    self,
+    batches: Iterator[dict[str, np.ndarray]],
+    put: Callable[[dict[str, np.ndarray]], Any],
+    *,
+    depth: int = 2,
+  ):
+    """Begins at once to read `depth` batches ahead and `put` each."""
+    self.seconds_waited = 0.0
+    self._batches = batches
+    self._put = put
+    self._pool = futures.ThreadPoolExecutor(1, 'prefetch')
+    self._ready = collections.deque(
+      self._pool.submit(self._read) for _ in range(depth)
+    )
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> Any:
+    start = time.monotonic()
+    batch = self._ready.popleft().result()
+    self.seconds_waited += time.monotonic() - start
+    self._ready.append(self._pool.submit(self._read))
+    return batch
+
+  def close(self) -> None:
+    """Stops reading."""
+    self._pool.shutdown(cancel_futures=True)
+
+  def _read(self) -> Any:
+    return self._put(next(self._batches))
+
+
+class _Rows(Protocol):
+  """What a batch's rows are made of."""
+
+  image_size: int
+
+  def draw(self, places: range) -> Sequence[Any]:
+    """Returns what is random about each of some places."""
+    ...
+
+  def __call__(
+    self, place: int, draws: Any, image: np.ndarray
+  ) -> dict[str, Any]:
+    """Fills in the zeros of `image`, returns the other values of the row."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainRows:
+  """Shuffled, augmented records; place counts on through the epochs."""
 
   source: sources.Source
-  label_rows: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.source)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self.source[index] | {'label_row': int(self.label_rows[index])}
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrainExample:
-  """record, rng -> one row of a training batch."""
-
+  label_rows: files.SharedArray
   labels: LabelRows
   num_positives: int
   image_size: int
   crop_area: tuple[float, float]
   flip: bool
+  seed: int
 
-  def __call__(self, record, rng):
-    row = record['label_row']
-    weight = 0.0
-    image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+  def draw(self, places: range) -> list[list[float]]:
+    """See `_Rows`; a place has two of Philox's blocks of four to itself."""
+    generator = np.random.Philox(key=self.seed, counter=2 * places.start)
+    return np.random.Generator(generator).random((len(places), 8)).tolist()
+
+  def __call__(
+    self, place: int, draws: Sequence[float], image: np.ndarray
+  ) -> dict[str, Any]:
+    """See `_Rows`."""
+    epoch, index = divmod(place, len(self.source))
+    record = grain.experimental.index_shuffle(
+      index,
+      max_index=len(self.source) - 1,
+      seed=_epoch_seed(self.seed, epoch),
+      rounds=4,
+    )
+    row = int(self.label_rows[record])
     labels = np.full(self.num_positives, -1, np.int32)
+    bad = 0
     if row >= 0:
       try:
-        image = transforms.random_resized_crop(
-          transforms.decode(record['image']),
+        transforms.random_resized_crop(
+          self.source[record]['image'],
           self.image_size,
-          rng,
+          draws,
           area=self.crop_area,
           flip=self.flip,
+          out=image,
         )
-        labels = np.asarray(self.labels[row][: self.num_positives], np.int32)
-        weight = 1.0
-      except transforms.BadImage:
-        pass
-    return {'image': image, 'labels': labels, 'weight': np.float32(weight)}
+        labels = self.labels[row][: self.num_positives]
+      except transforms.BadImage as e:
+        bad = transforms.REASONS.index(str(e)) + 1
+    good = row >= 0 and not bad
+    return {'labels': labels, 'weight': good, 'bad': bad, 'record': record}
 
 
 @dataclasses.dataclass(frozen=True)
-class _OrderedExample:
-  """index -> one row of an evaluation batch; padding past the end."""
+class _OrderedRows:
+  """Every record once, then padding."""
 
   source: sources.Source
   image_size: int
 
-  def __call__(self, index):
-    image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
-    label, weight = -1, 0.0
-    if index < len(self.source):
-      record = self.source[index]
-      label = record['label']
-      try:
-        image = transforms.resize_center_crop(
-          transforms.decode(record['image']), self.image_size
-        )
-        weight = 1.0
-      except transforms.BadImage:
-        pass
-    return {
-      'image': image,
-      'label': np.int32(label),
-      'weight': np.float32(weight),
+  def draw(self, places: range) -> Sequence[None]:
+    """See `_Rows`."""
+    return [None] * len(places)
+
+  def __call__(
+    self, place: int, draws: None, image: np.ndarray
+  ) -> dict[str, Any]:
+    """See `_Rows`."""
+    row = {'label': -1, 'weight': False, 'bad': 0, 'record': place}
+    if place >= len(self.source):
+      return row
+    record = self.source[place]
+    row['label'] = record['label']
+    try:
+      pixels = transforms.decode(record['image'])
+      image[:] = transforms.resize_center_crop(pixels, self.image_size)
+      row['weight'] = True
+    except transforms.BadImage as e:
+      row['bad'] = transforms.REASONS.index(str(e)) + 1
+    return row
+
+
+@functools.lru_cache(16)
+def _epoch_seed(seed: int, epoch: int) -> int:
+  return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+
+
+_TYPES = {
+  'labels': np.int32,
+  'label': np.int32,
+  'weight': np.float32,
+  'bad': np.int8,  # 1 + the place in transforms.REASONS, or 0.
+  'record': np.int64,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+  """Parts of this host's contiguous share of the global batches, by number."""
+
+  rows: _Rows
+  batch_size: int
+  host: int
+  host_batch: int
+
+  @property
+  def per_step(self) -> int:
+    """How many of them are a batch."""
+    return -(-self.host_batch // _CHUNK)
+
+  def __call__(self, number: int) -> dict[str, np.ndarray]:
+    step, part = divmod(number, self.per_step)
+    start = part * _CHUNK
+    size = min(_CHUNK, self.host_batch - start)
+    first = step * self.batch_size + self.host * self.host_batch + start
+    side = self.rows.image_size
+    images = np.zeros((size, side, side, 3), np.uint8)
+    places = range(first, first + size)
+    rows = list(map(self.rows, places, self.rows.draw(places), images))
+    return {'image': images} | {
+      name: np.array([row[name] for row in rows], _TYPES[name])
+      for name in rows[0]
     }
 
 
-class _HostRows(grain.MapDataset):
-  """This host's contiguous share of every global batch of rows."""
-
-  def __init__(self, parent, *, batch_size, host, num_hosts):
-    super().__init__(parent)
-    self._batch = batch_size
-    self._host_batch = batch_size // num_hosts
-    self._first = host * self._host_batch
-
-  def __len__(self) -> int:
-    return len(self._parent) // self._batch * self._host_batch
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return self.slice(index)
-    step, row = divmod(index, self._host_batch)
-    return self._parent[step * self._batch + self._first + row]
-
-
-def _host_batches(
-  dataset: grain.MapDataset, batch_size: int
-) -> grain.MapDataset:
-  """Batches this host's rows of every global batch."""
-  hosts = jax.process_count()
-  if batch_size % hosts:
-    raise ValueError(f'batch {batch_size} is not divisible by {hosts} hosts')
-  rows = _HostRows(
-    dataset,
-    batch_size=batch_size,
-    host=jax.process_index(),
-    num_hosts=hosts,
-  )
-  return rows.batch(batch_size // hosts, drop_remainder=True)
-
-
-def _iterate(
-  dataset: grain.MapDataset, num_workers: int
+def _batches(
+  rows: _Rows,
+  steps: range,
+  batch_size: int,
+  host: tuple[int, int] | None,
+  num_workers: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Reads ahead in threads, or in worker processes."""
-  threads = max(1, (os.cpu_count() or 1) // 2)
-  batches = dataset.to_iter_dataset(
-    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  """Makes this host's rows of some steps ahead of time."""
+  index, count = host or (jax.process_index(), jax.process_count())
+  if batch_size % count:
+    raise ValueError(f'batch {batch_size} is not divisible by {count} hosts')
+  chunks = _Chunks(rows, batch_size, index, batch_size // count)
+  per_step = chunks.per_step
+  threads = _num_threads(rows.image_size, num_workers)
+  ready = (
+    grain.MapDataset.range(steps.start * per_step, steps.stop * per_step)
+    .map(chunks)
+    .to_iter_dataset(
+      grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    )
   )
   if num_workers:
-    batches = batches.mp_prefetch(
+    ready = ready.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=num_workers)
     )
-  return iter(batches)
+  ready = iter(ready)
+  for _ in steps:
+    parts = [next(ready) for _ in range(per_step)]
+    if per_step == 1:
+      yield parts[0]
+    else:
+      yield {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def _num_threads(image_size: int, num_workers: int) -> int:
+  """Threads of each process.
+
+  Decoding lets go of Python's lock, the 45 us a row around it do not: above
+  16 threads of 1,300 images a second they wait for each other, and at digits
+  of 28 pixels already two do (9,700 images a CPU-second with one, 7,900 with
+  two; benchmarks/input_pipeline.py).
+  """
+  if image_size < _LARGE:
+    return 1
+  cores = (os.cpu_count() or 1) // max(1, num_workers)
+  return min(16, max(1, cores))
+
+
+def _reported(
+  batches: Iterator[dict[str, np.ndarray]],
+  source: sources.Source,
+  stage: str,
+  max_bad_fraction: float,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Takes 'bad' and 'record' out of the batches and reports them."""
+  found = problems.Problems(stage)
+  seen = 0
+  for batch in batches:
+    bad, record = batch.pop('bad'), batch.pop('record')
+    seen += len(bad)
+    for row in np.flatnonzero(bad):
+      key = source.keys()[record[row]].decode('utf-8', 'replace')
+      found.add(key, transforms.REASONS[bad[row] - 1])
+    if seen >= _MIN_SEEN:
+      found.check(seen, max_bad_fraction)
+    yield batch

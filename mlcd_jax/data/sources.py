@@ -5,10 +5,9 @@ that is unique in the source, the encoded image's bytes, the class (-1 where
 there is none) and the caption ('' where there is none).
 """
 
-from collections.abc import Iterator
-import contextlib
 import dataclasses
-import fcntl
+import importlib
+import logging
 import pathlib
 from typing import Any
 from typing import Protocol
@@ -17,6 +16,22 @@ import ml_collections
 import numpy as np
 
 from mlcd_jax import errors
+from mlcd_jax import files
+from mlcd_jax import manifests
+from mlcd_jax.data import problems
+
+_log = logging.getLogger(__name__)
+
+# The module and function that opens each; imported late, each needs a library.
+_MAKERS = {
+  'embedded': ('tfds', 'make_embedded'),
+  'tfds': ('tfds', 'make'),
+  'webdataset': ('webdataset', 'make'),
+  'folder': ('folder', 'make'),
+  'array_record': ('array_record', 'make'),
+  'parquet': ('parquet', 'make'),
+}
+NAMES = tuple(_MAKERS)
 
 
 class Source(Protocol):
@@ -29,154 +44,118 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> dict[str, Any]: ...
 
   def keys(self) -> np.ndarray:
-    """Returns the key of every record, in order, without reading images."""
+    """Returns the key of every record, in order, as UTF-8 bytes [N]."""
     ...
 
 
-@dataclasses.dataclass(frozen=True)
-class TfdsSource:
-  """A prepared TFDS data set in ArrayRecord format, read without TensorFlow.
-
-  Attributes:
-    data: what `builder.as_data_source` returns, images undecoded.
-    split: name of the split, part of every key.
-    label_key: feature with the class, ignored where the data set has none.
-    caption_key: feature with the caption, ignored likewise.
-    num_classes: number of classes of `label_key`.
-  """
-
-  data: Any
-  split: str
-  label_key: str
-  caption_key: str
-  num_classes: int
-
-  def __len__(self) -> int:
-    return len(self.data)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    record = self.data[int(index)]
-    caption = record.get(self.caption_key, b'')
-    return {
-      'key': self._key(index),
-      'image': record['image'],
-      'label': int(record.get(self.label_key, -1)),
-      'caption': caption.decode('utf-8', 'replace'),
-    }
-
-  def keys(self) -> np.ndarray:
-    """See `Source`."""
-    return np.array([self._key(i) for i in range(len(self))])
-
-  def _key(self, index: int) -> str:
-    return f'{self.split}-{index:09d}'
-
-
-def make(data: ml_collections.ConfigDict, split: str | None = None) -> Source:
+def make(
+  data: ml_collections.ConfigDict,
+  split: str | None = None,
+  found: problems.Problems | None = None,
+) -> Source:
   """Opens the source that a config's `data` fields describe.
 
+  Records whose key came before, and those named in `data.bad_keys`, are left
+  out.
+
   Args:
-    data: source, path, data_dir, split, label_key, caption_key.
+    data: source, path, split and what else is under `data` in config.py.
     split: used instead of `data.split` where given.
+    found: gets what is left out; where not given, too much of it is an error.
 
   Raises:
-    UserError: the data is not there, has no such split, or has no images.
+    UserError: the data is not there, has no such split, has no images, or
+      more than `data.max_bad_fraction` of it cannot be used.
   """
-  return _MAKERS[data.source](data, split or data.split)
+  split = split or data.split
+  strict = found is None
+  found = problems.Problems('data') if strict else found
+  module, function = _MAKERS[data.source]
+  module = importlib.import_module(f'mlcd_jax.data.{module}')
+  source = getattr(module, function)(data, split, found)
+  source = _without_bad(source, data.get('bad_keys', ''), found)
+  if strict and found.total:
+    # A shard that cannot be read at all counts as one image.
+    found.check(len(source) + found.total, data.get('max_bad_fraction', 0.01))
+    _log.warning('data: left out: %s', found.summary())
+  if not len(source):
+    raise errors.UserError(
+      f'data.path={data.path}, data.split={split} of '
+      f'data.source={data.source} has no images'
+    )
+  return source
 
 
-def _make_embedded(data: ml_collections.ConfigDict, split: str) -> Source:
-  from mlcd_jax.data import digits
+@dataclasses.dataclass(frozen=True)
+class _Subset:
+  """Some records of a source."""
 
-  with _prepared_folder(data.data_dir) as folder:
-    builder = digits.MlcdDigits(data_dir=folder, file_format='array_record')
-    builder.download_and_prepare()
-  return _from_builder(builder, data, split)
+  source: Source
+  rows: files.SharedArray
+
+  @property
+  def num_classes(self) -> int:
+    return self.source.num_classes
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self.source[int(self.rows[index])]
+
+  def keys(self) -> np.ndarray:
+    return self.source.keys()[self.rows.array]
 
 
-def _make_tfds(data: ml_collections.ConfigDict, split: str) -> Source:
-  import tensorflow_datasets as tfds
+def _without_bad(
+  source: Source, bad_keys: str, found: problems.Problems
+) -> Source:
+  """Leaves out the listed keys, and all but the first of a key."""
+  keys = source.keys()
+  keep = np.ones(len(keys), bool)
+  if bad_keys:
+    keep &= ~np.isin(keys, read_bad_keys(bad_keys))
+    _log.info('data: %d images of data.bad_keys left out', np.sum(~keep))
+  for row in _repeated(keys):
+    if keep[row]:
+      found.add(keys[row].decode('utf-8', 'replace'), 'duplicate key')
+    keep[row] = False
+  if keep.all():
+    return source
+  return _Subset(source, files.SharedArray(np.flatnonzero(keep)))
 
-  if not data.path:
-    raise errors.UserError('data.path: name the TFDS data set')
+
+def read_bad_keys(path: str) -> np.ndarray:
+  """Reads the keys that `check_data` wrote, one a line, as UTF-8 bytes."""
   try:
-    builder = tfds.builder(
-      data.path,
-      data_dir=data.data_dir or None,
-      file_format='array_record',
-    )
-  except (tfds.core.DatasetNotFoundError, ValueError) as e:
-    reason = str(e).strip().splitlines()[0]
-    raise errors.UserError(
-      f'data.path={data.path}: not a TFDS data set ({reason})'
-    ) from e
-  if not builder.is_prepared():
-    raise errors.UserError(
-      f'data.path={data.path} is not prepared as ArrayRecord in '
-      f'{builder.data_path.parent.parent}; prepare it with: tfds build '
-      f'{data.path} --file_format=array_record'
-    )
-  return _from_builder(builder, data, split)
-
-
-def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
-  """Opens one split of a prepared builder, images left encoded."""
-  import tensorflow_datasets as tfds
-
-  try:
-    num_images = builder.info.splits[split].num_examples
-  except (KeyError, ValueError) as e:
-    raise errors.UserError(
-      f'data.split={split}: {builder.name} has '
-      + ', '.join(sorted(builder.info.splits))
-    ) from e
-  if not num_images:
-    raise errors.UserError(
-      f'data.split={split} of {builder.name} has no images'
-    )
-  features = builder.info.features
-  if 'image' not in features:
-    raise errors.UserError(
-      f'data.path={builder.name} has no feature "image", only '
-      + ', '.join(sorted(features))
-    )
-  return TfdsSource(
-    data=builder.as_data_source(
-      split, decoders={'image': tfds.decode.SkipDecoding()}
-    ),
-    split=split,
-    label_key=data.label_key,
-    caption_key=data.get('caption_key', ''),
-    num_classes=_num_classes(features, data.label_key),
-  )
-
-
-def _num_classes(features, label_key: str) -> int:
-  """0 where the feature is missing or no class label."""
-  if label_key not in features:
-    return 0
-  return getattr(features[label_key], 'num_classes', None) or 0
-
-
-@contextlib.contextmanager
-def _prepared_folder(data_dir: str) -> Iterator[str]:
-  """Yields TFDS's data folder, held so that one process at a time writes."""
-  import tensorflow_datasets as tfds
-
-  tfds.disable_progress_bar()
-  folder = pathlib.Path(data_dir or tfds.core.constants.get_default_data_dir())
-  folder = folder.expanduser()
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / '.mlcd_digits.lock', 'w')
+    lines = pathlib.Path(path).read_bytes().split(b'\n')
   except OSError as e:
     raise errors.UserError(
-      f'data.data_dir={folder}: cannot be written ({e.strerror}); name a '
-      'folder that can, here or in TFDS_DATA_DIR'
+      f'data.bad_keys={path}: cannot be read ({e.strerror}); write it with '
+      'python -m mlcd_jax.check_data'
     ) from e
-  with lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    yield str(folder)
+  return np.array([line for line in lines if line], np.bytes_)
 
 
-_MAKERS = {'embedded': _make_embedded, 'tfds': _make_tfds}
+def check_bad_keys(path: str, manifest: manifests.Manifest) -> None:
+  """Notes which keys a stage leaves out; they must stay the same.
+
+  Raises:
+    UserError: the stage began with others, so that the order was another.
+  """
+  digest = files.sha256(pathlib.Path(path)) if path else ''
+  if manifest.notes.setdefault('bad_keys', digest) != digest:
+    raise errors.UserError(
+      f'data.bad_keys={path!r}: {manifest.folder} was begun with other keys '
+      'left out; use another --workdir, or delete it to make it again'
+    )
+  manifest.save()
+
+
+def _repeated(keys: np.ndarray) -> np.ndarray:
+  """Rows whose key an earlier row has."""
+  if len(keys) < 2 or np.all(keys[1:] > keys[:-1]):  # No need to sort.
+    return np.zeros(0, np.int64)
+  order = np.argsort(keys, kind='stable')
+  same = keys[order[1:]] == keys[order[:-1]]
+  return np.sort(order[1:][same])

@@ -30,7 +30,7 @@ def test_record(train):
   assert pixels.dtype == np.uint8
   assert (pixels == pixels[..., :1]).all()  # Grey is repeated.
   assert pixels.max() > 200 and np.median(pixels) == 0
-  assert record['key'] == train.keys()[7]
+  assert record['key'].encode() == train.keys()[7]
   words = 'zero one two three four five six seven eight nine'.split()
   assert (
     words[record['label']] in record['caption']

@@ -1,118 +1,320 @@
-"""The order of the data is a function of the step alone."""
+"""The order of data, on any number of hosts, workers and threads."""
 
-import itertools
+import pickle
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+import shards
 
 from mlcd_jax import config as config_lib
+from mlcd_jax import files
+from mlcd_jax import labels
+from mlcd_jax import manifests
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
-from mlcd_jax.data import transforms
 
 
-@pytest.fixture(scope='module', name='source')
-def fixture_source():
-  return sources.make(config_lib.default().data, 'train[:50]')
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+  """60 images in tars."""
+  folder = tmp_path_factory.mktemp('tars')
+  for shard in range(3):
+    shards.tar(
+      folder / f'{shard}.tar',
+      [
+        (f'{i:04d}.jpg', shards.jpeg(i))
+        for i in range(20 * shard, 20 * shard + 20)
+      ],
+    )
+  config = config_lib.default()
+  config.data.source = 'webdataset'
+  config.data.path = str(folder)
+  return sources.make(config.data)
 
 
-def take(source, count, **changes):
-  options = dict(
-    num_positives=3,
+def _train_batches(source, **options):
+  rows = np.arange(len(source))
+  return pipelines.train_batches(
+    source,
+    rows,
+    np.tile(rows[:, None], (1, 4)).astype(np.int32),
+    num_positives=2,
     batch_size=16,
-    image_size=14,
-    crop_area=(0.5, 1.0),
+    image_size=28,
+    crop_area=(0.3, 1.0),
     flip=True,
-    seed=1,
+    **dict(seed=5) | options,
   )
-  label_rows = np.arange(len(source))
-  label_rows[5] = -1
-  labels = np.arange(len(source) * 4).reshape(-1, 4)
-  batches = pipelines.train_batches(
-    source, label_rows, labels, **(options | changes)
-  )
-  return list(itertools.islice(batches, count))
 
 
-def assert_same(a, b):
+def _take(batches, count):
+  return [next(batches) for _ in range(count)]
+
+
+def _assert_same(a, b):
   assert len(a) == len(b)
   for x, y in zip(a, b):
+    assert x.keys() == y.keys()
     for name in x:
       np.testing.assert_array_equal(x[name], y[name])
 
 
+def _joined(per_host):
+  """The hosts' rows of each step, in the order of the hosts."""
+  return [
+    {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+    for batches in zip(*per_host)
+  ]
+
+
 def test_batch(source):
-  (batch,) = take(source, 1)
-  assert batch['image'].shape == (16, 14, 14, 3)
+  label_rows = np.arange(len(source))
+  label_rows[::10] = -1
+  (batch,) = _take(
+    pipelines.train_batches(
+      source,
+      label_rows,
+      np.arange(len(source) * 4).reshape(-1, 4),
+      num_positives=3,
+      batch_size=60,
+      image_size=14,
+      crop_area=(0.5, 1.0),
+      flip=True,
+      seed=1,
+    ),
+    1,
+  )
+  assert batch['image'].shape == (60, 14, 14, 3)
   assert batch['image'].dtype == np.uint8
-  assert batch['labels'].shape == (16, 3)
+  assert batch['labels'].shape == (60, 3)
   assert batch['labels'].dtype == np.int32
-  np.testing.assert_array_equal(batch['weight'], batch['labels'][:, 0] >= 0)
-  labelled = batch['labels'][batch['weight'] > 0]
+  assert batch['weight'].dtype == np.float32
+  unlabelled = batch['labels'][:, 0] < 0
+  assert unlabelled.sum() == 6
+  np.testing.assert_array_equal(batch['weight'], 1 - unlabelled)
+  assert not batch['image'][unlabelled].any()
+  labelled = batch['labels'][~unlabelled]
   np.testing.assert_array_equal(labelled[:, 0] % 4, 0)
   np.testing.assert_array_equal(labelled[:, 1], labelled[:, 0] + 1)
 
 
-def test_starts_at_any_step(source):
-  assert_same(take(source, 9)[6:], take(source, 3, start_step=6))
-
-
 def test_seed_changes_order_and_crops(source):
-  (a,), (b,) = take(source, 1), take(source, 1, seed=2)
-  assert not np.array_equal(a['image'], b['image'])
+  (a,), (b,) = (_take(_train_batches(source, seed=s), 1) for s in (1, 2))
+  assert not np.array_equal(a['labels'], b['labels'])
+  rows = pipelines._TrainRows(
+    source=source, label_rows=None, labels=None, num_positives=1,
+    image_size=1, crop_area=(), flip=True, seed=3,
+  )  # fmt: skip
+  draws = rows.draw(range(100, 130))
+  assert rows.draw(range(117, 118)) == [draws[17]]
+  assert len({tuple(d) for d in draws}) == 30
 
 
-def test_every_record_once_an_epoch_in_a_new_order(source):
-  labels = np.concatenate([b['labels'][:, 0] for b in take(source, 25)])
-  first, second = labels[:50], labels[50:100]
-  np.testing.assert_array_equal(np.sort(first), np.sort(second))
-  assert len(np.unique(first)) == 50
-  assert not np.array_equal(first, second)
+def test_a_batch_of_many_chunks(source, monkeypatch):
+  whole = _take(_train_batches(source), 3)
+  monkeypatch.setattr(pipelines, '_CHUNK', 5)  # 5, 5, 5 and 1.
+  _assert_same(_take(_train_batches(source), 3), whole)
 
 
 @pytest.mark.parametrize('hosts', [2, 4, 8])
-def test_global_batch_is_the_same_for_any_number_of_hosts(
-  source, hosts, monkeypatch
-):
-  whole = take(source, 3)
-  parts = []
-  monkeypatch.setattr(pipelines.jax, 'process_count', lambda: hosts)
-  for host in range(hosts):
-    monkeypatch.setattr(pipelines.jax, 'process_index', lambda h=host: h)
-    parts.append(take(source, 3))
-  joined = [
-    {k: np.concatenate([part[i][k] for part in parts]) for k in whole[0]}
-    for i in range(3)
+def test_global_batch_is_the_same_on_any_number_of_hosts(source, hosts):
+  whole = _take(_train_batches(source, host=(0, 1)), 9)  # Over two epochs.
+  slices = [
+    _take(_train_batches(source, host=(i, hosts)), 9) for i in range(hosts)
   ]
-  assert_same(joined, whole)
+  assert {len(b['image']) for b in slices[0]} == {16 // hosts}
+  _assert_same(_joined(slices), whole)
 
 
-def test_ordered_batches_cover_the_source_once(source):
-  batches = list(
-    pipelines.ordered_batches(source, batch_size=16, image_size=28)
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_ordered_batches_on_any_number_of_hosts(source, hosts):
+  options = dict(batch_size=16, image_size=28)
+  whole = list(pipelines.ordered_batches(source, **options))
+  slices = [
+    list(pipelines.ordered_batches(source, host=(i, hosts), **options))
+    for i in range(hosts)
+  ]
+  _assert_same(_joined(slices), whole)
+  weight = np.concatenate([b['weight'] for b in whole])
+  np.testing.assert_array_equal(weight, np.arange(64) < 60)
+
+
+def test_resume_needs_only_the_step(source):
+  whole = _take(_train_batches(source), 9)
+  _assert_same(_take(_train_batches(source, start_step=6), 3), whole[6:])
+
+
+def test_every_epoch_has_every_image_once_in_another_order(source):
+  order = np.concatenate(
+    [b['labels'][:, 0] for b in _take(_train_batches(source), 15)]
+  ).reshape(4, 60)
+  np.testing.assert_array_equal(np.sort(order), [np.arange(60)] * 4)
+  assert (order[0] != order[1]).any()
+
+
+def test_threads_do_not_change_the_order(source, monkeypatch):
+  whole = _take(_train_batches(source), 5)
+  monkeypatch.setattr(pipelines, '_num_threads', lambda *_: 4)
+  _assert_same(_take(_train_batches(source), 5), whole)
+
+
+_WORKERS = """
+import sys
+import numpy as np
+from absl import flags
+from mlcd_jax import config as config_lib
+from mlcd_jax.data import pipelines
+from mlcd_jax.data import sources
+
+
+def main():
+  flags.FLAGS(sys.argv[:1])
+  config = config_lib.default()
+  config.data.source = 'webdataset'
+  config.data.path = sys.argv[1]
+  source = sources.make(config.data)
+  rows = np.arange(len(source))
+  for workers in (0, 2):
+    batches = pipelines.train_batches(
+      source, rows, rows[:, None].astype(np.int32), num_positives=1,
+      batch_size=8, image_size=28, crop_area=(0.3, 1.0), flip=True, seed=0,
+      num_workers=workers)
+    total = [next(batches) for _ in range(4)]
+    print(sum(int(b['image'].sum()) for b in total),
+          [b['labels'][:, 0].tolist() for b in total])
+
+
+if __name__ == '__main__':
+  main()
+"""
+
+
+def test_worker_processes_give_the_same_batches(source, tmp_path):
+  script = tmp_path / 'script.py'
+  script.write_text(_WORKERS)
+  folder = source._paths[0].rpartition('/')[0]
+  done = subprocess.run(
+    [sys.executable, script, folder],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=120,
   )
-  assert len(batches) == 4
-  weight = np.concatenate([b['weight'] for b in batches])
-  assert weight.sum() == 50 and (weight[:50] == 1).all()
-  labels = np.concatenate([b['label'] for b in batches])[:50]
-  np.testing.assert_array_equal(labels, [source[i]['label'] for i in range(50)])
-  np.testing.assert_array_equal(
-    batches[0]['image'][3], transforms.decode(source[3]['image'])
+  threads, workers = done.stdout.splitlines()
+  assert threads == workers
+
+
+def test_workers_map_labels_and_indices(source, tmp_path):
+  rows = np.arange(400_000, dtype=np.int32).reshape(-1, 4)
+  files.write_npy(tmp_path / 'labels_00000.npy', rows[:60_000])
+  files.write_npy(tmp_path / 'labels_00001.npy', rows[60_000:])
+  manifest = manifests.Manifest('cluster', tmp_path, config={}, inputs={})
+  manifest.result = {'num_centers': 9, 'num_rows': len(rows), 'sha256': {}}
+  opened = labels.Labels(manifest)
+  pickled = pickle.dumps(opened)
+  assert len(pickled) < 2_000
+  copy = pickle.loads(pickled)
+  np.testing.assert_array_equal(copy[99_999], rows[-1])
+
+  pickled = pickle.dumps(source)
+  assert len(pickled) < 2_000
+  assert pickle.loads(pickled)[7] == source[7]
+
+
+def test_shared_array_leaves_no_file_behind():
+  array = files.SharedArray(np.arange(10))
+  copy = pickle.loads(pickle.dumps(array))
+  path = array._path
+  assert path.exists() and isinstance(copy.array, np.memmap)
+  del array
+  assert not path.exists()
+  np.testing.assert_array_equal(copy[:], np.arange(10))
+
+
+class TestPrefetched:
+  """Batches are made ready while the devices compute."""
+
+  def test_overlaps_and_counts_the_wait(self):
+    def slow(count):
+      for i in range(count):
+        time.sleep(0.05)
+        yield i
+
+    batches = pipelines.Prefetched(slow(8), lambda batch: -batch)
+    got = []
+    for _ in range(6):
+      got.append(next(batches))
+      time.sleep(0.06)  # The step.
+    assert got == [0, -1, -2, -3, -4, -5]
+    assert 0.04 < batches.seconds_waited < 0.15  # The first one, not 0.3 s.
+    batches.close()
+
+  def test_errors_reach_the_loop(self):
+    def broken():
+      yield 1
+      raise ValueError('no more')
+
+    batches = pipelines.Prefetched(broken(), lambda batch: batch)
+    assert next(batches) == 1
+    with pytest.raises(ValueError, match='no more'):
+      next(batches)
+    batches.close()
+
+
+_MEMORY = """
+import os
+import sys
+import numpy as np
+from mlcd_jax.data import pipelines
+import cv2
+
+
+class Source:
+  num_classes = 0
+  images = [cv2.imencode('.png', np.random.default_rng(i).integers(
+      0, 255, (32, 32, 3), np.uint8))[1].tobytes() for i in range(64)]
+
+  def __len__(self):
+    return 10_000
+
+  def __getitem__(self, i):
+    return {'key': str(i), 'image': self.images[i % 64], 'label': -1,
+            'caption': ''}
+
+  def keys(self):
+    return np.arange(len(self)).astype('S')
+
+
+def resident():
+  with open('/proc/self/statm') as f:
+    return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+rows = np.arange(10_000)
+batches = pipelines.Prefetched(
+  pipelines.train_batches(
+    Source(), rows, rows[:, None].astype(np.int32), num_positives=1,
+    batch_size=16, image_size=32, crop_area=(0.5, 1.0), flip=True, seed=0),
+  lambda batch: batch)
+sizes = {}
+for step in range(1, int(sys.argv[1]) + 1):
+  next(batches)
+  if step in (200, int(sys.argv[1])):
+    print(resident())
+batches.close()
+"""
+
+
+def test_memory_does_not_grow():
+  done = subprocess.run(
+    [sys.executable, '-c', _MEMORY, '2000'],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=300,
   )
-
-
-def test_bad_image_weighs_nothing(source):
-  class Broken:
-    def __len__(self):
-      return len(source)
-
-    def __getitem__(self, index):
-      record = source[index]
-      return record | {'image': b'<html>'} if record['label'] == 3 else record
-
-  labels = [source[i]['label'] for i in range(50)]
-  batches = list(
-    pipelines.ordered_batches(Broken(), batch_size=50, image_size=28)
-  )
-  np.testing.assert_array_equal(batches[0]['weight'], np.array(labels) != 3)
-  assert not batches[0]['image'][np.array(labels) == 3].any()
+  early, late = map(int, done.stdout.split())
+  assert late < 1.05 * early

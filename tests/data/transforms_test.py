@@ -1,60 +1,238 @@
-"""Crops and sizes."""
+"""Every kind of image file, good and bad, with its exact outcome."""
+
+import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
 from PIL import Image
 import pytest
+import shards
 
 from mlcd_jax.data import transforms
 
 
-def gradient(height, width):
-  rows = np.linspace(0, 255, height)[:, None, None]
-  columns = np.linspace(0, 255, width)[None, :, None]
-  pixels = np.broadcast_to(rows / 2 + columns / 2, (height, width, 1))
-  return np.repeat(pixels, 3, 2).astype(np.uint8)
+def _smooth(height=48, width=64):
+  """A picture that survives JPEG and resizing."""
+  y, x = np.mgrid[:height, :width]
+  return np.stack([x * 3, y * 4, 255 - x * 3], -1).astype(np.uint8)
 
 
-@pytest.mark.parametrize('extension', ['.png', '.jpg', '.webp'])
-def test_decode_gives_rgb(extension):
-  pixels = np.zeros((20, 30, 3), np.uint8)
-  pixels[..., 0] = 200  # Red.
-  encoded = cv2.imencode(extension, pixels[..., ::-1])[1].tobytes()
-  decoded = transforms.decode(encoded)
-  assert decoded.shape == (20, 30, 3)
-  assert decoded[..., 0].mean() > 180 and decoded[..., 2].mean() < 20
+def _pillow(image):
+  with Image.open(io.BytesIO(image)) as opened:
+    return np.asarray(opened.convert('RGB'))
 
 
-@pytest.mark.parametrize('image', [b'', b'<html></html>', b'\xff\xd8\xff'])
-def test_bad_bytes_are_refused(image):
-  with pytest.raises(transforms.BadImage):
-    transforms.decode(image)
+def _bomb(width=9_000, height=9_000):
+  """A PNG of 81 Mpixel by its header, with hardly any data."""
 
-
-def test_random_crop_is_seeded_and_keeps_its_area():
-  pixels = gradient(60, 40)
-
-  def crop(seed, **options):
-    return transforms.random_resized_crop(
-      pixels, 16, np.random.default_rng(seed), **options
+  def chunk(kind, data):
+    body = kind + data
+    return (
+      struct.pack('>I', len(data)) + body + struct.pack('>I', zlib.crc32(body))
     )
 
-  whole = dict(area=(1.0, 1.0), flip=False)
-  part = dict(area=(0.1, 0.2), flip=False)
-  np.testing.assert_array_equal(crop(0, **part), crop(0, **part))
-  assert not np.array_equal(crop(0, **part), crop(1, **part))
-  spread = [int(np.ptp(crop(0, **options))) for options in (whole, part)]
-  assert spread[0] > 1.5 * spread[1]
-  flipped = [crop(s, area=(1.0, 1.0), flip=True) for s in range(20)]
-  rising = [f[8, -1, 0] > f[8, 0, 0] for f in flipped]
-  assert 0 < sum(rising) < 20
+  header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  return (
+    b'\x89PNG\r\n\x1a\n'
+    + chunk(b'IHDR', header)
+    + chunk(b'IDAT', zlib.compress(b''))
+    + chunk(b'IEND', b'')
+  )
 
 
-def test_center_crop_equals_pillow():
-  pixels = gradient(60, 40)
-  found = transforms.resize_center_crop(pixels, 20)
-  resized = Image.fromarray(pixels).resize((20, 30), Image.Resampling.BICUBIC)
-  np.testing.assert_array_equal(found, np.asarray(resized)[5:25])
+def _jpeg_bomb():
+  """A JPEG whose frame header says 65,000 x 65,000."""
+  image = bytearray(shards.encode(_smooth()))
+  frame = image.index(b'\xff\xc0')
+  image[frame + 5 : frame + 9] = struct.pack('>HH', 65_000, 65_000)
+  return bytes(image)
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'AVIF'])
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_formats_equal_pillow(kind, mode):
+  image = shards.encode(Image.fromarray(_smooth()).convert(mode), kind)
+  got = transforms.decode(image)
+  assert got.shape == (48, 64, 3) and got.dtype == np.uint8
+  np.testing.assert_allclose(
+    got.astype(int), _pillow(image), atol=3 if kind == 'AVIF' else 1
+  )
+
+
+def test_cmyk():
+  image = shards.encode(Image.fromarray(_smooth()).convert('CMYK'))
+  np.testing.assert_allclose(
+    transforms.decode(image).astype(int), _pillow(image), atol=2
+  )
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'GIF'])
+def test_palette(kind):
+  image = shards.encode(Image.fromarray(_smooth()).convert('P'), kind)
+  np.testing.assert_array_equal(transforms.decode(image), _pillow(image))
+
+
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_16_bits_become_8(channels):
+  pixels = np.full((5, 6, channels), 0x80FF, np.uint16)
+  if channels == 4:
+    pixels[..., 3] = 0xFFFF
+  image = cv2.imencode('.png', pixels)[1].tobytes()
   np.testing.assert_array_equal(
-    transforms.resize_center_crop(pixels[:40], 40), pixels[:40]
+    transforms.decode(image), np.full((5, 6, 3), 0x80, np.uint8)
+  )
+
+
+@pytest.mark.parametrize(
+  ('kind', 'options'),
+  [('PNG', {}), ('WEBP', {'lossless': True, 'exact': True})],
+)
+def test_alpha_is_composited_on_white(kind, options):
+  pixels = np.zeros((4, 3, 4), np.uint8)
+  pixels[..., 0] = 200
+  pixels[..., 3] = [0, 255, 51]
+  got = transforms.decode(shards.encode(pixels, kind, **options))
+  np.testing.assert_array_equal(
+    got[0], [[255, 255, 255], [200, 0, 0], [244, 204, 204]]
+  )
+
+
+def test_grey_with_alpha_and_transparent_palette():
+  grey = Image.fromarray(np.full((4, 4), 100, np.uint8)).convert('LA')
+  grey.putalpha(0)
+  assert (transforms.decode(shards.encode(grey, 'PNG')) == 255).all()
+  palette = Image.new('P', (4, 4), 1)
+  palette.putpalette([255, 0, 0, 0, 255, 0] + [0] * 762)
+  palette.paste(0, (0, 0, 2, 4))
+  for kind in ('PNG', 'GIF'):
+    got = transforms.decode(shards.encode(palette, kind, transparency=0))
+    np.testing.assert_array_equal(got[0, [0, 3]], [[255] * 3, [0, 255, 0]])
+
+
+@pytest.mark.parametrize('kind', ['GIF', 'WEBP', 'PNG'])
+def test_first_frame_of_an_animation(kind):
+  first, second = Image.new('RGB', (8, 8), 'red'), Image.new('RGB', (8, 8))
+  options = {'lossless': True} if kind == 'WEBP' else {}
+  image = shards.encode(
+    first, kind, save_all=True, append_images=[second], **options
+  )
+  assert (transforms.decode(image) == (255, 0, 0)).all()
+
+
+def test_exif_orientation_is_ignored():
+  exif = Image.Exif()
+  exif[0x112] = 6  # Rotated by 90 degrees.
+  image = shards.encode(_smooth(), exif=exif)
+  assert transforms.decode(image).shape == (48, 64, 3)
+
+
+def test_suffix_and_content_may_differ():
+  image = shards.encode(_smooth(), 'PNG')  # As in a file named .jpg.
+  np.testing.assert_array_equal(transforms.decode(image), _smooth())
+
+
+_GOOD = shards.encode(_smooth(), quality=95)
+
+
+@pytest.mark.parametrize(
+  ('image', 'reason'),
+  [
+    (b'', 'empty'),
+    (b'<html><body>404 Not Found</body></html>', 'not an image'),
+    (b'\0' * 4_096, 'not an image'),
+    (_GOOD[: len(_GOOD) // 2], 'undecodable'),
+    (_GOOD[:-20], 'undecodable'),
+    (_GOOD[:2], 'undecodable'),
+    (shards.encode(_smooth(), 'PNG')[:-40], 'undecodable'),
+    (shards.encode(_smooth(), 'WEBP')[:-40], 'undecodable'),
+    (shards.encode(_smooth(), 'GIF')[:200], 'undecodable'),
+    (_bomb(), 'more than 64 Mpixel'),
+    (_jpeg_bomb(), 'more than 64 Mpixel'),
+  ],
+)
+def test_bad_images(image, reason):
+  with pytest.raises(transforms.BadImage, match=f'^{reason}$'):
+    transforms.decode(image)
+  assert reason in transforms.REASONS
+
+
+def test_bomb_is_refused_before_decoding(monkeypatch):
+  monkeypatch.setattr(transforms.cv2, 'imdecode', None)
+  with pytest.raises(transforms.BadImage, match='64 Mpixel'):
+    transforms.decode(_bomb(8_001, 8_000))
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'GIF'])
+def test_read_size(kind):
+  assert transforms.read_size(shards.encode(_smooth(), kind)) == (64, 48)
+
+
+def test_read_size_of_progressive_and_padded_jpeg():
+  image = shards.encode(_smooth(), progressive=True)
+  assert transforms.read_size(image) == (64, 48)
+  padded = image[:2] + b'\xff\xff' + image[2:]
+  assert transforms.read_size(padded) == (64, 48)
+
+
+def _crop(image, size, seed=0, area=(0.9, 1.0), flip=True):
+  draws = np.random.default_rng(seed).random(transforms.NUM_DRAWS)
+  return transforms.random_resized_crop(
+    image, size, draws, area=area, flip=flip
+  )
+
+
+def test_crop_is_seeded():
+  a, b, c = _crop(_GOOD, 28), _crop(_GOOD, 28), _crop(_GOOD, 28, seed=1)
+  assert a.shape == (28, 28, 3) and a.flags.c_contiguous
+  np.testing.assert_array_equal(a, b)
+  assert (a != c).any()
+
+
+def test_crop_keeps_its_area_and_flips_every_second():
+  whole, part = dict(area=(1.0, 1.0), flip=False), dict(area=(0.1, 0.2))
+  crops = [_crop(_GOOD, 16, **options) for options in (whole, part)]
+  spread = [int(np.ptp(crop[..., 0])) for crop in crops]
+  assert spread[0] > 1.3 * spread[1]
+  flipped = [_crop(_GOOD, 16, seed, area=(1.0, 1.0)) for seed in range(20)]
+  falling = [f[8, 0, 0] > f[8, -1, 0] for f in flipped]
+  assert 3 < sum(falling) < 17
+
+
+def test_out_gets_the_result():
+  out = np.zeros((2, 28, 28, 3), np.uint8)
+  for seed in range(4):  # Flipped and not.
+    draws = np.random.default_rng(seed).random(transforms.NUM_DRAWS)
+    transforms.random_resized_crop(
+      _GOOD, 28, draws, area=(0.9, 1.0), flip=True, out=out[1]
+    )
+    np.testing.assert_array_equal(out[1], _crop(_GOOD, 28, seed))
+    assert not out[0].any()
+
+
+@pytest.mark.parametrize('factor', [2, 4, 8])
+def test_reduced_decoding_gives_the_same_crop(factor):
+  pixels = np.asarray(Image.fromarray(_smooth()).resize((1_280, 960)))
+  jpeg, png = shards.encode(pixels, quality=95), shards.encode(pixels, 'PNG')
+  for seed in range(4):
+    a = _crop(jpeg, 800 // factor, seed)
+    b = _crop(png, 800 // factor, seed)  # Never reduced.
+    assert np.abs(a.astype(int) - b).mean() < 1.5
+
+
+def test_a_single_pixel():
+  image = shards.encode(np.full((1, 1, 3), 7, np.uint8), 'PNG')
+  assert (_crop(image, 8) == 7).all()
+  resized = transforms.resize_center_crop(transforms.decode(image), 8)
+  assert (resized == 7).all()
+
+
+def test_resize_center_crop():
+  pixels = _smooth(40, 80)
+  got = transforms.resize_center_crop(pixels, 40)
+  np.testing.assert_array_equal(got, pixels[:, 20:60])
+  resized = Image.fromarray(pixels).resize((40, 20), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(
+    transforms.resize_center_crop(pixels, 20), np.asarray(resized)[:, 10:30]
   )

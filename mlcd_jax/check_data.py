@@ -1,0 +1,87 @@
+"""Reads every image of a config's data once and lists the bad ones.
+
+  python -m mlcd_jax.check_data --config=configs/vit_b16.py:webdataset \
+    --config.data.path='data/*.tar' --workdir=runs/b16
+
+writes bad_keys.txt into the workdir, one key a line. A run in that workdir
+leaves them out; another one does with --config.data.bad_keys=FILE.
+"""
+
+from concurrent import futures
+import os
+import pathlib
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from mlcd_jax import cli
+from mlcd_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
+_WORKDIR = flags.DEFINE_string('workdir', '.', 'Where bad_keys.txt is written.')
+
+_CHUNK = 1_024  # Images in flight, so that memory stays bounded.
+
+
+def main(rest: list[str]) -> None:
+  """Checks the images and writes the list."""
+  if rest:
+    raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
+  from mlcd_jax import config as config_lib
+  from mlcd_jax import files
+
+  config_lib.check(_CONFIG.value)
+  path = pathlib.Path(_WORKDIR.value) / 'bad_keys.txt'
+  keys, found = find_bad(_CONFIG.value.data)
+  try:
+    with files.atomic(path) as temporary:
+      temporary.write_bytes(b''.join(key + b'\n' for key in keys))
+  except OSError as e:
+    raise errors.UserError(
+      f'--workdir={_WORKDIR.value}: cannot be written ({e.strerror})'
+    ) from e
+  print(f'{found.summary()}; {len(keys)} keys written to {path}')
+
+
+def find_bad(data) -> tuple[list[bytes], Any]:
+  """Decodes every image.
+
+  Args:
+    data: a config's `data`; its bad_keys are not used.
+
+  Returns:
+    The keys of the images that cannot be decoded, in order, and the
+    `problems.Problems`, with what the source leaves out in any case.
+  """
+  from mlcd_jax import metrics
+  from mlcd_jax.data import problems
+  from mlcd_jax.data import sources
+  from mlcd_jax.data import transforms
+
+  data = data.copy_and_resolve_references()
+  data.bad_keys = ''
+  found = problems.Problems('check_data')
+  source = sources.make(data, found=found)
+  progress = metrics.Progress('check_data', len(source), unit='images')
+
+  def check(index):
+    try:
+      transforms.decode(source[index]['image'])
+    except transforms.BadImage as e:
+      return index, str(e)
+
+  bad = []
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for start in range(0, len(source), _CHUNK):
+      chunk = range(len(source))[start : start + _CHUNK]
+      bad += filter(None, pool.map(check, chunk))
+      progress.update(chunk.stop)
+  keys = source.keys()
+  for index, reason in bad:
+    found.add(keys[index].decode('utf-8', 'replace'), reason)
+  return [bytes(keys[index]) for index, _ in bad], found
+
+
+if __name__ == '__main__':
+  cli.run(main, required=('config',))

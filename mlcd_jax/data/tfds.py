@@ -1,0 +1,154 @@
+"""TFDS data sets prepared as ArrayRecord, read without TensorFlow."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import fcntl
+import pathlib
+from typing import Any
+
+import ml_collections
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mlcd_jax import errors
+from mlcd_jax.data import problems
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+  """See `sources.Source`; a key is the split and the place in it.
+
+  Attributes:
+    data: what `builder.as_data_source` returns, images undecoded.
+    split: name of the split, part of every key.
+    image_key: feature with the image.
+    label_key: feature with the class, ignored where the data set has none.
+    caption_key: feature with the caption, ignored likewise.
+    num_classes: number of classes of `label_key`.
+  """
+
+  data: Any
+  split: str
+  image_key: str
+  label_key: str
+  caption_key: str
+  num_classes: int
+
+  def __len__(self) -> int:
+    return len(self.data)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    record = self.data[int(index)]
+    caption = record.get(self.caption_key, b'')
+    return {
+      'key': self._key(index),
+      'image': record[self.image_key],
+      'label': int(record.get(self.label_key, -1)),
+      'caption': caption.decode('utf-8', 'replace'),
+    }
+
+  def keys(self) -> np.ndarray:
+    """See `sources.Source`."""
+    return np.array([self._key(i).encode() for i in range(len(self))])
+
+  def _key(self, index: int) -> str:
+    return f'{self.split}-{index:09d}'
+
+
+def make_embedded(
+  data: ml_collections.ConfigDict, split: str, found: problems.Problems
+) -> TfdsSource:
+  """Opens the digits, preparing them the first time."""
+  del found
+  from mlcd_jax.data import digits
+
+  with _prepared_folder(data.data_dir) as folder:
+    builder = digits.MlcdDigits(data_dir=folder, file_format='array_record')
+    builder.download_and_prepare()
+  return _from_builder(builder, data, split)
+
+
+def make(
+  data: ml_collections.ConfigDict, split: str, found: problems.Problems
+) -> TfdsSource:
+  """Opens the prepared data set named `data.path`."""
+  del found
+  if not data.path:
+    raise errors.UserError('data.path: name the TFDS data set')
+  try:
+    builder = tfds.builder(
+      data.path,
+      data_dir=data.data_dir or None,
+      file_format='array_record',
+    )
+  except (tfds.core.DatasetNotFoundError, ValueError) as e:
+    reason = str(e).strip().splitlines()[0]
+    raise errors.UserError(
+      f'data.path={data.path}: not a TFDS data set ({reason})'
+    ) from e
+  if not builder.is_prepared():
+    raise errors.UserError(
+      f'data.path={data.path} is not prepared as ArrayRecord in '
+      f'{builder.data_path.parent.parent}; prepare it with: tfds build '
+      f'{data.path} --file_format=array_record'
+    )
+  return _from_builder(builder, data, split)
+
+
+def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
+  """Opens one split of a prepared builder, images left encoded."""
+  try:
+    num_images = builder.info.splits[split].num_examples
+  except (KeyError, ValueError) as e:
+    raise errors.UserError(
+      f'data.split={split}: {builder.name} has '
+      + ', '.join(sorted(builder.info.splits))
+    ) from e
+  if not num_images:
+    raise errors.UserError(
+      f'data.split={split} of {builder.name} has no images'
+    )
+  features = builder.info.features
+  image_key = data.get('image_key', 'image')
+  if image_key not in features:
+    raise errors.UserError(
+      f'data.image_key={image_key}: {builder.name} has '
+      + ', '.join(sorted(features))
+    )
+  return TfdsSource(
+    data=builder.as_data_source(
+      split, decoders={image_key: tfds.decode.SkipDecoding()}
+    ),
+    split=split,
+    image_key=image_key,
+    label_key=data.label_key,
+    caption_key=data.get('caption_key', ''),
+    num_classes=_num_classes(features, data.label_key),
+  )
+
+
+def _num_classes(features, label_key: str) -> int:
+  """0 where the feature is missing or no class label."""
+  if label_key not in features:
+    return 0
+  return getattr(features[label_key], 'num_classes', None) or 0
+
+
+@contextlib.contextmanager
+def _prepared_folder(data_dir: str) -> Iterator[str]:
+  """Yields TFDS's data folder, held so that one process at a time writes."""
+  tfds.disable_progress_bar()
+  folder = pathlib.Path(data_dir or tfds.core.constants.get_default_data_dir())
+  folder = folder.expanduser()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / '.mlcd_digits.lock', 'w')
+  except OSError as e:
+    raise errors.UserError(
+      f'data.data_dir={folder}: cannot be written ({e.strerror}); name a '
+      'folder that can, here or in TFDS_DATA_DIR'
+    ) from e
+  with lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield str(folder)

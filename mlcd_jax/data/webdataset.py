@@ -1,0 +1,124 @@
+"""WebDataset tars, as img2dataset writes them, read at random by an index."""
+
+from concurrent import futures
+import functools
+import logging
+import multiprocessing
+import os
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from mlcd_jax import files
+from mlcd_jax.data import problems
+from mlcd_jax.data import storage
+from mlcd_jax.data import tar_index
+
+_log = logging.getLogger(__name__)
+
+# Starting processes takes seconds; so long the headers of so many bytes take.
+_BYTES_PER_PROCESS = 2 * 2**30
+
+
+class TarSource:
+  """See `sources.Source`; a record is one read of the tar."""
+
+  def __init__(self, paths: list[str], indices: list[tar_index.Index]):
+    """Takes the tars' paths and indices, in the same order."""
+    self._paths = paths
+    self._ends = np.cumsum([len(index.keys) for index in indices])
+    self._keys = files.SharedArray(
+      np.concatenate([index.keys for index in indices])
+    )
+    self._numbers = files.SharedArray(
+      np.concatenate([index.numbers for index in indices], axis=1)
+    )
+    labels = self._numbers[4]
+    self.num_classes = int(labels.max(initial=-1)) + 1
+
+  def __len__(self) -> int:
+    return len(self._keys)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    start, size, caption_start, caption_size, label = map(
+      int, self._numbers[:, index]
+    )
+    shard = int(np.searchsorted(self._ends, index, side='right'))
+    path = self._paths[shard]
+    # Members of a sample are neighbours, so one read gets both.
+    first, last = start, start + size
+    if caption_start >= 0:
+      first = min(first, caption_start)
+      last = max(last, caption_start + caption_size)
+    content = storage.read(path, first, last - first)
+    caption = b''
+    if caption_start >= 0:
+      place = caption_start - first
+      caption = content[place : place + caption_size]
+    return {
+      'key': self._keys[index].decode(),
+      'image': content[start - first : start - first + size],
+      'label': label,
+      'caption': caption.decode('utf-8', 'replace'),
+    }
+
+  def keys(self) -> np.ndarray:
+    """See `sources.Source`."""
+    return self._keys.array
+
+
+def make(
+  data: ml_collections.ConfigDict, split: str, found: problems.Problems
+) -> TarSource:
+  """Opens the tars of `data.path`; '{split}' in it is replaced."""
+  tars = storage.find(data.path.replace('{split}', split), ['.tar'])
+  members = tar_index.Members(
+    image=data.get('image_key', 'image'),
+    label=data.label_key,
+    caption=data.get('caption_key', 'caption'),
+  )
+  indices = _load_all(tars, members, data.get('cache_dir', ''))
+  for index in indices:
+    for reason, names in index.problems.items():
+      for name in names:
+        found.add(name, reason)
+  return TarSource([tar.path for tar in tars], indices)
+
+
+def _load_all(
+  tars: list[storage.File], members: tar_index.Members, cache_dir: str
+) -> list[tar_index.Index]:
+  """Reads the indices that are kept, makes the others in parallel."""
+  options = dict(members=members, cache_dir=cache_dir)
+  with futures.ThreadPoolExecutor(32) as pool:
+    indices = dict(
+      zip(tars, pool.map(functools.partial(tar_index.find, **options), tars))
+    )
+  todo = [tar for tar in tars if indices[tar] is None]
+  # Each host begins elsewhere, so that on a shared disk they divide the work.
+  first = jax.process_index() * len(todo) // jax.process_count()
+  todo = [*todo[first:], *todo[:first]]
+  if todo:
+    _log.info('webdataset: indexing %d of %d tars', len(todo), len(tars))
+    with _pool(todo) as pool:
+      made = pool.map(functools.partial(tar_index.load, **options), todo)
+      indices.update(zip(todo, made))
+  return [indices[tar] for tar in tars]
+
+
+def _pool(tars: list[storage.File]) -> futures.Executor:
+  """Threads to wait for a network, processes to parse."""
+  if any(storage.is_url(tar.path) for tar in tars):
+    return futures.ThreadPoolExecutor(32)
+  processes = min(
+    os.cpu_count() or 1,
+    len(tars),
+    sum(tar.size for tar in tars) // _BYTES_PER_PROCESS,
+  )
+  if processes < 2:
+    return futures.ThreadPoolExecutor(1)
+  return futures.ProcessPoolExecutor(
+    processes, multiprocessing.get_context('spawn')
+  )
