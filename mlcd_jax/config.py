@@ -52,11 +52,18 @@ def default() -> ml_collections.ConfigDict:
   c.model.dtype = 'bfloat16'  # Of the products; weights stay float32.
 
   c.loss = ml_collections.ConfigDict()
-  c.loss.name = 'mlcd'  # mlcd (Eq. 5) | mlc (Eq. 4) | softmax
+  # mlcd (Eq. 5) | mlc (Eq. 4) | softmax | mean_softmax | sigmoid
+  c.loss.name = 'mlcd'
   c.loss.num_positives = 8  # Nearest centers used as labels.
-  c.loss.margin = 0.3  # CosFace: subtracted from a positive's cosine.
+  c.loss.label_choice = 'nearest'  # random: anew each step, of all stored.
+  c.loss.min_similarity = -1.0  # Labels of a lower cosine are left out.
+  c.loss.margin = 0.3  # Subtracted from a positive's cosine, or its radians.
+  c.loss.margin_type = 'cosface'  # cosface | arcface
   c.loss.scale = 64.0
   c.loss.sample_rate = 0.1  # Share of all classes drawn as negatives a step.
+  c.loss.negatives = 'uniform'  # partial_fc: the batch's positives first.
+  c.loss.interclass_filter = 0.0  # Negatives' cosines above count as 0; 0 = off.
+  c.loss.chunk_megabytes = 256.0  # Of a device's logits that exist at a time.
 
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.learning_rate = 1e-3
