@@ -136,6 +136,11 @@ def _merged_loss(config, negatives_B, cosines_BP, valid_BP, drawn_BP):
   negatives_B = losses.merge_negatives(config.name, negatives_B, sharding.AXES)
   # Each positive lives on one device; the others add zero.
   cosines_BP = lax.psum(cosines_BP, sharding.AXES)
+  # Where these meet what differs between devices their gradients are summed
+  # over those: here, and not once they are broadcast to [B, P, P].
+  negatives_B, cosines_BP = lax.pcast(
+    (negatives_B, cosines_BP), sharding.AXES, to='varying'
+  )
   positives_BP = losses.positive_logits(
     cosines_BP,
     margin=config.margin,

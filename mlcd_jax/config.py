@@ -62,7 +62,9 @@ def default() -> ml_collections.ConfigDict:
   c.loss.scale = 64.0
   c.loss.sample_rate = 0.1  # Share of all classes drawn as negatives a step.
   c.loss.negatives = 'uniform'  # partial_fc: the batch's positives first.
-  c.loss.interclass_filter = 0.0  # Negatives' cosines above count as 0; 0 = off.
+  c.loss.interclass_filter = (
+    0.0  # Negatives' cosines above count as 0; 0 = off.
+  )
   c.loss.chunk_megabytes = 256.0  # Of a device's logits that exist at a time.
 
   c.optimizer = ml_collections.ConfigDict()

@@ -1,9 +1,10 @@
 """Where classes lie in the classifier's weight, and which ones a step draws.
 
 Classes are dealt to blocks of rows in turn, so that every block, and so every
-device, has as many classes as any other, and neighbouring (say, popular)
-clusters are spread over all of them. Negatives are drawn block by block from
-the block's own random numbers, so that every mesh draws the same ones.
+device, has as many classes as any other. Blocks take turns in bit-reversed
+order, so that neighbouring (say, popular) clusters come to lie on different
+devices. Negatives are drawn block by block from the block's own random
+numbers, so that every mesh draws the same ones.
 
 Shapes: B images, C classes padded to whole blocks, P positives. Upper case is
 global, lower case this device's part.
@@ -12,6 +13,7 @@ global, lower case this device's part.
 import dataclasses
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -46,18 +48,26 @@ class Layout:
 
   def row_of(self, classes: jax.Array) -> jax.Array:
     """Row of the weight that holds a class; -1 stays -1."""
-    block, place = classes % self.blocks, classes // self.blocks
+    block = jnp.asarray(self._turns)[classes % self.blocks]
+    place = classes // self.blocks
     return jnp.where(classes >= 0, block * self.rows_per_block + place, -1)
 
   def class_of(self, rows: jax.Array) -> jax.Array:
     """Inverse of `row_of`; padding gives classes past the last."""
     block, place = rows // self.rows_per_block, rows % self.rows_per_block
-    return place * self.blocks + block
+    return place * self.blocks + jnp.asarray(self._turns)[block]
 
   def block_sizes(self) -> np.ndarray:
     """Classes of each block, without padding."""
-    first = np.arange(self.blocks)
-    return -(-(self.num_classes - first) // self.blocks)
+    return -(-(self.num_classes - self._turns) // self.blocks)
+
+  @property
+  def _turns(self) -> np.ndarray:
+    """Bit-reversed numbers below `blocks`; its own inverse."""
+    turns = np.zeros(1, np.int32)
+    while len(turns) < self.blocks:
+      turns = np.concatenate([2 * turns, 2 * turns + 1])
+    return turns
 
 
 def num_sampled(config: ml_collections.ConfigDict, num_classes: int) -> int:
@@ -148,21 +158,29 @@ def capacity(
 def _quotas(key: jax.Array, layout: Layout, count: int) -> jax.Array:
   """How many classes to draw from each block, int32 [blocks].
 
-  The running share of block b, count * classes before b / num_classes, is
-  shifted by one random offset and rounded down (systematic sampling).
+  A block's share of `count` is rounded down or up by systematic sampling: the
+  blocks are lined up in random order, and those whose fraction takes the
+  running sum past a whole number, from a random start, are rounded up. The
+  sum is `count` and every class has the same chance.
   """
-  before = np.concatenate([[0], np.cumsum(layout.block_sizes())])
-  whole, rest = np.divmod(before * count, layout.num_classes)
-  offset = jax.random.randint(key, (), 0, layout.num_classes)
-  rounded = whole.astype(np.int32) + (
-    rest.astype(np.int32) >= layout.num_classes - offset
+  order_key, start_key = jax.random.split(key)
+  classes = jnp.uint32(layout.num_classes)
+  whole, rest = np.divmod(
+    layout.block_sizes().astype(np.int64) * count, layout.num_classes
   )
-  return rounded[1:] - rounded[:-1]
+  order = jax.random.permutation(order_key, layout.blocks)
+  fraction = jnp.asarray(rest.astype(np.uint32))[order]
+  start = jax.random.randint(start_key, (1,), 0, layout.num_classes)
+  # Sums modulo the number of classes, which must not overflow.
+  running = lax.associative_scan(
+    lambda a, b: jnp.where(a + b >= classes, a + b - classes, a + b),
+    jnp.concatenate([start.astype(jnp.uint32), fraction[:-1]]),
+  )
+  up = running + fraction >= classes
+  return jnp.asarray(whole.astype(np.int32)).at[order].add(up)
 
 
-def _priorities(
-  key: jax.Array, layout: Layout, blocks: jax.Array
-) -> jax.Array:
+def _priorities(key: jax.Array, layout: Layout, blocks: jax.Array) -> jax.Array:
   """Random uint32 [blocks, rows_per_block], no two alike in a block."""
   bits = jax.vmap(
     lambda block: jax.random.bits(
