@@ -9,7 +9,7 @@ from mlcd_jax import errors
 
 SOURCES = ('embedded', 'tfds')
 EMBEDDERS = ('hog',)
-LOSSES = ('mlcd', 'mlc', 'softmax')
+LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 TASKS = ('linear', 'knn', 'few_shot')
 
 
@@ -50,6 +50,9 @@ def default() -> ml_collections.ConfigDict:
   c.model.embedding_dim = 512  # Width of the classifier's input.
   c.model.pooling = 'class_token'  # class_token | average
   c.model.dtype = 'bfloat16'  # Of the products; weights stay float32.
+  c.model.remat = 'none'  # Kept for the backward pass: none | dots | full.
+  c.model.scan_layers = False  # Compile one block and loop over it.
+  c.model.drop_path = 0.0  # Chance that the last block is skipped.
 
   c.loss = ml_collections.ConfigDict()
   # mlcd (Eq. 5) | mlc (Eq. 4) | softmax | mean_softmax | sigmoid
@@ -72,14 +75,20 @@ def default() -> ml_collections.ConfigDict:
   c.optimizer.weight_decay = 0.2
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
+  c.optimizer.schedule = 'cosine'  # cosine | polynomial | constant
   c.optimizer.warmup_steps = 0.1  # Steps, or below 1 a fraction of the run.
   c.optimizer.gradient_clip_norm = 5.0  # 0 = off.
   c.optimizer.head_learning_rate_multiplier = 1.0  # For the classifier.
+  c.optimizer.head_update = 'dense'  # sparse: only classes with a gradient.
+  # (pattern of names, factor) of learning rates; 0 freezes.
+  c.optimizer.multipliers = ()
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = 0  # Either steps or epochs.
   c.train.epochs = 0.0
   c.train.batch_size = 256  # Images a step, over all devices.
+  c.train.accumulate_steps = 1  # Parts of a batch, one after the other.
+  c.train.ema_decay = 0.0  # Of an average of the encoder, then used; 0 = off.
   c.train.checkpoint_every_steps = 1_000
   c.train.log_every_steps = 50
   c.train.stop_after_steps = 0  # Steps in this invocation; 0 = to the end.
@@ -87,6 +96,7 @@ def default() -> ml_collections.ConfigDict:
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1  # Devices that split batch and points; -1 = the rest.
   c.mesh.fsdp = 1  # Devices that also split the weights and the centers.
+  c.mesh.slices = 1  # Of TPU chips, or hosts of GPUs, that mesh.data spans.
 
   c.evaluate = ml_collections.ConfigDict()
   c.evaluate.tasks = TASKS
@@ -134,7 +144,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     'embed.embedder': EMBEDDERS,
     'model.pooling': ('class_token', 'average'),
     'model.dtype': ('float32', 'bfloat16'),
+    'model.remat': ('none', 'dots', 'full'),
     'loss.name': LOSSES,
+    'loss.label_choice': ('nearest', 'random'),
+    'loss.margin_type': ('cosface', 'arcface'),
+    'loss.negatives': ('uniform', 'partial_fc'),
+    'optimizer.schedule': ('cosine', 'polynomial', 'constant'),
+    'optimizer.head_update': ('dense', 'sparse'),
   }.items():
     if _get(config, field) not in choices:
       raise errors.UserError(
@@ -162,10 +178,14 @@ _RANGES = (
   ('cluster.num_labels', 1, 1_024),
   ('model.image_size', 1, 16_384),
   ('model.embedding_dim', 1, 65_536),
+  ('model.drop_path', 0, 0.999),
   ('loss.num_positives', 1, 1_024),
+  ('loss.min_similarity', -1, 1),
   ('loss.margin', 0, 2),
   ('loss.scale', 1e-6, 1e6),
   ('loss.sample_rate', 1e-9, 1),
+  ('loss.interclass_filter', 0, 1),
+  ('loss.chunk_megabytes', 1e-3, _INF),
   ('optimizer.learning_rate', 0, _INF),
   ('optimizer.weight_decay', 0, _INF),
   ('optimizer.b1', 0, 1),
@@ -176,6 +196,8 @@ _RANGES = (
   ('train.steps', 0, _INF),
   ('train.epochs', 0, _INF),
   ('train.batch_size', 1, _INF),
+  ('train.accumulate_steps', 1, _INF),
+  ('train.ema_decay', 0, 1),
   ('train.checkpoint_every_steps', 1, _INF),
   ('train.log_every_steps', 1, _INF),
   ('train.stop_after_steps', 0, _INF),

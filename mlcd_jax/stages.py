@@ -27,6 +27,7 @@ from mlcd_jax import manifests
 from mlcd_jax import report
 from mlcd_jax import sharding
 from mlcd_jax import train
+from mlcd_jax import train_step
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import stage as evaluate
 
@@ -172,7 +173,7 @@ class _Run:
     if manifest.complete:
       return
     source = sources.make(self._config.data)
-    program = train.Program(
+    program = train_step.Program(
       config=self._config,
       num_classes=self._done('cluster').result['num_centers'],
       steps=train.num_steps(self._config, len(source)),

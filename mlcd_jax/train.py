@@ -1,165 +1,28 @@
-"""The train stage: state, step and loop."""
+"""The train stage: data, step and loop."""
 
-import dataclasses
-import functools
 import logging
 import math
 import pathlib
 import time
-from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
-import optax
 
 from mlcd_jax import checkpoint
-from mlcd_jax import classifier
 from mlcd_jax import embeddings
 from mlcd_jax import errors
 from mlcd_jax import interrupt
 from mlcd_jax import labels as labels_lib
 from mlcd_jax import manifests
 from mlcd_jax import metrics as metrics_lib
-from mlcd_jax import models
-from mlcd_jax import optimizer
 from mlcd_jax import sharding
+from mlcd_jax import train_step
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 
 _log = logging.getLogger(__name__)
-
-
-@flax.struct.dataclass
-class TrainState:
-  """What a checkpoint holds.
-
-  Attributes:
-    step: int32 scalar, steps taken.
-    params: {"encoder": ..., "classifier": {"weight"}}, float32.
-    opt_state: of optax.
-  """
-
-  step: jax.Array
-  params: dict[str, Any]
-  opt_state: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """The jitted parts of training, before any array exists."""
-
-  config: ml_collections.ConfigDict
-  num_classes: int
-  steps: int
-  mesh: Mesh
-
-  @functools.cached_property
-  def model(self):
-    """The encoder."""
-    return models.make(self.config.model)
-
-  @functools.cached_property
-  def schedule(self) -> optax.Schedule:
-    """Step -> learning rate."""
-    return optimizer.make_schedule(self.config.optimizer, self.steps)
-
-  @functools.cached_property
-  def abstract_state(self) -> TrainState:
-    """Shapes, types and shardings of the state."""
-    shapes = jax.eval_shape(self._init)
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      sharding.state_shardings(self.mesh, shapes),
-    )
-
-  def init(self) -> TrainState:
-    """Makes the state of step 0, the same on every mesh."""
-    return jax.jit(self._init, out_shardings=self._shardings)()
-
-  def init_encoder(self) -> dict[str, Any]:
-    """The encoder's parameters of step 0, without the rest of the state."""
-    return jax.jit(
-      self._init_encoder, out_shardings=self._shardings.params['encoder']
-    )()
-
-  @functools.cached_property
-  def step(self):
-    """(state, batch) -> (state, metrics); the old state is given up."""
-    replicated = NamedSharding(self.mesh, sharding.REPLICATED)
-    batch = NamedSharding(self.mesh, sharding.BATCH)
-    return jax.jit(
-      self._step,
-      in_shardings=(self._shardings, batch),
-      out_shardings=(self._shardings, replicated),
-      donate_argnums=0,
-    )
-
-  @property
-  def _shardings(self):
-    return jax.tree.map(lambda x: x.sharding, self.abstract_state)
-
-  @functools.cached_property
-  def _optimizer(self) -> optax.GradientTransformation:
-    return optimizer.make(self.config.optimizer, self.schedule)
-
-  def _key(self, purpose: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
-
-  def _init_encoder(self) -> dict[str, Any]:
-    size = self.config.model.image_size
-    images = jnp.zeros((1, size, size, 3), jnp.uint8)
-    return self.model.init(self._key(0), images)['params']
-
-  def _init(self) -> TrainState:
-    params = {
-      'encoder': self._init_encoder(),
-      'classifier': classifier.init(
-        self._key(1), self.num_classes, self.config.model.embedding_dim
-      ),
-    }
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=self._optimizer.init(params),
-    )
-
-  def _step(self, state: TrainState, batch: dict[str, jax.Array]):
-    def loss_fn(params):
-      out = self.model.apply({'params': params['encoder']}, batch['image'])
-      loss_B = classifier.loss(
-        params['classifier']['weight'],
-        out['embedding'],
-        batch['labels'],
-        num_classes=self.num_classes,
-        config=self.config.loss,
-        dtype=jnp.dtype(self.config.model.dtype),
-        key=jax.random.fold_in(self._key(2), state.step),
-        mesh=self.mesh,
-      )
-      weight_B = batch['weight']
-      return jnp.sum(loss_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1)
-
-    loss, gradients = jax.value_and_grad(loss_fn)(state.params)
-    updates, opt_state = self._optimizer.update(
-      gradients, state.opt_state, state.params
-    )
-    metrics = {
-      'train/loss': loss,
-      'train/gradient_norm': optax.tree.norm(gradients),
-      'train/images_without_labels': jnp.sum(1 - batch['weight']),
-    }
-    state = TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-    )
-    return state, metrics
 
 
 def run(
@@ -180,7 +43,7 @@ def run(
   """
   source = sources.make(config.data)
   label_rows = _label_rows(config, source, embeddings_folder)
-  program = Program(
+  program = train_step.Program(
     config=config,
     num_classes=labels.num_classes,
     steps=num_steps(config, len(source)),
@@ -197,7 +60,7 @@ def run(
     source,
     label_rows,
     labels,
-    num_positives=config.loss.num_positives,
+    num_positives=train_step.num_labels(config),
     batch_size=config.train.batch_size,
     image_size=config.model.image_size,
     crop_area=tuple(config.data.crop_area),
@@ -277,8 +140,8 @@ def _label_rows(
 
 
 def _restore_or_init(
-  program: Program, checkpointer: checkpoint.Checkpointer
-) -> tuple[TrainState, int]:
+  program: train_step.Program, checkpointer: checkpoint.Checkpointer
+) -> tuple[train_step.TrainState, int]:
   """The state to go on from, and its step."""
   step = checkpointer.latest_step()
   if step is None:
@@ -290,7 +153,9 @@ def _restore_or_init(
 class _Log:
   """Writes metrics every so many steps, one step late."""
 
-  def __init__(self, program: Program, workdir: pathlib.Path, first: int):
+  def __init__(
+    self, program: train_step.Program, workdir: pathlib.Path, first: int
+  ):
     self._schedule = program.schedule
     self._every = program.config.train.log_every_steps
     self._batch_size = program.config.train.batch_size

@@ -14,6 +14,7 @@ from mlcd_jax import manifests
 from mlcd_jax import sharding
 from mlcd_jax import stages
 from mlcd_jax import train
+from mlcd_jax import train_step
 
 
 @pytest.fixture(scope='module', name='clustered')
@@ -56,7 +57,7 @@ def losses(workdir):
 
 
 def final_params(workdir, config):
-  program = train.Program(
+  program = train_step.Program(
     config=config,
     num_classes=config.cluster.num_centers,
     steps=config.train.steps,
@@ -121,7 +122,7 @@ def test_loss_falls(start, tmp_path):
 
 def test_state_is_sharded_as_its_parameters(tiny_config):
   tiny_config.model.variant = 'S/14'  # Large enough for FSDP.
-  program = train.Program(
+  program = train_step.Program(
     config=tiny_config, num_classes=1_500, steps=10,
     mesh=sharding.make_mesh(2, 4),
   )  # fmt: skip

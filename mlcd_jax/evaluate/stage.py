@@ -9,7 +9,7 @@ from mlcd_jax import distributed
 from mlcd_jax import embed
 from mlcd_jax import files
 from mlcd_jax import manifests
-from mlcd_jax import train
+from mlcd_jax import train_step
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
@@ -24,7 +24,7 @@ def run(
   manifest: manifests.Manifest,
   *,
   workdir: pathlib.Path,
-  program: train.Program,
+  program: train_step.Program,
   checkpoints: pathlib.Path,
   embedder: embed.Embedder,
 ) -> None:
@@ -53,7 +53,7 @@ def run(
 
 def _encoders(
   config: ml_collections.ConfigDict,
-  program: train.Program,
+  program: train_step.Program,
   checkpoints: pathlib.Path,
   embedder: embed.Embedder,
 ) -> dict[str, features.Encoder]:
@@ -70,7 +70,7 @@ def _encoders(
     return features.from_model(program.model, params, size, program.mesh)
 
   return {
-    'trained': model(state.params['encoder']),
+    'trained': model(state.encoder),
     'embedder': features.from_embedder(embedder),
     'random': model(program.init_encoder()),
     'raw': features.raw_pixels(),
