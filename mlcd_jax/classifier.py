@@ -279,7 +279,7 @@ def _drawn_rows(drawn_c: jax.Array, capacity: int) -> jax.Array:
   num_local = drawn_c.shape[0]
   if capacity == num_local:
     return jnp.where(drawn_c, jnp.arange(num_local), num_local)
-  found = jnp.nonzero(drawn_c, size=capacity, fill_value=num_local)[0]
+  found = _places(drawn_c, capacity)
   # All different, so that a scatter to them need not be serial.
   return jnp.where(found < num_local, found, num_local + jnp.arange(capacity))
 
@@ -288,8 +288,12 @@ def _owned_pairs(own_BP: jax.Array, num_local: int, capacity: int) -> jax.Array:
   """Flat indices into own_BP of what the device owns; the rest is outside."""
   if capacity == own_BP.size:
     return jnp.arange(own_BP.size)
-  owned = own_BP.reshape(-1) < num_local
-  return jnp.nonzero(owned, size=capacity, fill_value=own_BP.size)[0]
+  return _places(own_BP.reshape(-1) < num_local, capacity)
+
+
+def _places(mask: jax.Array, capacity: int) -> jax.Array:
+  """Where the mask is set, then its length; jnp.nonzero's scatter is slow."""
+  return jnp.searchsorted(jnp.cumsum(mask), jnp.arange(1, capacity + 1))
 
 
 def _reduced_negatives(e_BD, own_BP, *, w_sD, negative_s, config, dtype):

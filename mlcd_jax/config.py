@@ -137,8 +137,15 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return plain(config.to_dict())
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError naming the first field that cannot be used."""
+def check(
+  config: ml_collections.ConfigDict, *, skip: tuple[str, ...] = ()
+) -> None:
+  """Raises UserError naming the first field that cannot be used.
+
+  Args:
+    config: see `default`.
+    skip: sections whose choices are not checked.
+  """
   for field, choices in {
     'data.source': SOURCES,
     'embed.embedder': EMBEDDERS,
@@ -152,6 +159,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     'optimizer.schedule': ('cosine', 'polynomial', 'constant'),
     'optimizer.head_update': ('dense', 'sparse'),
   }.items():
+    if field.partition('.')[0] in skip:
+      continue
     if _get(config, field) not in choices:
       raise errors.UserError(
         f'{field}={_get(config, field)!r} is unknown; use one of: '
@@ -242,6 +251,13 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f'evaluate.datasets.{name}.source={dataset.source!r} is unknown; '
         'use one of: ' + ', '.join(SOURCES)
+      )
+  if c.mesh.slices < 1:
+    raise errors.UserError(f'mesh.slices={c.mesh.slices}: use at least 1')
+  for rule in c.optimizer.multipliers:
+    if len(rule) != 2 or not isinstance(rule[0], str):
+      raise errors.UserError(
+        f'optimizer.multipliers: {rule!r} is no (pattern, factor)'
       )
   for field in ('mesh.data', 'mesh.fsdp'):
     if _get(c, field) < 1 and _get(c, field) != -1:

@@ -72,8 +72,18 @@ class Labels:
     num_rows: rows of all shards.
   """
 
-  def __init__(self, manifest: manifests.Manifest):
-    """Opens the shards; raises UserError where one is not what was made."""
+  def __init__(
+    self, manifest: manifests.Manifest, *, min_similarity: float = -1.0
+  ):
+    """Opens the shards.
+
+    Args:
+      manifest: of the cluster stage.
+      min_similarity: labels whose cosine is lower become -1.
+
+    Raises:
+      UserError: a file is not what was made.
+    """
     self.num_classes = manifest.result['num_centers']
     self.num_rows = manifest.result['num_rows']
     for name, made in manifest.result['sha256'].items():
@@ -85,12 +95,22 @@ class Labels:
         )
     paths = sorted(manifest.folder.glob('labels_*.npy'))
     self._shards = [files.read_npy(path) for path in paths]
+    self._scores = None
+    if min_similarity > -1:
+      paths = sorted(manifest.folder.glob('scores_*.npy'))
+      self._scores = [files.read_npy(path) for path in paths]
+    self._min_similarity = min_similarity
     self._starts = np.cumsum([0] + [len(s) for s in self._shards]).tolist()
 
   def __getitem__(self, row: int) -> np.ndarray:
     """Returns the labels int32 [L] of one row, nearest first."""
     shard = bisect.bisect_right(self._starts, row) - 1
-    return self._shards[shard][row - self._starts[shard]]
+    place = row - self._starts[shard]
+    labels = self._shards[shard][place]
+    if self._scores is None:
+      return labels
+    similar = self._scores[shard][place] >= self._min_similarity
+    return np.where(similar, labels, np.int32(-1))
 
 
 def join(source_keys: np.ndarray, label_keys: np.ndarray) -> np.ndarray:

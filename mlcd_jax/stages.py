@@ -92,7 +92,7 @@ def run(
       raise errors.UserError(
         f'--stages: {stage!r} is unknown; use any of: ' + ', '.join(STAGES)
       )
-  mesh = _make_mesh(config)
+  mesh = sharding.from_config(config)
   with _locked(workdir):
     run_ = _Run(config, workdir, mesh)
     if distributed.is_main():
@@ -157,7 +157,9 @@ class _Run:
         manifest,
         workdir=self._workdir,
         embeddings_folder=self._done('embed').folder,
-        labels=labels.Labels(made),
+        labels=labels.Labels(
+          made, min_similarity=self._config.loss.min_similarity
+        ),
         mesh=self._mesh,
       )
 
@@ -271,21 +273,6 @@ def _flatten(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
     else:
       out[field] = value
   return out
-
-
-def _make_mesh(config: ml_collections.ConfigDict) -> Mesh:
-  """The mesh, and the sizes that must divide over it."""
-  try:
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  except ValueError as e:
-    raise errors.UserError(str(e)) from e
-  for field in ('train', 'evaluate'):
-    size = config[field].batch_size
-    if size % mesh.size:
-      raise errors.UserError(
-        f'{field}.batch_size={size} is not divisible by the {mesh.size} devices'
-      )
-  return mesh
 
 
 @contextlib.contextmanager

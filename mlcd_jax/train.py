@@ -13,6 +13,7 @@ import numpy as np
 from mlcd_jax import checkpoint
 from mlcd_jax import embeddings
 from mlcd_jax import errors
+from mlcd_jax import hardware
 from mlcd_jax import interrupt
 from mlcd_jax import labels as labels_lib
 from mlcd_jax import manifests
@@ -159,6 +160,10 @@ class _Log:
     self._schedule = program.schedule
     self._every = program.config.train.log_every_steps
     self._batch_size = program.config.train.batch_size
+    self._flops = sum(
+      hardware.train_flops(program.config, program.num_classes).values()
+    )
+    self._peak = hardware.peak_flops(program.mesh.devices.flat)
     self._writer = metrics_lib.Writer(workdir, first_step=first + 1)
     self._progress = metrics_lib.Progress(
       'train', program.steps, unit='steps', done=first
@@ -193,7 +198,11 @@ class _Log:
     from_step, since = self._timed_from
     if step > from_step:
       images = (step - from_step) * self._batch_size
-      values['train/images_per_second'] = images / (now - since)
+      rate = images / (now - since)
+      values['train/images_per_second'] = rate
+      if self._peak:
+        utilisation = rate * self._flops / self._peak
+        values['train/model_flop_utilisation'] = utilisation
       self._timed_from = step, now
     self._writer.write(step, values)
     self._progress.update(
