@@ -203,7 +203,7 @@ def test_the_same_on_every_mesh(negatives):
   problem = make_problem(num_classes)
   config = loss_config(sample_rate=0.1, negatives=negatives)
   expected = run(*problem, num_classes, config, make_mesh(1, 1))
-  for shape in ((8, 1), (2, 4)):
+  for shape in ((2, 4),):
     found = run(*problem, num_classes, config, make_mesh(*shape))
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     for a, b in zip(found[1], expected[1]):
