@@ -4,12 +4,14 @@ python -m mlcd_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from mlcd_jax import config as config_lib
+from mlcd_jax import errors
 from mlcd_jax import presets
 
 
 def get_config(arg=None):
-  """Returns the config; `arg` must be empty."""
-  del arg
+  """Returns the config; there is nothing to choose by `arg`."""
+  if arg:
+    raise errors.UserError(f'configs/quickstart.py has no preset {arg!r}')
   config = config_lib.default()
   presets.digits(config)
   config.model.variant = 'Nano/7'

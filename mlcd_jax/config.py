@@ -16,7 +16,7 @@ SOURCES = (
   'parquet',
 )
 EMBEDDERS = ('hog',)
-LOSSES = ('mlcd', 'mlc', 'softmax')
+LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 TASKS = ('linear', 'knn', 'few_shot')
 
 
@@ -63,27 +63,45 @@ def default() -> ml_collections.ConfigDict:
   c.model.embedding_dim = 512  # Width of the classifier's input.
   c.model.pooling = 'class_token'  # class_token | average
   c.model.dtype = 'bfloat16'  # Of the products; weights stay float32.
+  c.model.remat = 'none'  # Kept for the backward pass: none | dots | full.
+  c.model.scan_layers = False  # Compile one block and loop over it.
+  c.model.drop_path = 0.0  # Chance that the last block is skipped.
 
   c.loss = ml_collections.ConfigDict()
-  c.loss.name = 'mlcd'  # mlcd (Eq. 5) | mlc (Eq. 4) | softmax
+  # mlcd (Eq. 5) | mlc (Eq. 4) | softmax | mean_softmax | sigmoid
+  c.loss.name = 'mlcd'
   c.loss.num_positives = 8  # Nearest centers used as labels.
-  c.loss.margin = 0.3  # CosFace: subtracted from a positive's cosine.
+  c.loss.label_choice = 'nearest'  # random: anew each step, of all stored.
+  c.loss.min_similarity = -1.0  # Labels of a lower cosine are left out.
+  c.loss.margin = 0.3  # Subtracted from a positive's cosine, or its radians.
+  c.loss.margin_type = 'cosface'  # cosface | arcface
   c.loss.scale = 64.0
   c.loss.sample_rate = 0.1  # Share of all classes drawn as negatives a step.
+  c.loss.negatives = 'uniform'  # partial_fc: the batch's positives first.
+  c.loss.interclass_filter = (
+    0.0  # Negatives' cosines above count as 0; 0 = off.
+  )
+  c.loss.chunk_megabytes = 256.0  # Of a device's logits that exist at a time.
 
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.learning_rate = 1e-3
   c.optimizer.weight_decay = 0.2
   c.optimizer.b1 = 0.9
   c.optimizer.b2 = 0.999
+  c.optimizer.schedule = 'cosine'  # cosine | polynomial | constant
   c.optimizer.warmup_steps = 0.1  # Steps, or below 1 a fraction of the run.
   c.optimizer.gradient_clip_norm = 5.0  # 0 = off.
   c.optimizer.head_learning_rate_multiplier = 1.0  # For the classifier.
+  c.optimizer.head_update = 'dense'  # sparse: only classes with a gradient.
+  # (pattern of names, factor) of learning rates; 0 freezes.
+  c.optimizer.multipliers = ()
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = 0  # Either steps or epochs.
   c.train.epochs = 0.0
   c.train.batch_size = 256  # Images a step, over all devices.
+  c.train.accumulate_steps = 1  # Parts of a batch, one after the other.
+  c.train.ema_decay = 0.0  # Of an average of the encoder, then used; 0 = off.
   c.train.checkpoint_every_steps = 1_000
   c.train.log_every_steps = 50
   c.train.stop_after_steps = 0  # Steps in this invocation; 0 = to the end.
@@ -91,6 +109,7 @@ def default() -> ml_collections.ConfigDict:
   c.mesh = ml_collections.ConfigDict()
   c.mesh.data = -1  # Devices that split batch and points; -1 = the rest.
   c.mesh.fsdp = 1  # Devices that also split the weights and the centers.
+  c.mesh.slices = 1  # Of TPU chips, or hosts of GPUs, that mesh.data spans.
 
   c.evaluate = ml_collections.ConfigDict()
   c.evaluate.tasks = TASKS
@@ -139,15 +158,30 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return plain(config.to_dict())
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError naming the first field that cannot be used."""
+def check(
+  config: ml_collections.ConfigDict, *, skip: tuple[str, ...] = ()
+) -> None:
+  """Raises UserError naming the first field that cannot be used.
+
+  Args:
+    config: see `default`.
+    skip: sections whose choices are not checked.
+  """
   for field, choices in {
     'data.source': SOURCES,
     'embed.embedder': EMBEDDERS,
     'model.pooling': ('class_token', 'average'),
     'model.dtype': ('float32', 'bfloat16'),
+    'model.remat': ('none', 'dots', 'full'),
     'loss.name': LOSSES,
+    'loss.label_choice': ('nearest', 'random'),
+    'loss.margin_type': ('cosface', 'arcface'),
+    'loss.negatives': ('uniform', 'partial_fc'),
+    'optimizer.schedule': ('cosine', 'polynomial', 'constant'),
+    'optimizer.head_update': ('dense', 'sparse'),
   }.items():
+    if field.partition('.')[0] in skip:
+      continue
     if _get(config, field) not in choices:
       raise errors.UserError(
         f'{field}={_get(config, field)!r} is unknown; use one of: '
@@ -174,10 +208,14 @@ _RANGES = (
   ('cluster.num_labels', 1, 1_024),
   ('model.image_size', 1, 16_384),
   ('model.embedding_dim', 1, 65_536),
+  ('model.drop_path', 0, 0.999),
   ('loss.num_positives', 1, 1_024),
+  ('loss.min_similarity', -1, 1),
   ('loss.margin', 0, 2),
   ('loss.scale', 1e-6, 1e6),
   ('loss.sample_rate', 1e-9, 1),
+  ('loss.interclass_filter', 0, 1),
+  ('loss.chunk_megabytes', 1e-3, _INF),
   ('optimizer.learning_rate', 0, _INF),
   ('optimizer.weight_decay', 0, _INF),
   ('optimizer.b1', 0, 1),
@@ -188,6 +226,8 @@ _RANGES = (
   ('train.steps', 0, _INF),
   ('train.epochs', 0, _INF),
   ('train.batch_size', 1, _INF),
+  ('train.accumulate_steps', 1, _INF),
+  ('train.ema_decay', 0, 1),
   ('train.checkpoint_every_steps', 1, _INF),
   ('train.log_every_steps', 1, _INF),
   ('train.stop_after_steps', 0, _INF),
@@ -232,6 +272,13 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f'evaluate.datasets.{name}.source={dataset.source!r} is unknown; '
         'use one of: ' + ', '.join(SOURCES)
+      )
+  if c.mesh.slices < 1:
+    raise errors.UserError(f'mesh.slices={c.mesh.slices}: use at least 1')
+  for rule in c.optimizer.multipliers:
+    if len(rule) != 2 or not isinstance(rule[0], str):
+      raise errors.UserError(
+        f'optimizer.multipliers: {rule!r} is no (pattern, factor)'
       )
   for field in ('mesh.data', 'mesh.fsdp'):
     if _get(c, field) < 1 and _get(c, field) != -1:

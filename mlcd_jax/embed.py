@@ -17,6 +17,7 @@ import skimage.feature
 from mlcd_jax import distributed
 from mlcd_jax import embeddings
 from mlcd_jax import errors
+from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax import metrics
 from mlcd_jax.data import problems
@@ -184,13 +185,18 @@ def _summary(
   for shard in range(num_shards):
     notes = embeddings.read_notes(folder, shard)
     bad.merge(notes['bad'], notes['examples'])
-    sha256[embeddings.row_path(folder, shard).name] = notes['sha256']
+    metadata = embeddings.metadata_path(folder, shard)
+    for path, digest in (
+      (embeddings.row_path(folder, shard), notes['sha256']),
+      (metadata, files.sha256(metadata)),
+    ):
+      sha256[str(path.relative_to(folder))] = digest
   bad.check(num_records, config.data.max_bad_fraction)
-  num_rows, dim = embeddings.Embeddings(folder).shape
+  rows = embeddings.Embeddings(folder, num_shards)
   return {
     'num_records': num_records,
-    'num_rows': num_rows,
-    'dim': dim,
+    'shard_rows': rows.shard_rows,
+    'dim': rows.shape[1],
     'bad': dict(bad.counts),
     'sha256': sha256,
   }

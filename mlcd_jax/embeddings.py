@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import manifests
 
 
 def row_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
@@ -74,6 +75,29 @@ def read_notes(folder: pathlib.Path, shard: int) -> dict[str, Any]:
   path = metadata_path(folder, shard)
   schema = _read_parquet(path, pq.read_schema)
   return json.loads(schema.metadata[b'mlcd_jax'])
+
+
+def open_made(manifest: manifests.Manifest) -> 'Embeddings':
+  """Opens what a finished embed stage wrote, checked against its manifest.
+
+  Raises:
+    UserError: a shard is missing, has other keys or another number of rows.
+  """
+  made = manifest.result
+  files.check_sha256(
+    manifest.folder,
+    {k: v for k, v in made['sha256'].items() if k.startswith('metadata/')},
+  )
+  found = Embeddings(manifest.folder, len(made['shard_rows']))
+  for shard, (rows, expected) in enumerate(
+    zip(found.shard_rows, made['shard_rows'])
+  ):
+    if rows != expected:
+      raise errors.UserError(
+        f'{row_path(manifest.folder, shard)}: {rows} rows, {expected} were '
+        f'made; delete {manifest.folder} to make that stage again'
+      )
+  return found
 
 
 class Embeddings:

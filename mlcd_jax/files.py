@@ -88,12 +88,19 @@ def check_sha256(folder: pathlib.Path, made: Mapping[str, str]) -> None:
     made: relative name -> hex digest.
   """
   for name, digest in made.items():
-    path = folder / name
-    if not path.exists() or sha256(path) != digest:
+    if not unchanged(folder, {name: digest}):
       raise errors.UserError(
-        f'{path}: missing or changed since it was made; delete {folder} to '
-        'make that stage again'
+        f'{folder / name}: missing or changed since it was made; delete '
+        f'{folder} to make that stage again'
       )
+
+
+def unchanged(folder: pathlib.Path, made: Mapping[str, str]) -> bool:
+  """Whether all files have the digest they were made with."""
+  return all(
+    (folder / name).exists() and sha256(folder / name) == digest
+    for name, digest in made.items()
+  )
 
 
 def sha256(path: pathlib.Path) -> str:

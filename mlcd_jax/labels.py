@@ -29,11 +29,22 @@ def run(
   config: ml_collections.ConfigDict,
   manifest: manifests.Manifest,
   *,
-  embeddings_folder: pathlib.Path,
+  embedded: manifests.Manifest,
   mesh: Mesh,
 ) -> None:
-  """Clusters the embeddings and writes every row's nearest centers."""
-  rows = embeddings.Embeddings(embeddings_folder)
+  """Clusters the embeddings and writes every row's nearest centers.
+
+  Args:
+    config: of the run.
+    manifest: of this stage.
+    embedded: manifest of the embed stage.
+    mesh: of all devices.
+
+  Raises:
+    UserError: the embeddings are not what was made, or too few.
+  """
+  files.check_sha256(embedded.folder, embedded.result['sha256'])
+  rows = embeddings.open_made(embedded)
   folder = manifest.folder
   if not (folder / 'centers.npy').exists():
     _cluster(config, rows, folder, mesh)
@@ -57,7 +68,6 @@ def run(
   manifest.finish(
     num_centers=config.cluster.num_centers,
     num_labels=config.cluster.num_labels,
-    num_rows=rows.shape[0],
     sha256={
       path.name: files.sha256(path) for path in sorted(folder.glob('*.npy'))
     },
@@ -69,30 +79,39 @@ class Labels:
 
   Attributes:
     num_classes: number of centers.
-    num_rows: rows of all shards.
   """
 
-  def __init__(self, manifest: manifests.Manifest):
-    """Opens the shards; raises UserError where one is not what was made."""
+  def __init__(
+    self, manifest: manifests.Manifest, *, min_similarity: float = -1.0
+  ):
+    """Opens the shards.
+
+    Args:
+      manifest: of the cluster stage.
+      min_similarity: labels whose cosine is lower become -1.
+
+    Raises:
+      UserError: a file is not what was made.
+    """
     self.num_classes = manifest.result['num_centers']
-    self.num_rows = manifest.result['num_rows']
-    for name, made in manifest.result['sha256'].items():
-      path = manifest.folder / name
-      if not path.exists() or files.sha256(path) != made:
-        raise errors.UserError(
-          f'{path}: missing or changed since it was made; delete '
-          f'{manifest.folder} to cluster again'
-        )
+    files.check_sha256(manifest.folder, manifest.result['sha256'])
     paths = sorted(manifest.folder.glob('labels_*.npy'))
-    self._shards = [
-      files.SharedArray(files.read_npy(path), path) for path in paths
-    ]
+    self._shards = _open(paths)
+    self._scores = None
+    if min_similarity > -1:
+      self._scores = _open(sorted(manifest.folder.glob('scores_*.npy')))
+    self._min_similarity = min_similarity
     self._starts = np.cumsum([0] + [len(s) for s in self._shards]).tolist()
 
   def __getitem__(self, row: int) -> np.ndarray:
     """Returns the labels int32 [L] of one row, nearest first."""
     shard = bisect.bisect_right(self._starts, row) - 1
-    return self._shards[shard][row - self._starts[shard]]
+    place = row - self._starts[shard]
+    labels = self._shards[shard][place]
+    if self._scores is None:
+      return labels
+    similar = self._scores[shard][place] >= self._min_similarity
+    return np.where(similar, labels, np.int32(-1))
 
 
 def join(source_keys: np.ndarray, label_keys: np.ndarray) -> np.ndarray:
@@ -114,6 +133,11 @@ def join(source_keys: np.ndarray, label_keys: np.ndarray) -> np.ndarray:
 def _as_bytes(keys: np.ndarray) -> np.ndarray:
   """Text as UTF-8, a quarter of the memory."""
   return np.strings.encode(keys, 'utf-8') if keys.dtype.kind == 'U' else keys
+
+
+def _open(paths: list[pathlib.Path]) -> list[files.SharedArray]:
+  """Maps shards so that worker processes map them too."""
+  return [files.SharedArray(files.read_npy(path), path) for path in paths]
 
 
 def label_path(folder: pathlib.Path, shard: int) -> pathlib.Path:

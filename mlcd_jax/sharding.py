@@ -11,10 +11,14 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import ml_collections
 import numpy as np
+
+from mlcd_jax import errors
 
 AXES = ('data', 'fsdp')
 REPLICATED = PartitionSpec()
@@ -32,13 +36,16 @@ def make_mesh(
   data: int = -1,
   fsdp: int = 1,
   *,
+  slices: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """Makes the mesh; -1 on one axis takes the devices the other leaves.
 
   Args:
     data: size of the "data" axis.
-    fsdp: size of the "fsdp" axis.
+    fsdp: size of the "fsdp" axis; it stays within a slice.
+    slices: parts of "data" between which the network is slow, such as several
+      TPU slices; devices without a slice of their own are cut evenly.
     devices: all of jax's where not given.
 
   Raises:
@@ -53,12 +60,69 @@ def make_mesh(
     raise ValueError(
       f'mesh.data={data} and mesh.fsdp={fsdp} do not fit {len(devices)} devices'
     )
+  if sizes[0] % slices:
+    raise ValueError(
+      f'mesh.slices={slices} does not divide mesh.data={sizes[0]}'
+    )
+  within = (sizes[0] // slices, sizes[1])
   # Linen annotates arrays as Auto meshes expect; Explicit is jax's default.
   return Mesh(
-    np.asarray(devices).reshape(sizes),
+    np.concatenate(
+      [
+        mesh_utils.create_device_mesh(within, part)
+        for part in _by_slice(devices, slices)
+      ]
+    ),
     AXES,
     axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
   )
+
+
+def from_config(
+  config: ml_collections.ConfigDict,
+  *,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """Makes the mesh of a config, and checks what must divide over it.
+
+  Raises:
+    UserError: sizes that do not fit.
+  """
+  c = config.mesh
+  try:
+    mesh = make_mesh(c.data, c.fsdp, slices=c.slices, devices=devices)
+  except ValueError as e:
+    raise errors.UserError(str(e)) from e
+  parts = config.train.accumulate_steps
+  if config.train.batch_size % (parts * mesh.size):
+    raise errors.UserError(
+      f'train.batch_size={config.train.batch_size} is not divisible by '
+      + f'train.accumulate_steps={parts} times ' * (parts > 1)
+      + f'the {mesh.size} devices'
+    )
+  if config.evaluate.batch_size % mesh.size:
+    raise errors.UserError(
+      f'evaluate.batch_size={config.evaluate.batch_size} is not divisible by '
+      f'the {mesh.size} devices'
+    )
+  return mesh
+
+
+def _by_slice(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
+  """The devices of each slice, in order."""
+  if slices == 1:
+    return [devices]
+  found = {}
+  for device in devices:
+    found.setdefault(getattr(device, 'slice_index', None), []).append(device)
+  if len(found) == 1:
+    size = len(devices) // slices
+    return [devices[i * size : (i + 1) * size] for i in range(slices)]
+  if len(found) != slices:
+    raise ValueError(
+      f'mesh.slices={slices}, but the devices are in {len(found)} slices'
+    )
+  return [found[index] for index in sorted(found)]
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
@@ -71,7 +135,7 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
   def sharding(path, array):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     spec = _spec(name, array.shape, mesh.shape['fsdp'])
-    _check_divisible(name, array.shape, spec, mesh)
+    _check(name, array.shape, spec, mesh)
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(sharding, abstract_state)
@@ -101,9 +165,16 @@ def _spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
   )
 
 
-def _check_divisible(
+def _check(
   name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
 ) -> None:
+  used = [
+    a
+    for axes in spec
+    for a in ([axes] if isinstance(axes, str) else axes or ())
+  ]
+  if len(used) != len(set(used)):
+    raise ValueError(f'{name} {list(shape)}: {spec} uses a mesh axis twice')
   for size, axes in zip(shape, spec):
     axes = (axes,) if isinstance(axes, str) else axes or ()
     parts = int(np.prod([mesh.shape[a] for a in axes]))

@@ -24,9 +24,11 @@ from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import labels
 from mlcd_jax import manifests
+from mlcd_jax import models
 from mlcd_jax import report
 from mlcd_jax import sharding
 from mlcd_jax import train
+from mlcd_jax import train_step
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import stage as evaluate
 
@@ -42,11 +44,13 @@ _FOLDERS = {
 }
 
 # The config fields that a stage's files depend on; a section stands for all
-# of its fields. How fast and on what devices a run goes is not among them.
+# of its fields. On what devices a run goes and how often it logs and saves is
+# not among them.
 _FIELDS = {
   'embed': (
     'data.source',
     'data.path',
+    'data.data_dir',
     'data.split',
     'data.image_key',
     'data.caption_key',
@@ -63,6 +67,7 @@ _FIELDS = {
     'seed',
     'data.source',
     'data.path',
+    'data.data_dir',
     'data.split',
     'data.image_key',
     'data.crop_area',
@@ -95,12 +100,18 @@ def run(
   """
   config_lib.check(config)
   config = _with_bad_keys(config, workdir)
+  if not stages:
+    raise errors.UserError('--stages: name some of ' + ', '.join(STAGES))
   for stage in stages:
     if stage not in STAGES:
       raise errors.UserError(
         f'--stages: {stage!r} is unknown; use any of: ' + ', '.join(STAGES)
       )
-  mesh = _make_mesh(config)
+  mesh = sharding.from_config(config)
+  # Mistakes in what comes last are found before what comes first.
+  models.make(config.model)
+  if 'evaluate' in stages:
+    evaluate.open_sources(config)
   with _locked(workdir):
     run_ = _Run(config, workdir, mesh)
     if distributed.is_main():
@@ -151,7 +162,7 @@ class _Run:
       labels.run(
         self._config,
         manifest,
-        embeddings_folder=made.folder,
+        embedded=made,
         mesh=self._mesh,
       )
 
@@ -164,8 +175,10 @@ class _Run:
         self._config,
         manifest,
         workdir=self._workdir,
-        embeddings_folder=self._done('embed').folder,
-        labels=labels.Labels(made),
+        embedded=self._done('embed'),
+        labels=labels.Labels(
+          made, min_similarity=self._config.loss.min_similarity
+        ),
         mesh=self._mesh,
       )
 
@@ -179,9 +192,10 @@ class _Run:
       )
     manifest = self._open_evaluation(step)
     if manifest.complete:
+      _log.info('evaluate: done')
       return
     source = sources.make(self._config.data)
-    program = train.Program(
+    program = train_step.Program(
       config=self._config,
       num_classes=self._done('cluster').result['num_centers'],
       steps=train.num_steps(self._config, len(source)),
@@ -193,6 +207,7 @@ class _Run:
       workdir=self._workdir,
       program=program,
       checkpoints=checkpoints,
+      step=step,
       embedder=embed.load_embedder(self._done('embed')),
     )
 
@@ -217,11 +232,14 @@ class _Run:
   def _open_evaluation(self, step: int) -> manifests.Manifest:
     """As `_open`; a later checkpoint or other tasks score anew."""
     folder = self._folder('evaluate')
-    config, inputs = self._fields('evaluate'), {'step': step}
+    trained = manifests.load(self._folder('train'))
+    inputs = {'step': step, 'train': trained and trained.fingerprint()}
+    config = self._fields('evaluate')
     found = manifests.load(folder)
     if found and found.complete:
-      if (found.config, found.inputs) == (config, inputs):
-        _log.info('evaluate: done')
+      if (found.config, found.inputs) == (config, inputs) and files.unchanged(
+        self._workdir, found.result['sha256']
+      ):
         return found
       _log.info('evaluate: scored before, now again at step %d', step)
     manifest = manifests.Manifest(
@@ -234,9 +252,14 @@ class _Run:
     """The manifest of a stage that must be complete."""
     manifest = manifests.load(self._folder(stage))
     if manifest is None or not manifest.complete:
+      shared = self._is_shared and stage in ('embed', 'cluster')
       raise errors.UserError(
-        f'{self._folder(stage)}: the {stage} stage is not done; add {stage} '
-        'to --stages'
+        f'{self._folder(stage)}: the {stage} stage is not done; '
+        + (
+          f'run it there (cluster.path={self._shared}), or unset cluster.path'
+          if shared
+          else f'add {stage} to --stages'
+        )
       )
     return manifest
 
@@ -291,21 +314,6 @@ def _flatten(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
     else:
       out[field] = value
   return out
-
-
-def _make_mesh(config: ml_collections.ConfigDict) -> Mesh:
-  """The mesh, and the sizes that must divide over it."""
-  try:
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  except ValueError as e:
-    raise errors.UserError(str(e)) from e
-  for field in ('train', 'evaluate'):
-    size = config[field].batch_size
-    if size % mesh.size:
-      raise errors.UserError(
-        f'{field}.batch_size={size} is not divisible by the {mesh.size} devices'
-      )
-  return mesh
 
 
 @contextlib.contextmanager

@@ -1,165 +1,30 @@
-"""The train stage: state, step and loop."""
+"""The train stage: data, step and loop."""
 
-import dataclasses
 import functools
 import logging
 import math
 import pathlib
 import time
-from typing import Any
 
-import flax.struct
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
-import optax
 
 from mlcd_jax import checkpoint
-from mlcd_jax import classifier
 from mlcd_jax import embeddings
 from mlcd_jax import errors
+from mlcd_jax import hardware
 from mlcd_jax import interrupt
 from mlcd_jax import labels as labels_lib
 from mlcd_jax import manifests
 from mlcd_jax import metrics as metrics_lib
-from mlcd_jax import models
-from mlcd_jax import optimizer
 from mlcd_jax import sharding
+from mlcd_jax import train_step
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 
 _log = logging.getLogger(__name__)
-
-
-@flax.struct.dataclass
-class TrainState:
-  """What a checkpoint holds.
-
-  Attributes:
-    step: int32 scalar, steps taken.
-    params: {"encoder": ..., "classifier": {"weight"}}, float32.
-    opt_state: of optax.
-  """
-
-  step: jax.Array
-  params: dict[str, Any]
-  opt_state: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-  """The jitted parts of training, before any array exists."""
-
-  config: ml_collections.ConfigDict
-  num_classes: int
-  steps: int
-  mesh: Mesh
-
-  @functools.cached_property
-  def model(self):
-    """The encoder."""
-    return models.make(self.config.model)
-
-  @functools.cached_property
-  def schedule(self) -> optax.Schedule:
-    """Step -> learning rate."""
-    return optimizer.make_schedule(self.config.optimizer, self.steps)
-
-  @functools.cached_property
-  def abstract_state(self) -> TrainState:
-    """Shapes, types and shardings of the state."""
-    shapes = jax.eval_shape(self._init)
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      sharding.state_shardings(self.mesh, shapes),
-    )
-
-  def init(self) -> TrainState:
-    """Makes the state of step 0, the same on every mesh."""
-    return jax.jit(self._init, out_shardings=self._shardings)()
-
-  def init_encoder(self) -> dict[str, Any]:
-    """The encoder's parameters of step 0, without the rest of the state."""
-    return jax.jit(
-      self._init_encoder, out_shardings=self._shardings.params['encoder']
-    )()
-
-  @functools.cached_property
-  def step(self):
-    """(state, batch) -> (state, metrics); the old state is given up."""
-    replicated = NamedSharding(self.mesh, sharding.REPLICATED)
-    batch = NamedSharding(self.mesh, sharding.BATCH)
-    return jax.jit(
-      self._step,
-      in_shardings=(self._shardings, batch),
-      out_shardings=(self._shardings, replicated),
-      donate_argnums=0,
-    )
-
-  @property
-  def _shardings(self):
-    return jax.tree.map(lambda x: x.sharding, self.abstract_state)
-
-  @functools.cached_property
-  def _optimizer(self) -> optax.GradientTransformation:
-    return optimizer.make(self.config.optimizer, self.schedule)
-
-  def _key(self, purpose: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
-
-  def _init_encoder(self) -> dict[str, Any]:
-    size = self.config.model.image_size
-    images = jnp.zeros((1, size, size, 3), jnp.uint8)
-    return self.model.init(self._key(0), images)['params']
-
-  def _init(self) -> TrainState:
-    params = {
-      'encoder': self._init_encoder(),
-      'classifier': classifier.init(
-        self._key(1), self.num_classes, self.config.model.embedding_dim
-      ),
-    }
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=self._optimizer.init(params),
-    )
-
-  def _step(self, state: TrainState, batch: dict[str, jax.Array]):
-    def loss_fn(params):
-      out = self.model.apply({'params': params['encoder']}, batch['image'])
-      loss_B = classifier.loss(
-        params['classifier']['weight'],
-        out['embedding'],
-        batch['labels'],
-        num_classes=self.num_classes,
-        config=self.config.loss,
-        dtype=jnp.dtype(self.config.model.dtype),
-        key=jax.random.fold_in(self._key(2), state.step),
-        mesh=self.mesh,
-      )
-      weight_B = batch['weight']
-      return jnp.sum(loss_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1)
-
-    loss, gradients = jax.value_and_grad(loss_fn)(state.params)
-    updates, opt_state = self._optimizer.update(
-      gradients, state.opt_state, state.params
-    )
-    metrics = {
-      'train/loss': loss,
-      'train/gradient_norm': optax.tree.norm(gradients),
-      'train/images_without_labels': jnp.sum(1 - batch['weight']),
-    }
-    state = TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
-    )
-    return state, metrics
 
 
 def run(
@@ -167,11 +32,19 @@ def run(
   manifest: manifests.Manifest,
   *,
   workdir: pathlib.Path,
-  embeddings_folder: pathlib.Path,
+  embedded: manifests.Manifest,
   labels: labels_lib.Labels,
   mesh: Mesh,
 ) -> None:
   """Trains to the end, or as far as this invocation may.
+
+  Args:
+    config: of the run.
+    manifest: of this stage.
+    workdir: where the metrics go.
+    embedded: manifest of the embed stage, whose rows the labels are of.
+    labels: of those rows.
+    mesh: of all devices.
 
   Raises:
     UserError: the images and labels do not fit, or the batch and the mesh.
@@ -180,17 +53,17 @@ def run(
   """
   source = sources.make(config.data)
   sources.check_bad_keys(config.data.bad_keys, manifest)
-  label_rows = _label_rows(config, source, embeddings_folder)
-  program = Program(
+  label_rows = _label_rows(config, source, embedded)
+  program = train_step.Program(
     config=config,
     num_classes=labels.num_classes,
     steps=num_steps(config, len(source)),
     mesh=mesh,
   )
-  checkpointer = checkpoint.Checkpointer(
-    manifest.folder, every_steps=config.train.checkpoint_every_steps
+  checkpointer = checkpoint.Checkpointer(manifest.folder)
+  state, first = _restore_or_init(
+    program, checkpointer, checkpoint.latest_step(manifest.folder)
   )
-  state, first = _restore_or_init(program, checkpointer)
   last = program.steps
   if config.train.stop_after_steps:
     last = min(last, first + config.train.stop_after_steps)
@@ -198,7 +71,7 @@ def run(
     source,
     label_rows,
     labels,
-    num_positives=config.loss.num_positives,
+    num_positives=train_step.num_labels(config),
     batch_size=config.train.batch_size,
     image_size=config.model.image_size,
     crop_area=tuple(config.data.crop_area),
@@ -227,22 +100,24 @@ def _loop(program, state, batches, checkpointer, log, last, interrupted):
   """Data, step, log, save, in this order, from the state's step to `last`.
 
   A step's metrics are fetched after the next one was dispatched, so that the
-  devices never wait for the host.
+  devices never wait for the host; only before a state is saved are its own
+  fetched, since one that is not finite must not replace a good one.
   """
+  every = program.config.train.checkpoint_every_steps
   step = int(state.step)
   while step < last:
     state, metrics = program.step(state, next(batches))
     step += 1
     log.add(step, metrics, batches.seconds_waited)
-    if interrupted():
-      log.flush()
-      checkpointer.save(step, state, force=True)
+    stopped = interrupted()
+    if stopped or step == last or step % every == 0:
+      log.flush(last=stopped or step == last)
+      checkpointer.save(step, state)
+    if stopped:
       checkpointer.close()
       raise errors.Stopped(
         f'stopped at step {step} after saving; run the same command to continue'
       )
-    checkpointer.save(step, state, force=step == last)
-  log.flush()
 
 
 def num_steps(config: ml_collections.ConfigDict, num_images: int) -> int:
@@ -257,11 +132,11 @@ def num_steps(config: ml_collections.ConfigDict, num_images: int) -> int:
 def _label_rows(
   config: ml_collections.ConfigDict,
   source: sources.Source,
-  embeddings_folder: pathlib.Path,
+  embedded: manifests.Manifest,
 ) -> np.ndarray:
   """Each record's row among the labels, or -1; refuses too many of those."""
   keys = source.keys()
-  label_keys = embeddings.Embeddings(embeddings_folder).keys()
+  label_keys = embeddings.open_made(embedded).keys()
   rows = labels_lib.join(keys, label_keys)
   missing = np.flatnonzero(rows < 0)
   unused = len(label_keys) - (len(keys) - len(missing))
@@ -288,10 +163,11 @@ def _label_rows(
 
 
 def _restore_or_init(
-  program: Program, checkpointer: checkpoint.Checkpointer
-) -> tuple[TrainState, int]:
+  program: train_step.Program,
+  checkpointer: checkpoint.Checkpointer,
+  step: int | None,
+) -> tuple[train_step.TrainState, int]:
   """The state to go on from, and its step."""
-  step = checkpointer.latest_step()
   if step is None:
     return program.init(), 0
   _log.info('train: continuing from step %d', step)
@@ -301,10 +177,16 @@ def _restore_or_init(
 class _Log:
   """Writes metrics every so many steps, one step late."""
 
-  def __init__(self, program: Program, workdir: pathlib.Path, first: int):
+  def __init__(
+    self, program: train_step.Program, workdir: pathlib.Path, first: int
+  ):
     self._schedule = program.schedule
     self._every = program.config.train.log_every_steps
     self._batch_size = program.config.train.batch_size
+    self._flops = sum(
+      hardware.train_flops(program.config, program.num_classes).values()
+    )
+    self._peak = hardware.peak_flops(program.mesh.devices.flat)
     self._writer = metrics_lib.Writer(workdir, first_step=first + 1)
     self._progress = metrics_lib.Progress(
       'train', program.steps, unit='steps', done=first
@@ -325,8 +207,12 @@ class _Log:
     self.flush(last=False)
     self._pending = step, metrics, seconds_waited
 
-  def flush(self, *, last: bool = True) -> None:
-    """Writes what is pending, if due or the last."""
+  def flush(self, *, last: bool) -> None:
+    """Checks what is pending, and writes it if due or the last.
+
+    Raises:
+      RunError: the loss or its gradient is not finite.
+    """
     if self._pending is None:
       return
     step, metrics, waited = self._pending
@@ -347,16 +233,23 @@ class _Log:
     from_step, since, waited_before = self._timed_from
     if step > from_step:
       images = (step - from_step) * self._batch_size
-      values['train/images_per_second'] = images / (now - since)
+      rate = images / (now - since)
+      values['train/images_per_second'] = rate
       values['train/data_wait_fraction'] = (waited - waited_before) / (
         now - since
       )
+      if self._peak:
+        utilisation = rate * self._flops / self._peak
+        values['train/model_flop_utilisation'] = utilisation
       self._timed_from = step, now, waited
     self._writer.write(step, values)
     self._progress.update(
       step,
-      loss=values['train/loss'],
-      images_per_second=values.get('train/images_per_second', math.nan),
+      **{
+        name: values[f'train/{name}']
+        for name in ('loss', 'images_per_second')
+        if f'train/{name}' in values
+      },
     )
 
   def close(self) -> None:

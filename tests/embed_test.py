@@ -33,7 +33,7 @@ def fixture_made(tiny_config, tmp_path):
 
 def test_rows_are_unit_and_centered_on_the_mean(made, tiny_config):
   folder, manifest = made
-  rows = embeddings.Embeddings(folder)
+  rows = embeddings.Embeddings(folder, 3)
   assert rows.shape == (300, 324)
   assert rows.shard_rows == [100, 100, 100]
   norms = np.linalg.norm(rows[:].astype(np.float32), axis=1)
@@ -54,12 +54,13 @@ def test_rows_are_unit_and_centered_on_the_mean(made, tiny_config):
 
 
 def test_finished_shards_are_kept_and_missing_ones_made(made, tiny_config):
-  folder, _ = made
+  folder, manifest = made
   before = read_all(folder)
   kept = embeddings.row_path(folder, 0)
   written = kept.stat().st_mtime_ns
   embeddings.row_path(folder, 1).unlink()
-  (folder / 'manifest.json').unlink()
+  manifest.complete = False
+  manifest.save()
   embed.run(tiny_config, new_manifest(folder))
   assert read_all(folder) == before
   assert kept.stat().st_mtime_ns == written
@@ -74,8 +75,9 @@ def test_hosts_share_the_shards_and_write_the_same(
   monkeypatch.setattr(embed.jax, 'process_count', lambda: 2)
   for host in (0, 1):
     monkeypatch.setattr(embed.jax, 'process_index', lambda h=host: h)
-    (folder / 'manifest.json').unlink(missing_ok=True)
-    embed.run(tiny_config, new_manifest(folder))
+    manifest = new_manifest(folder)
+    manifest.complete = False
+    embed.run(tiny_config, manifest)
     assert len(read_all(folder)) == (4, 6)[host]
   assert read_all(folder) == read_all(made[0])
 
@@ -99,7 +101,7 @@ def test_bad_images_have_no_row_and_too_many_stop(
   manifest = new_manifest(tmp_path / 'a')
   embed.run(tiny_config, manifest)
   assert manifest.result['bad'] == {'not an image': 2}
-  keys = embeddings.Embeddings(tmp_path / 'a').keys()
+  keys = embeddings.Embeddings(tmp_path / 'a', 3).keys()
   assert len(keys) == 298 and source.keys()[4] not in keys
   tiny_config.data.max_bad_fraction = 0.001
   with pytest.raises(errors.UserError, match='2 of 300 images are bad'):

@@ -26,7 +26,7 @@ def write(folder, sizes, dim=4):
 
 def test_slices_cross_shards(tmp_path):
   rows = write(tmp_path, [3, 0, 5, 2])
-  found = embeddings.Embeddings(tmp_path)
+  found = embeddings.Embeddings(tmp_path, 4)
   assert found.shape == (10, 4)
   for start in range(11):
     for stop in range(start, 12):
@@ -43,19 +43,22 @@ def test_files_are_float16_in_the_usual_layout(tmp_path):
 
 
 def test_broken_folders_are_refused_by_name(tmp_path):
-  with pytest.raises(errors.UserError, match='no embedding files'):
-    embeddings.Embeddings(tmp_path)
+  with pytest.raises(errors.UserError, match='img_emb_00000.npy'):
+    embeddings.Embeddings(tmp_path, 1)
   write(tmp_path, [3, 3])
   path = embeddings.row_path(tmp_path, 1)
   np.save(path, np.zeros((3, 5), np.float16))
   with pytest.raises(errors.UserError, match='img_emb_00001.*5'):
-    embeddings.Embeddings(tmp_path)
+    embeddings.Embeddings(tmp_path, 2)
   np.save(path, np.zeros((2, 4), np.float16))
   with pytest.raises(errors.UserError, match='metadata_00001.*3 rows'):
-    embeddings.Embeddings(tmp_path).keys()
+    embeddings.Embeddings(tmp_path, 2).keys()
+  embeddings.metadata_path(tmp_path, 0).write_bytes(b'junk')
+  with pytest.raises(errors.UserError, match='metadata_00000.parquet'):
+    embeddings.read_notes(tmp_path, 0)
   path.write_bytes(b'junk')
   with pytest.raises(errors.UserError, match='img_emb_00001'):
-    embeddings.Embeddings(tmp_path)
+    embeddings.Embeddings(tmp_path, 2)
 
 
 def test_pickles_are_refused(tmp_path):
@@ -63,4 +66,4 @@ def test_pickles_are_refused(tmp_path):
   path = embeddings.row_path(tmp_path, 0)
   np.save(path, np.array([{'a': 1}], dtype=object), allow_pickle=True)
   with pytest.raises(errors.UserError, match='img_emb_00000'):
-    embeddings.Embeddings(tmp_path)
+    embeddings.Embeddings(tmp_path, 1)

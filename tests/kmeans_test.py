@@ -149,6 +149,18 @@ def test_tolerance_stops_early():
   assert len(fit.objective) < 50
 
 
+def test_data_with_a_large_mean_keeps_its_precision():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2_000, 32)) * np.linspace(0.04, 0.4, 32) + 3
+  coarse, fine = (
+    kmeans.fit(x, 30, iterations=30, score_dtype=dtype).objective
+    for dtype in (jnp.bfloat16, jnp.float32)
+  )
+  assert len(coarse) == len(fine) == 30  # Tolerance 0 never stops.
+  assert np.diff(coarse).min() > -1e-6
+  assert coarse[-1] == pytest.approx(fine[-1], abs=1e-4)
+
+
 def test_wrong_uses_are_refused():
   x = make_rows(20)
   with pytest.raises(ValueError, match='21 centers'):

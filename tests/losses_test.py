@@ -13,6 +13,11 @@ def equation(name, positives, negatives):
   p, n = np.exp(-np.asarray(positives)).sum(), np.exp(negatives).sum()
   if name == 'mlcd':  # Eq. 5, in its joint form.
     return np.log(1 + n * p + n + p)
+  if name == 'mean_softmax':  # Of as many cross-entropies.
+    return np.mean([np.log(1 + n * np.exp(-s)) for s in positives])
+  if name == 'sigmoid':
+    losses_ = [np.log1p(np.exp(-s)) for s in positives]
+    return sum(losses_) + sum(np.log1p(np.exp(s)) for s in negatives)
   return np.log(1 + n * p)  # Eq. 4; with one positive Eq. 3.
 
 
@@ -96,3 +101,45 @@ def test_wrong_uses_are_refused():
     losses.multi_label_loss('circle', one, one)
   with pytest.raises(ValueError, match='one positive'):
     losses.multi_label_loss('softmax', two, one)
+
+
+def test_joint_and_factored_forms_of_eq_5_agree():
+  rng = np.random.default_rng(1)
+  p, n = rng.normal(size=(6, 4)) * 3, rng.normal(size=(6, 30)) * 3
+  joint = [equation('mlcd', *row) for row in zip(p, n)]
+  factored = np.log1p(np.exp(-p).sum(1)) + np.log1p(np.exp(n).sum(1))
+  np.testing.assert_allclose(joint, factored, rtol=1e-12)
+  found = losses.multi_label_loss('mlcd', jnp.asarray(p), jnp.asarray(n))
+  np.testing.assert_allclose(found, joint, rtol=1e-5)
+
+
+def test_arcface_adds_to_the_angle():
+  cosines = np.linspace(-0.9, 0.95, 9)
+  fields = dict(margin=0.3, scale=64.0, margin_type='arcface')
+  expected = 64 * np.cos(np.arccos(cosines) + 0.3)
+  ours = lambda x: losses.positive_logits(x, **fields)  # noqa: E731
+  np.testing.assert_allclose(ours(jnp.asarray(cosines)), expected, rtol=1e-4)
+  slope = jax.vmap(jax.grad(ours))(jnp.asarray(cosines))
+  angle = np.arccos(cosines)
+  np.testing.assert_allclose(
+    slope, 64 * np.sin(angle + 0.3) / np.sin(angle), rtol=1e-4
+  )
+  # An image that is its center, where the angle has no derivative.
+  assert np.isfinite(jax.grad(ours)(1.0))
+
+
+def test_close_negatives_are_filtered_to_zero():
+  cosines = jnp.array([0.9, 0.75, 0.2, -0.9])
+  found = losses.negative_logits(cosines, scale=10, interclass_filter=0.75)
+  np.testing.assert_allclose(found, [0, 7.5, 2, -9])
+  found = losses.negative_logits(cosines, scale=10)
+  np.testing.assert_allclose(found, 10 * cosines)
+
+
+def test_other_positives_are_negatives_where_drawn():
+  logits = np.array([[1.0, 2.0, 3.0]])
+  drawn = np.array([[True, False, True]])
+  found = losses.with_other_positives(jnp.zeros(1), logits, drawn)
+  others = [[3.0], [1.0, 3.0], [1.0]]
+  expected = [np.log(1 + np.exp(o).sum()) for o in others]
+  np.testing.assert_allclose(found, [expected], rtol=1e-6)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlcd_jax import config as config_lib
+from mlcd_jax import errors
 from mlcd_jax import optimizer
 
 
@@ -69,3 +70,51 @@ def test_gradients_are_clipped_to_the_norm():
   state = clipped.update(gradients, clipped.init(params), params)[1]
   moment = next(s.mu for s in state if hasattr(s, 'mu'))['kernel']
   np.testing.assert_allclose(moment, [0.3, 0.4, 0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('name', 'expected'),
+  [('polynomial', lambda t: (1 - t) ** 2), ('constant', lambda t: t**0)],
+)
+def test_other_schedules(name, expected):
+  schedule = optimizer.make_schedule(
+    config(learning_rate=1.0, warmup_steps=10, schedule=name), 110
+  )
+  found = np.array([schedule(s) for s in range(111)])
+  np.testing.assert_allclose(found[:11], np.arange(11) / 10, atol=1e-6)
+  np.testing.assert_allclose(
+    found[10:], expected(np.arange(101) / 100), atol=1e-6
+  )
+
+
+def test_multipliers_go_by_name():
+  params = {'encoder': {'a': jnp.ones(2), 'b': jnp.ones(2)}}
+  rules = (('encoder/a', 0.0), ('encoder/', 0.5))
+  tx = optimizer.make(config(multipliers=rules), lambda _: 0.1)
+  updates, _ = tx.update(params, tx.init(params), params)
+  np.testing.assert_array_equal(updates['encoder']['a'], 0)
+  plain = optimizer.make(config(), lambda _: 0.1)
+  expected, _ = plain.update(params, plain.init(params), params)
+  np.testing.assert_allclose(
+    updates['encoder']['b'], 0.5 * expected['encoder']['b'], rtol=1e-6
+  )
+  wrong = optimizer.make(config(multipliers=(('decoder', 0.5),)), lambda _: 1.0)
+  with pytest.raises(errors.UserError, match="multipliers: 'decoder' matches"):
+    wrong.update(params, wrong.init(params), params)
+
+
+def test_sparse_classifier_moves_only_classes_with_a_gradient():
+  params = {'classifier': {'weight': jnp.ones((3, 2))}}
+  tx = optimizer.make(config(head_update='sparse'), lambda _: 0.1)
+  first = {'classifier': {'weight': jnp.ones((3, 2))}}
+  _, state = tx.update(first, tx.init(params), params)
+  second = {'classifier': {'weight': jnp.array([[0, 0], [0, 1.0], [2, 0]])}}
+  updates, after = tx.update(second, state, params)
+  moved = np.any(np.asarray(updates['classifier']['weight']) != 0, axis=1)
+  np.testing.assert_array_equal(moved, [False, True, True])
+  before, after = (
+    next(s.mu for s in x if hasattr(s, 'mu'))['classifier']['weight']
+    for x in (state, after)
+  )
+  np.testing.assert_array_equal(before[0], after[0])
+  assert (before[1:] != after[1:]).all()

@@ -43,7 +43,7 @@ def snapshot(folder):
 def test_artefacts(done, tiny_config):
   config = json.loads((done / 'config.json').read_text())
   assert config['cluster']['num_centers'] == 64
-  rows = embeddings.Embeddings(done / 'embeddings')
+  rows = embeddings.Embeddings(done / 'embeddings', 3)
   assert rows.shape == (300, 324)
 
   centers = np.load(done / 'clusters/centers.npy')
@@ -200,3 +200,91 @@ def test_folder_that_cannot_be_written_is_refused(tiny_config, tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(errors.UserError, match='--workdir.*cannot be written'):
     stages.run(tiny_config, tmp_path / 'file' / 'run')
+
+
+def test_retrained_encoder_is_scored_anew(copy, tiny_config):
+  before = json.loads((copy / 'results.json').read_text())
+  shutil.rmtree(copy / 'checkpoints')
+  tiny_config.optimizer.learning_rate = 0.1
+  tiny_config.evaluate.tasks = ('linear', 'knn', 'few_shot')
+  stages.run(tiny_config, copy)
+  after = json.loads((copy / 'results.json').read_text())
+  name = 'digits/knn/accuracy'
+  assert after[f'raw/{name}'] == before[f'raw/{name}']
+  assert {k: v for k, v in after.items() if k.startswith('trained')} != {
+    k: v for k, v in before.items() if k.startswith('trained')
+  }
+
+
+def test_lost_results_are_scored_again(copy, tiny_config):
+  before = (copy / 'results.json').read_bytes()
+  (copy / 'results.json').unlink()
+  stages.run(tiny_config, copy, ['evaluate'])
+  assert (copy / 'results.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('stage', ['embeddings', 'clusters', 'checkpoints'])
+def test_files_without_a_manifest_are_not_reused(copy, tiny_config, stage):
+  (copy / stage / 'manifest.json').unlink()
+  with pytest.raises(errors.UserError, match=f'{stage} has files but no'):
+    stages.run(tiny_config, copy)
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['img_emb/img_emb_00001.npy', 'metadata/metadata_00001.parquet'],
+)
+@pytest.mark.parametrize('lost', [True, False])
+def test_lost_or_changed_embeddings_are_refused(copy, tiny_config, name, lost):
+  shutil.rmtree(copy / 'clusters')
+  shutil.rmtree(copy / 'checkpoints')
+  path = copy / 'embeddings' / name
+  other = path.with_name(path.name.replace('00001', '00000'))
+  if lost:
+    path.unlink()
+  else:
+    shutil.copy(other, path)
+  with pytest.raises(errors.UserError, match=f'{path.name}.*changed'):
+    stages.run(tiny_config, copy)
+
+
+def test_clusters_are_the_same_on_every_mesh(done, tiny_config, tmp_path):
+  tiny_config.mesh.data, tiny_config.mesh.fsdp = 1, 8
+  stages.run(tiny_config, tmp_path, ['embed', 'cluster'])
+  for name in ('labels_00000.npy', 'labels_00002.npy'):
+    np.testing.assert_array_equal(
+      np.load(tmp_path / 'clusters' / name), np.load(done / 'clusters' / name)
+    )
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'says'),
+  [
+    ('label_key', 'foo', 'evaluate.datasets.digits.label_key=foo'),
+    ('test_split', 'nope', 'evaluate.datasets.digits: .*nope'),
+  ],
+)
+def test_evaluation_data_is_checked_first(
+  tiny_config, tmp_path, field, value, says
+):
+  tiny_config.evaluate.datasets.digits[field] = value
+  with pytest.raises(errors.UserError, match=says):
+    stages.run(tiny_config, tmp_path)
+  assert not (tmp_path / 'embeddings').exists()
+
+
+def test_unknown_model_is_refused_first(tiny_config, tmp_path):
+  tiny_config.model.variant = 'Huge/16'
+  with pytest.raises(errors.UserError, match='model.variant'):
+    stages.run(tiny_config, tmp_path)
+  assert not (tmp_path / 'embeddings').exists()
+
+
+def test_damaged_checkpoint_is_named(copy, tiny_config):
+  data = [p for p in (copy / 'checkpoints/12').rglob('*') if p.is_file()]
+  for path in data:
+    if path.stat().st_size > 1_000:
+      path.write_bytes(b'junk')
+  shutil.rmtree(copy / 'evaluation')
+  with pytest.raises(errors.UserError, match='checkpoints/12.*delete it'):
+    stages.run(tiny_config, copy)

@@ -14,6 +14,7 @@ from mlcd_jax import manifests
 from mlcd_jax import sharding
 from mlcd_jax import stages
 from mlcd_jax import train
+from mlcd_jax import train_step
 
 
 @pytest.fixture(scope='module', name='clustered')
@@ -37,7 +38,7 @@ def fixture_start(tiny_config, clustered):
       tiny_config,
       manifest,
       workdir=workdir,
-      embeddings_folder=clustered / 'embeddings',
+      embedded=manifests.load(clustered / 'embeddings'),
       labels=labels.Labels(made),
       mesh=mesh or two_devices(),
     )
@@ -56,14 +57,14 @@ def losses(workdir):
 
 
 def final_params(workdir, config):
-  program = train.Program(
+  program = train_step.Program(
     config=config,
     num_classes=config.cluster.num_centers,
     steps=config.train.steps,
     mesh=two_devices(),
   )
   folder = workdir / 'checkpoints'
-  checkpointer = checkpoint.Checkpointer(folder, every_steps=1)
+  checkpointer = checkpoint.Checkpointer(folder)
   state = checkpointer.restore(
     checkpoint.latest_step(folder), program.abstract_state
   )
@@ -129,7 +130,7 @@ def test_bfloat16_stays_close_to_float32(start, tmp_path):
 
 def test_state_is_sharded_as_its_parameters(tiny_config):
   tiny_config.model.variant = 'S/14'  # Large enough for FSDP.
-  program = train.Program(
+  program = train_step.Program(
     config=tiny_config, num_classes=1_500, steps=10,
     mesh=sharding.make_mesh(2, 4),
   )  # fmt: skip
@@ -155,14 +156,16 @@ def test_other_images_than_were_labelled_stop(start, tmp_path):
 
 
 def test_non_finite_loss_stops(start, tmp_path):
-  with pytest.raises(errors.RunError, match='train/.* is nan at step 2'):
-    start(
-      tmp_path,
-      **{
-        'optimizer.learning_rate': float('inf'),
-        'optimizer.warmup_steps': 0.0,
-      },
-    )
+  broken = {
+    'optimizer.learning_rate': float('inf'),
+    'optimizer.warmup_steps': 0.0,
+    'train.steps': 2,
+    'train.checkpoint_every_steps': 1,
+  }
+  for _ in range(2):  # Nor does the same command again call it done.
+    with pytest.raises(errors.RunError, match='train/.* is nan at step 2'):
+      start(tmp_path, **broken)
+    assert checkpoint.latest_step(tmp_path / 'checkpoints') == 1
 
 
 def test_epochs_become_steps(tiny_config):

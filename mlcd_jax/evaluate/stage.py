@@ -7,9 +7,10 @@ import ml_collections
 from mlcd_jax import checkpoint
 from mlcd_jax import distributed
 from mlcd_jax import embed
+from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import manifests
-from mlcd_jax import train
+from mlcd_jax import train_step
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
@@ -24,16 +25,15 @@ def run(
   manifest: manifests.Manifest,
   *,
   workdir: pathlib.Path,
-  program: train.Program,
+  program: train_step.Program,
   checkpoints: pathlib.Path,
+  step: int,
   embedder: embed.Embedder,
 ) -> None:
   """Scores the trained encoder and the baselines on every data set."""
-  encoders = _encoders(config, program, checkpoints, embedder)
+  encoders = _encoders(config, program, checkpoints, step, embedder)
   results = {}
-  for name, dataset in config.evaluate.datasets.items():
-    train_source = sources.make(dataset, dataset.train_split)
-    test_source = sources.make(dataset, dataset.test_split)
+  for name, (train_source, test_source) in open_sources(config).items():
     for encoder_name, encoder in encoders.items():
       extracted = _extract(
         encoder,
@@ -46,22 +46,47 @@ def run(
         scores = _TASKS[task](extracted, seed=config.seed)
         for metric, value in scores.items():
           results[f'{encoder_name}/{name}/{task}/{metric}'] = value
+  path = workdir / 'results.json'
   if distributed.is_main():
-    files.write_json(workdir / 'results.json', results)
-  manifest.finish(num_results=len(results))
+    files.write_json(path, results)
+  distributed.barrier('results')
+  manifest.finish(sha256={path.name: files.sha256(path)})
+
+
+def open_sources(
+  config: ml_collections.ConfigDict,
+) -> dict[str, tuple[sources.Source, sources.Source]]:
+  """Opens the train and test split of every data set to evaluate on.
+
+  Raises:
+    UserError: one of them is not there, or has no labels.
+  """
+  opened = {}
+  for name, dataset in config.evaluate.datasets.items():
+    try:
+      opened[name] = (
+        sources.make(dataset, dataset.train_split),
+        sources.make(dataset, dataset.test_split),
+      )
+    except errors.UserError as e:
+      raise errors.UserError(f'evaluate.datasets.{name}: {e}') from e
+    if not opened[name][0].num_classes:
+      raise errors.UserError(
+        f'evaluate.datasets.{name}.label_key={dataset.label_key}: no class '
+        'labels there; name the feature that has them'
+      )
+  return opened
 
 
 def _encoders(
   config: ml_collections.ConfigDict,
-  program: train.Program,
+  program: train_step.Program,
   checkpoints: pathlib.Path,
+  step: int,
   embedder: embed.Embedder,
 ) -> dict[str, features.Encoder]:
   """The encoders by the name they have in results.json."""
-  checkpointer = checkpoint.Checkpointer(
-    checkpoints, every_steps=config.train.checkpoint_every_steps
-  )
-  step = checkpointer.latest_step()
+  checkpointer = checkpoint.Checkpointer(checkpoints)
   state = checkpointer.restore(step, program.abstract_state)
   checkpointer.close()
   size = config.model.image_size
@@ -70,7 +95,7 @@ def _encoders(
     return features.from_model(program.model, params, size, program.mesh)
 
   return {
-    'trained': model(state.params['encoder']),
+    'trained': model(state.encoder),
     'embedder': features.from_embedder(embedder),
     'random': model(program.init_encoder()),
     'raw': features.raw_pixels(),

@@ -31,4 +31,7 @@ def make(config: ml_collections.ConfigDict) -> vit.ViT:
     embedding_dim=config.embedding_dim,
     pooling=config.pooling,
     dtype=jnp.dtype(config.dtype),
+    remat=config.remat,
+    scan_layers=config.scan_layers,
+    drop_path=config.drop_path,
   )

@@ -3,9 +3,15 @@
 Shapes: B images, H W pixels, L tokens, D width, N heads, K width of a head.
 """
 
+import functools
+from typing import Any
+
 from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
+
+from mlcd_jax import products
 
 # Sizes of Dosovitskiy et al. (2021), Zhai et al. (2022) and, for bigG,
 # OpenCLIP. Nano is ours, for 28-pixel digits.
@@ -24,6 +30,9 @@ VARIANTS = {
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
+# What the backward pass of a block finds and what it computes anew.
+REMAT = ('none', 'dots', 'full')
+
 _normal = nn.initializers.truncated_normal(0.02)
 
 
@@ -39,6 +48,12 @@ class ViT(nn.Module):
     embedding_dim: width of the projected output.
     pooling: 'class_token', or 'average' over the patches without one.
     dtype: of the products; weights, norms and softmax stay float32.
+    remat: one of REMAT: keep everything a block's backward pass needs, the
+      results of its products, or only its input.
+    scan_layers: compile one block and loop over it. The parameters and the
+      numbers are the same.
+    drop_path: chance that a block of the last layer is skipped in training,
+      falling linearly to 0 at the first.
   """
 
   width: int
@@ -49,13 +64,19 @@ class ViT(nn.Module):
   embedding_dim: int
   pooling: str
   dtype: jnp.dtype
+  remat: str = 'none'
+  scan_layers: bool = False
+  drop_path: float = 0.0
 
   @nn.compact
-  def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+  def __call__(
+    self, images: jax.Array, *, drop_path_key: jax.Array | None = None
+  ) -> dict[str, jax.Array]:
     """Encodes images.
 
     Args:
       images: uint8 [B, H, W, 3].
+      drop_path_key: in training, which images skip which blocks.
 
     Returns:
       tokens [B, L, D] after the last norm, pooled [B, D] and embedding
@@ -74,27 +95,64 @@ class ViT(nn.Module):
     x_BLD = x_BLD + positions
     if self.pooling == 'class_token':  # CLIP's extra norm.
       x_BLD = _norm('pre_norm')(x_BLD)
-    for i in range(self.depth):
-      x_BLD = Block(
-        self.heads, self.mlp_dim, self.dtype, name=f'block_{i:02d}'
-      )(x_BLD)
+    x_BLD = self._blocks(x_BLD, drop_path_key)
     x_BLD = _norm('post_norm')(x_BLD)
     if self.pooling == 'class_token':
       pooled_BD = x_BLD[:, 0]
     else:
       pooled_BD = x_BLD.mean(axis=1)
-    embedding = nn.Dense(
+    embedding = _Dense(
       self.embedding_dim,
+      self.dtype,
       use_bias=False,
-      dtype=self.dtype,
       kernel_init=nn.initializers.normal(self.width**-0.5),
       name='projection',
     )(pooled_BD)
-    return {
-      'tokens': x_BLD,
-      'pooled': pooled_BD,
-      'embedding': embedding.astype(jnp.float32),
-    }
+    return {'tokens': x_BLD, 'pooled': pooled_BD, 'embedding': embedding}
+
+  def _blocks(
+    self, x_BLD: jax.Array, drop_path_key: jax.Array | None
+  ) -> jax.Array:
+    """All blocks, over parameters that lie beside each other by layer."""
+    block = Block(self.heads, self.mlp_dim, self.dtype, parent=None)
+    init = lambda key: block.init(key, x_BLD)['params']  # noqa: E731
+    layers = [self.param(f'block_{i:02d}', init) for i in range(self.depth)]
+    weights = self._drop_path(drop_path_key, len(x_BLD))
+    run = _with_remat(self.remat, functools.partial(_apply_block, block))
+    if not self.scan_layers:
+      for i, params in enumerate(layers):
+        x_BLD = run(x_BLD, params, None if weights is None else weights[i])
+      return x_BLD
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return lax.scan(
+      lambda x, layer: (run(x, *layer), None), x_BLD, (stacked, weights)
+    )[0]
+
+  def _drop_path(self, key: jax.Array | None, batch: int) -> jax.Array | None:
+    """Weights of every layer's two branches, [depth, 2, B, 1, 1], mean 1."""
+    if key is None or not self.drop_path:
+      return None
+    kept = 1 - self.drop_path * jnp.linspace(0, 1, self.depth)
+    kept = kept[:, None, None, None, None]
+    shape = (self.depth, 2, batch, 1, 1)
+    return jax.random.bernoulli(key, kept, shape) / kept
+
+
+def _apply_block(
+  block: nn.Module, x_BLD: jax.Array, params: Any, weights: jax.Array | None
+) -> jax.Array:
+  return block.apply({'params': params}, x_BLD, weights)
+
+
+def _with_remat(policy: str, f):
+  """The function with less kept for its backward pass; see ViT.remat."""
+  if policy == 'none':
+    return f
+  saved = {
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': jax.checkpoint_policies.nothing_saveable,
+  }
+  return jax.checkpoint(f, policy=saved[policy])
 
 
 class Block(nn.Module):
@@ -105,14 +163,18 @@ class Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    """Float32 [B, L, D] to the same."""
+  def __call__(
+    self, x_BLD: jax.Array, weights: jax.Array | None = None
+  ) -> jax.Array:
+    """Float32 [B, L, D] to the same; weights [2, B, 1, 1] of the branches."""
     y_BLD = _norm('attention_norm')(x_BLD)
-    x_BLD = x_BLD + _Attention(self.heads, self.dtype, name='attention')(y_BLD)
+    y_BLD = _Attention(self.heads, self.dtype, name='attention')(y_BLD)
+    x_BLD = x_BLD + (y_BLD if weights is None else weights[0] * y_BLD)
     y_BLD = _norm('mlp_norm')(x_BLD)
-    y_BLF = _dense(self.mlp_dim, self.dtype, 'mlp_in')(y_BLD)
+    y_BLF = _Dense(self.mlp_dim, self.dtype, name='mlp_in')(y_BLD)
     y_BLF = nn.gelu(y_BLF, approximate=False)
-    return x_BLD + _dense(x_BLD.shape[-1], self.dtype, 'mlp_out')(y_BLF)
+    y_BLD = _Dense(x_BLD.shape[-1], self.dtype, name='mlp_out')(y_BLF)
+    return x_BLD + (y_BLD if weights is None else weights[1] * y_BLD)
 
 
 class _Attention(nn.Module):
@@ -125,7 +187,7 @@ class _Attention(nn.Module):
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     width = x_BLD.shape[-1]
     head_dim = width // self.heads
-    qkv = _dense(3 * width, self.dtype, 'qkv')(x_BLD)
+    qkv = _Dense(3 * width, self.dtype, name='qkv')(x_BLD).astype(self.dtype)
     qkv = qkv.reshape(*x_BLD.shape[:2], 3, self.heads, head_dim)
     # Heads before tokens: products then run over the last two axes.
     q_BNLK, k_BNLK, v_BNLK = jnp.unstack(qkv.transpose(2, 0, 3, 1, 4))
@@ -138,7 +200,7 @@ class _Attention(nn.Module):
     weights = jax.nn.softmax(scores * head_dim**-0.5, axis=-1)
     y_BNLK = jnp.einsum('BNLM,BNMK->BNLK', weights.astype(self.dtype), v_BNLK)
     y_BLD = y_BNLK.transpose(0, 2, 1, 3).reshape(x_BLD.shape)
-    return _dense(width, self.dtype, 'out')(y_BLD)
+    return _Dense(width, self.dtype, name='out')(y_BLD)
 
 
 class _Patches(nn.Module):
@@ -158,8 +220,27 @@ class _Patches(nn.Module):
     rows, columns = height // p, width // p
     x = images_BHWC.reshape(batch, rows, p, columns, p, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
-    kernel = kernel.reshape(-1, self.width).astype(self.dtype)
-    return (x.astype(self.dtype) @ kernel).astype(jnp.float32)
+    return _flat_matmul(x, kernel.reshape(-1, self.width), self.dtype)
+
+
+class _Dense(nn.Module):
+  """A linear layer: products in `dtype`, float32 [..., features] out."""
+
+  features: int
+  dtype: jnp.dtype
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = _normal
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param(
+      'kernel', self.kernel_init, (x.shape[-1], self.features)
+    )
+    y = _flat_matmul(x, kernel, self.dtype)
+    if not self.use_bias:
+      return y
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _normalise(images: jax.Array) -> jax.Array:
@@ -173,23 +254,13 @@ def _norm(name: str) -> nn.LayerNorm:
   return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name=name)
 
 
-def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-  return nn.Dense(
-    features,
-    dtype=dtype,
-    kernel_init=_normal,
-    dot_general=_flat_dot_general,
-    name=name,
-  )
-
-
-def _flat_dot_general(x, kernel, dimension_numbers, **kwargs):
+def _flat_matmul(
+  x: jax.Array, kernel: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
   """X [..., D] times kernel [D, F] with all other axes of x made one.
 
   The gradient of the kernel then sums over one axis, not over several, which
   XLA's CPU back end is slow at.
   """
-  del dimension_numbers  # Dense only ever contracts the last axis.
-  rows = x.reshape(-1, x.shape[-1])
-  out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **kwargs)
+  out = products.matmul(x.reshape(-1, x.shape[-1]), kernel, dtype)
   return out.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -279,10 +279,10 @@ def test_embedding_has_no_row_for_a_bad_image(tmp_path):
   )
   embed.run(config, manifest)
   good = [f'{i:04d}' for i in range(40) if i not in _BAD]
-  made = embeddings.Embeddings(tmp_path / 'embeddings')
+  made = embeddings.open_made(manifests.load(tmp_path / 'embeddings'))
   assert made.keys().tolist() == good
   assert manifest.result['bad'] == {r: 1 for _, r in _BAD.values()}
-  assert manifest.result['num_rows'] == 37
+  assert sum(manifest.result['shard_rows']) == 37
 
   config.data.max_bad_fraction = 0.05
   with pytest.raises(errors.UserError) as e:

@@ -1,0 +1,72 @@
+"""Reads the collectives out of a compiled program's text."""
+
+import collections
+from collections.abc import Mapping
+import re
+
+import numpy as np
+
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_COLLECTIVE = re.compile(r' = (.*?) (' + '|'.join(KINDS) + r')(-start)?\(')
+_ARRAY = re.compile(r'(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
+_CALLED = re.compile(
+  r'(?:calls|to_apply|body|condition|branch_computations|'
+  r'called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)'
+)
+_TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
+
+
+def collectives(text: str) -> dict[str, dict[str, float]]:
+  """Returns {kind: {"count", "bytes"}} of one run, on one device.
+
+  Bytes are of the results; a loop's body counts as often as it runs.
+
+  Args:
+    text: of `jax.stages.Compiled.as_text`.
+  """
+  found, calls, entry = _parse(text)
+  total = {kind: {'count': 0.0, 'bytes': 0.0} for kind in KINDS}
+
+  def visit(name, times):
+    for kind, size in found[name]:
+      total[kind]['count'] += times
+      total[kind]['bytes'] += times * size
+    for called, repeats in calls[name]:
+      visit(called, times * repeats)
+
+  visit(entry, 1)
+  return {kind: values for kind, values in total.items() if values['count']}
+
+
+def _parse(text: str) -> tuple[Mapping, Mapping, str]:
+  """By computation: its collectives, and what it calls how often."""
+  found, calls = collections.defaultdict(list), collections.defaultdict(list)
+  name = entry = ''
+  for line in text.splitlines():
+    if start := _COMPUTATION.match(line):
+      name = start[2]
+      entry = name if start[1] else entry
+      continue
+    if match := _COLLECTIVE.search(line):
+      # A started one returns its operands beside its results.
+      shapes = [_bytes(*m.groups()) for m in _ARRAY.finditer(match[1])]
+      found[name].append((match[2], max(shapes) if match[3] else sum(shapes)))
+    trips = _TRIPS.search(line)
+    for match in _CALLED.finditer(line):
+      for called in match[1].split(','):
+        repeats = int(trips[1]) if trips and ' while(' in line else 1
+        calls[name].append((called.strip().lstrip('%'), repeats))
+  return found, calls, entry
+
+
+def _bytes(kind: str, bits: str | None, dims: str) -> float:
+  count = np.prod([int(d) for d in dims.split(',') if d], initial=1.0)
+  return float(count) * (1 if kind == 'pred' else int(bits) / 8)

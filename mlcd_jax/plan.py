@@ -1,0 +1,291 @@
+"""What a config needs on a TPU slice that is not there.
+
+  python -m mlcd_jax.plan --config=configs/vit_l14.py:laion400m \
+    --topology=v5e:16x16 [--json]
+
+Compiles the real programs for the topology with libtpu, which needs no TPU
+(`pip install -r requirements-tpu.txt`), and prints bytes, FLOPs and
+collectives for each chip. Nothing is read or downloaded.
+"""
+
+import os
+
+# Before jax is imported anywhere: a TPU of this machine is not meant, and its
+# metadata server is not asked.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+# The first lines of libtpu on a machine without one.
+os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')
+# Another plan, or a run, may use libtpu at the same time.
+os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+
+import collections
+import json
+import logging
+import math
+import re
+import sys
+import time
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from mlcd_jax import cli
+from mlcd_jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
+_TOPOLOGY = flags.DEFINE_string(
+  'topology', None, 'TPU slice, such as v5e:16x16; one of mesh.slices.'
+)
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
+_UTILISATION = flags.DEFINE_float(
+  'utilisation', 0.5, 'Share of the peak FLOP/s that products reach.'
+)
+
+_log = logging.getLogger(__name__)
+
+
+def main(rest: list[str]) -> None:
+  """Compiles, prints."""
+  if rest:
+    raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
+  plan = make(
+    _CONFIG.value,
+    name=sys.argv[1:],
+    topology=_TOPOLOGY.value,
+    utilisation=_UTILISATION.value,
+  )
+  print(json.dumps(plan) if _JSON.value else table(plan))
+
+
+def make(
+  config, *, name: Any, topology: str, utilisation: float = 0.5
+) -> dict[str, Any]:
+  """Compiles every program and returns what it needs.
+
+  Args:
+    config: see config.default.
+    name: what the result calls the config.
+    topology: a TPU slice.
+    utilisation: share of a chip's peak FLOP/s that is reached.
+
+  Raises:
+    UserError: libtpu is missing, or config and topology do not fit.
+  """
+  from mlcd_jax import config as config_lib
+
+  # Those say what to read, and nothing is read.
+  config_lib.check(config, skip=('data', 'embed', 'evaluate'))
+  if not 0 < utilisation <= 1:
+    raise errors.UserError(f'--utilisation={utilisation} is outside 0 to 1')
+  devices = _devices(topology, config.mesh.slices)
+  return {
+    'config': name,
+    'topology': topology,
+    'devices': len(devices),
+    'utilisation': utilisation,
+    'programs': {'train': _train(config, devices, utilisation)},
+  }
+
+
+def _devices(topology: str, slices: int) -> list[Any]:
+  """The devices of a topology; nothing is computed on them."""
+  from jax.experimental import topologies
+
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as e:
+    raise errors.UserError(
+      '--topology: compiling for TPUs needs libtpu; run pip install -r '
+      'requirements-tpu.txt'
+    ) from e
+  kwargs = {'num_slices': slices} if slices > 1 else {}
+  try:
+    found = topologies.get_topology_desc(topology, platform='tpu', **kwargs)
+  except Exception as e:  # libtpu's own errors have no common class.
+    said = re.sub(r'\s+', ' ', str(e))[:200]
+    raise errors.UserError(
+      f'--topology={topology}: libtpu knows no such slice ({said}); use a '
+      'name such as v5e:16x16, v5p:4x4x4 or v6e:16x16'
+    ) from e
+  return list(found.devices)
+
+
+def _train(config, devices, utilisation) -> dict[str, Any]:
+  """The train step."""
+  from mlcd_jax import hardware
+  from mlcd_jax import presets
+  from mlcd_jax import sharding
+  from mlcd_jax import train_step
+
+  mesh = sharding.from_config(config, devices=devices)
+  num_images = presets.num_images(config)
+  steps = config.train.steps
+  if not steps and num_images:
+    steps = round(config.train.epochs * num_images / config.train.batch_size)
+  program = train_step.Program(
+    config=config,
+    num_classes=config.cluster.num_centers,
+    steps=steps or 1,
+    mesh=mesh,
+  )
+  parts = hardware.train_flops(config, program.num_classes)
+  images = config.train.batch_size / len(devices)
+  flops = images * sum(parts.values())
+  if config.model.remat == 'full':
+    flops += images * parts['encoder'] / 3
+  out = _compile(
+    'train', program.step, (program.abstract_state, program.abstract_batch)
+  )
+  chip = _chip(devices)
+  out |= _bounds(out, flops, chip, utilisation)
+  out |= {
+    'classifier_share': parts['classifier'] / sum(parts.values()),
+    'steps': steps or None,
+    'days': steps * out['seconds_per_step'] / 86_400 if steps else None,
+    'mesh': dict(mesh.shape),
+  }
+  out['advice'] = None if out['fits'] else _advice(config, out, chip)
+  return out
+
+
+def _compile(name: str, function, arguments) -> dict[str, Any]:
+  """Compiles for the arguments' devices and reads what that needs."""
+  from mlcd_jax import hlo
+
+  _log.info('plan: compiling %s', name)
+  start = time.monotonic()
+  lowered = function.lower(*arguments)
+  try:
+    compiled = lowered.compile()
+  except Exception as e:  # XLA reports a full memory as an error.
+    used = re.search(r'Used ([\d.]+)([KMGT]) of', str(e))
+    if 'RESOURCE_EXHAUSTED' not in str(e) or not used:
+      raise
+    scale = 1024 ** ('KMGT'.index(used[2]) + 1)
+    return {
+      'fits': False,
+      'bytes_per_chip': float(used[1]) * scale,
+      **dict.fromkeys(
+        ('arguments', 'temporaries', 'outputs', 'program', 'bytes_moved')
+      ),
+      'collectives': None,
+    }
+  _log.info('plan: %s took %.0f s', name, time.monotonic() - start)
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  # Donated arguments become outputs in place.
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  sizes = {
+    'arguments': memory.argument_size_in_bytes,
+    'temporaries': memory.temp_size_in_bytes,
+    'outputs': outputs,
+    'program': memory.generated_code_size_in_bytes,
+  }
+  return {
+    'fits': True,
+    'bytes_per_chip': sum(sizes.values()),
+    **sizes,
+    'bytes_moved': cost.get('bytes accessed'),
+    'collectives': hlo.collectives(compiled.as_text()),
+  }
+
+
+def _chip(devices):
+  """A device's share of what its chip can do."""
+  from mlcd_jax import hardware
+
+  per_chip = max(
+    collections.Counter(d.coords for d in _first(devices)).values()
+  )
+  chip = hardware.find(devices[0].device_kind, devices_per_chip=per_chip)
+  if chip is None:
+    raise errors.UserError(
+      f'--topology: nothing is known of {devices[0].device_kind}'
+    )
+  return chip
+
+
+def _first(devices):
+  """The devices of the first slice."""
+  index = lambda d: getattr(d, 'slice_index', None) or 0  # noqa: E731
+  return [d for d in devices if index(d) == 0]
+
+
+def _bounds(out, flops, chip, utilisation) -> dict[str, Any]:
+  """The time that FLOPs and memory traffic take at least."""
+  products = flops / (utilisation * chip.flops)
+  # XLA counts the body of a loop once.
+  memory = (out['bytes_moved'] or 0) / chip.bandwidth
+  return {
+    'fits': out['fits'] and out['bytes_per_chip'] <= chip.memory,
+    'memory': chip.memory,
+    'flops': flops,
+    'seconds_per_step': max(products, memory),
+    'bound': 'FLOPs' if products >= memory else 'memory traffic',
+  }
+
+
+def _advice(config, out, chip) -> str:
+  """The field that makes the most room."""
+  held = out['arguments']
+  if held is not None and held > chip.memory / 2:
+    return f'raise mesh.fsdp={config.mesh.fsdp}: the state fills the memory'
+  if config.model.remat != 'full':
+    return f'set model.remat=full, which is {config.model.remat}'
+  images = config.train.batch_size // (
+    out['mesh']['data'] * out['mesh']['fsdp']
+  )
+  parts = config.train.accumulate_steps
+  if images > parts:
+    return f'raise train.accumulate_steps={parts}, up to {images}'
+  return (
+    f'raise mesh.fsdp={config.mesh.fsdp}, or lower train.batch_size='
+    f'{config.train.batch_size} or loss.chunk_megabytes='
+    f'{config.loss.chunk_megabytes:g}'
+  )
+
+
+def table(plan: dict[str, Any]) -> str:
+  """The plan for people to read."""
+  lines = [
+    f'{plan["topology"]}, {plan["devices"]} devices; numbers are per device'
+  ]
+  for name, p in plan['programs'].items():
+    mesh = ' x '.join(f'{k} {v}' for k, v in p['mesh'].items())
+    size = lambda key: _gigabytes(p[key])  # noqa: E731, B023
+    rows = [
+      ('fits', f'{"yes" if p["fits"] else "NO"}, {size("bytes_per_chip")} of '
+       f'{size("memory")}'),
+      ('arguments', size('arguments')),
+      ('temporaries', size('temporaries')),
+      ('outputs', size('outputs')),
+      ('program', size('program')),
+      ('TFLOPs a step', f'{p["flops"] / 1e12:.2f}, of the model '
+       f'{p["classifier_share"]:.2%} in the classifier'),
+      ('memory traffic', f'{size("bytes_moved")}, loops counted once'),
+    ]  # fmt: skip
+    for kind, c in (p['collectives'] or {}).items():
+      rows.append((kind, f'{c["count"]:.0f}, {_gigabytes(c["bytes"])}'))
+    rows.append((
+      'seconds a step',
+      f'{p["seconds_per_step"]:.3f} at {plan["utilisation"]:.0%} of the peak, '
+      f'set by {p["bound"]}',
+    ))  # fmt: skip
+    if p['days']:
+      rows.append(('days', f'{p["days"]:.1f} for {p["steps"]:,} steps'))
+    if p['advice']:
+      rows.append(('to make it fit', p['advice']))
+    lines.append(f'{name}, mesh {mesh}')
+    lines += [f'  {label:<15} {value}' for label, value in rows]
+  return '\n'.join(lines)
+
+
+def _gigabytes(size: float | None) -> str:
+  if size is None or math.isnan(size):
+    return 'unknown'
+  return f'{size / 2**30:.2f} GiB'
+
+
+if __name__ == '__main__':
+  cli.run(main, required=('config', 'topology'))

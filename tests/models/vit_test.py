@@ -1,0 +1,83 @@
+"""The vision transformer: shapes, types, skipped blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlcd_jax import config as config_lib
+from mlcd_jax import models
+from mlcd_jax import products
+
+
+def make(**fields):
+  config = config_lib.default().model
+  config.variant = 'Nano/7'
+  config.image_size = 14
+  config.embedding_dim = 16
+  config.dtype = 'float32'
+  config.update(fields)
+  return models.make(config)
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+  ('pooling', 'tokens'), [('class_token', 5), ('average', 4)]
+)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_shapes_and_types(pooling, tokens, dtype):
+  model = make(pooling=pooling, dtype=dtype)
+  out, variables = model.init_with_output(jax.random.key(0), IMAGES)
+  shapes = {k: v.shape for k, v in out.items()}
+  assert shapes == {
+    'tokens': (3, tokens, 96),
+    'pooled': (3, 96),
+    'embedding': (3, 16),
+  }
+  assert all(v.dtype == jnp.float32 for v in jax.tree.leaves((out, variables)))
+
+
+def test_scan_has_the_same_parameters_and_numbers():
+  plain, scanned = make(), make(scan_layers=True, remat='full')
+  variables = plain.init(jax.random.key(0), IMAGES)
+  again = scanned.init(jax.random.key(0), IMAGES)
+  jax.tree.map(np.testing.assert_array_equal, variables, again)
+  assert {'block_00', 'block_01', 'block_02'} < set(variables['params'])
+  np.testing.assert_allclose(
+    plain.apply(variables, IMAGES)['embedding'],
+    scanned.apply(variables, IMAGES)['embedding'],
+    atol=1e-5,
+  )
+
+
+def test_drop_path_only_with_a_key_and_the_mean_is_kept():
+  plain, dropping = make(), make(drop_path=0.5)
+  variables = plain.init(jax.random.key(0), IMAGES)
+  expected = plain.apply(variables, IMAGES)['tokens']
+  found = dropping.apply(variables, IMAGES)['tokens']
+  np.testing.assert_array_equal(found, expected)
+  weights = jnp.stack(
+    [dropping._drop_path(jax.random.key(i), 8) for i in range(300)]
+  )
+  np.testing.assert_array_equal(weights[:, 0], 1)  # The first block stays.
+  assert set(np.unique(weights[:, 2])) == {0, 2}
+  np.testing.assert_allclose(weights.mean((0, 2, 3, 4, 5)), 1, atol=0.05)
+
+
+def test_products_accumulate_in_float32_both_ways():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(5, 700)), jnp.bfloat16)
+  y = jnp.asarray(rng.normal(size=(700, 3)), jnp.float32)
+  out, vjp = jax.vjp(lambda x, y: products.matmul(x, y, jnp.bfloat16), x, y)
+  exact = np.float64(x) @ np.float64(y.astype(jnp.bfloat16))
+  assert out.dtype == jnp.float32
+  np.testing.assert_allclose(out, exact, rtol=1e-4, atol=1e-3)
+  g = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+  x_bar, y_bar = vjp(g)
+  assert (x_bar.dtype, y_bar.dtype) == (jnp.bfloat16, jnp.float32)
+  rounded = np.float64(g.astype(jnp.bfloat16))
+  np.testing.assert_allclose(
+    y_bar, np.float64(x).T @ rounded, rtol=1e-4, atol=1e-3
+  )

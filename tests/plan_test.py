@@ -1,0 +1,107 @@
+"""The plan: its collectives, FLOPs, advice, and one real compile."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from mlcd_jax import hardware
+from mlcd_jax import hlo
+from mlcd_jax import presets
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+_HLO = """
+HloModule step
+%body (p: (s32[])) -> (s32[]) {
+  %g = f32[8,4]{1,0} all-gather(%x), dimensions={0}
+  ROOT %r = (s32[]) tuple(%i)
+}
+%cond (p: (s32[])) -> pred[] {
+  ROOT %lt = pred[] compare(%a, %b)
+}
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+  %s = (bf16[16]{0}, bf16[64]{0}) all-gather-start(%y), dimensions={0}
+  %d = bf16[64]{0} all-gather-done(%s)
+  ROOT %o = (f32[4]{0}, f32[2]{0}) all-reduce(%p, %q), to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_count_loops_and_started_ones():
+  assert hlo.collectives(_HLO) == {
+    'all-gather': {'count': 13, 'bytes': 12 * 128 + 128},
+    'all-reduce': {'count': 1, 'bytes': 24},
+  }
+
+
+def test_flops_of_known_models():
+  # 4.4, 17.5 and 81 billion multiply-adds, as published for 224 pixels.
+  for variant, giga, dim in (
+    ('B/32', 4.4, 512),
+    ('B/16', 17.5, 512),
+    ('L/14', 81, 768),
+  ):
+    config = presets.make('laion400m', variant=variant, embedding_dim=dim)
+    found = hardware.encoder_flops(config.model) / 2e9
+    assert found == pytest.approx(giga, rel=0.02)
+
+
+def test_classifier_is_a_small_part_of_the_step():
+  config = presets.make('laion400m', variant='B/16', embedding_dim=512)
+  parts = hardware.train_flops(config, 1_000_000)
+  assert parts['classifier'] < 0.05 * sum(parts.values())
+
+
+def test_chips_by_name():
+  assert hardware.find('TPU v5 lite').flops == 197e12
+  assert hardware.find('TPU v5').flops == 459e12
+  assert hardware.find('cpu') is None
+  assert hardware.find('TPU7x', devices_per_chip=2).memory == 96 * 2**30
+
+
+def _plan(*flags):
+  return subprocess.run(
+    [sys.executable, '-m', 'mlcd_jax.plan', *flags],
+    cwd=_ROOT,
+    env={**os.environ, 'PYTHONPATH': str(_ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is not None, reason='libtpu is installed'
+)
+def test_says_what_to_install():
+  done = _plan('--config=configs/vit_b32.py:laion400m', '--topology=v5e:2x2')
+  assert done.returncode == 2
+  assert done.stderr.strip().splitlines()[-1].startswith('error: --topology')
+  assert 'requirements-tpu.txt' in done.stderr
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason='needs libtpu (requirements-tpu.txt)',
+)
+def test_compiles_a_step_for_a_tpu_slice():
+  done = _plan(
+    '--config=configs/vit_b32.py:laion400m',
+    '--topology=v5e:2x2',
+    '--config.train.batch_size=64',
+    '--config.cluster.num_centers=20000',
+    '--json',
+  )
+  assert done.returncode == 0, done.stderr
+  train = json.loads(done.stdout)['programs']['train']
+  assert train['fits']
+  # The state, a quarter of the classes each: 88M and 10M parameters.
+  state = 4 * 3 * (88e6 + 20_480 * 512 / 4)
+  assert train['arguments'] == pytest.approx(state, rel=0.05)
+  assert train['collectives']['all-gather']['count'] >= 1

@@ -1,0 +1,81 @@
+"""The mesh, and the table of PartitionSpecs."""
+
+import jax
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+
+from mlcd_jax import errors
+from mlcd_jax import sharding
+
+
+def test_the_rest_goes_to_the_axis_left_open():
+  assert dict(sharding.make_mesh(-1, 2).shape) == {'data': 4, 'fsdp': 2}
+  assert dict(sharding.make_mesh(2, -1).shape) == {'data': 2, 'fsdp': 4}
+  with pytest.raises(ValueError, match='mesh.data=3'):
+    sharding.make_mesh(3, 2)
+
+
+def test_slices_lie_along_data_and_fsdp_stays_within_one():
+  class Chip:
+    platform, device_kind, process_index = 'cpu', 'cpu', 0
+
+    def __init__(self, i):
+      self.id, self.slice_index = i, i % 2  # Slices are interleaved.
+
+  parts = sharding._by_slice([Chip(i) for i in range(8)], 2)
+  assert [[c.id for c in part] for part in parts] == [
+    [0, 2, 4, 6],
+    [1, 3, 5, 7],
+  ]
+  with pytest.raises(ValueError, match='devices are in 2 slices'):
+    sharding._by_slice([Chip(i) for i in range(8)], 4)
+  mesh = sharding.make_mesh(4, 2, slices=2)
+  ids = np.vectorize(lambda d: d.id)(mesh.devices)
+  assert set(ids[:2].flat) == {0, 1, 2, 3}
+  with pytest.raises(ValueError, match='mesh.slices=3'):
+    sharding.make_mesh(4, 2, slices=3)
+
+
+def test_what_must_divide_over_the_devices(tiny_config):
+  assert sharding.from_config(tiny_config).size == 8
+  tiny_config.train.accumulate_steps = 8
+  with pytest.raises(errors.UserError, match='train.accumulate_steps=8'):
+    sharding.from_config(tiny_config)
+  tiny_config.train.accumulate_steps = 1
+  tiny_config.train.batch_size = 30
+  with pytest.raises(errors.UserError, match='train.batch_size=30'):
+    sharding.from_config(tiny_config)
+
+
+def test_specs_hold_for_parameters_and_their_moments_alike():
+  mesh = sharding.make_mesh(2, 4)
+  big = jax.ShapeDtypeStruct((512, 1_024), np.float32)
+  state = {
+    'params': {
+      'kernel': big,
+      'bias': jax.ShapeDtypeStruct((512,), np.float32),
+      'odd': jax.ShapeDtypeStruct((333, 1_001), np.float32),
+      'classifier': {'weight': big},
+    }
+  }
+  state['mu'] = state['params']
+  specs = jax.tree.map(lambda s: s.spec, sharding.state_shardings(mesh, state))
+  assert specs['mu'] == specs['params']
+  assert specs['params'] == {
+    'kernel': PartitionSpec(None, 'fsdp'),
+    'bias': sharding.REPLICATED,
+    'odd': sharding.REPLICATED,
+    'classifier': {'weight': sharding.CLASSES},
+  }
+
+
+def test_errors_name_the_parameter():
+  mesh = sharding.make_mesh(2, 4)
+  odd = {'classifier': {'weight': jax.ShapeDtypeStruct((1_001, 8), np.float32)}}
+  with pytest.raises(ValueError, match='classifier/weight .*1001'):
+    sharding.state_shardings(mesh, odd)
+  with pytest.raises(ValueError, match='kernel .*twice'):
+    sharding._check(
+      'kernel', (8, 8), PartitionSpec('fsdp', ('data', 'fsdp')), mesh
+    )
