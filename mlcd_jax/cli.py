@@ -29,7 +29,7 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
   def parse(argv):
     rest = _parse(argv)
     for name in required:
-      if not flags.FLAGS[name].value:
+      if flags.FLAGS[name].value in (None, ''):
         raise errors.UserError(f'--{name} is missing; see --help')
     return rest
 

@@ -167,6 +167,7 @@ def check(
     config: see `default`.
     skip: sections whose choices are not checked.
   """
+  _check_fields(config)
   for field, choices in {
     'data.source': SOURCES,
     'embed.embedder': EMBEDDERS,
@@ -194,16 +195,40 @@ def check(
   _check_together(config)
 
 
-_INF = float('inf')
+def _check_fields(config: ml_collections.ConfigDict) -> None:
+  """Every field of `default` must be there, with a value of its type."""
+  known = default()
+  for section in known:
+    fields = known[section]
+    if not isinstance(fields, ml_collections.ConfigDict):
+      fields = {'': fields}
+    for name, value in fields.items():
+      field = f'{section}.{name}' if name else section
+      try:
+        given = _get(config, field)
+      except (AttributeError, KeyError, TypeError) as e:
+        raise errors.UserError(
+          f'{field} is missing; begin a config with mlcd_jax.config.default()'
+        ) from e
+      accepted = (int, float) if isinstance(value, float) else type(value)
+      if isinstance(value, tuple):
+        accepted = (tuple, list)
+      if not isinstance(given, accepted):
+        raise errors.UserError(
+          f'{field}={given!r}: needs a value such as {value!r}'
+        )
+
+
+_MOST = 2**31 - 1
 _RANGES = (
-  ('seed', 0, 2**31 - 1),
+  ('seed', 0, _MOST),
   ('data.num_workers', 0, 1_024),
   ('data.max_bad_fraction', 0, 1),
   ('embed.image_size', 0, 16_384),
-  ('embed.batch_size', 1, _INF),
-  ('embed.shard_rows', 1, _INF),
-  ('cluster.num_centers', 1, 2**31 - 1),
-  ('cluster.iterations', 1, _INF),
+  ('embed.batch_size', 1, _MOST),
+  ('embed.shard_rows', 1, _MOST),
+  ('cluster.num_centers', 1, _MOST),
+  ('cluster.iterations', 1, _MOST),
   ('cluster.tolerance', 0, 1),
   ('cluster.num_labels', 1, 1_024),
   ('model.image_size', 1, 16_384),
@@ -215,23 +240,23 @@ _RANGES = (
   ('loss.scale', 1e-6, 1e6),
   ('loss.sample_rate', 1e-9, 1),
   ('loss.interclass_filter', 0, 1),
-  ('loss.chunk_megabytes', 1e-3, _INF),
-  ('optimizer.learning_rate', 0, _INF),
-  ('optimizer.weight_decay', 0, _INF),
-  ('optimizer.b1', 0, 1),
-  ('optimizer.b2', 0, 1),
-  ('optimizer.warmup_steps', 0, _INF),
-  ('optimizer.gradient_clip_norm', 0, _INF),
-  ('optimizer.head_learning_rate_multiplier', 0, _INF),
-  ('train.steps', 0, _INF),
-  ('train.epochs', 0, _INF),
-  ('train.batch_size', 1, _INF),
-  ('train.accumulate_steps', 1, _INF),
+  ('loss.chunk_megabytes', 1e-3, 1e6),
+  ('optimizer.learning_rate', 0, 1e3),
+  ('optimizer.weight_decay', 0, 1e3),
+  ('optimizer.b1', 0, 0.999999),
+  ('optimizer.b2', 0, 0.999999),
+  ('optimizer.warmup_steps', 0, _MOST),
+  ('optimizer.gradient_clip_norm', 0, 1e9),
+  ('optimizer.head_learning_rate_multiplier', 0, 1e6),
+  ('train.steps', 0, _MOST),
+  ('train.epochs', 0, 1e6),
+  ('train.batch_size', 1, _MOST),
+  ('train.accumulate_steps', 1, _MOST),
   ('train.ema_decay', 0, 1),
-  ('train.checkpoint_every_steps', 1, _INF),
-  ('train.log_every_steps', 1, _INF),
-  ('train.stop_after_steps', 0, _INF),
-  ('evaluate.batch_size', 1, _INF),
+  ('train.checkpoint_every_steps', 1, _MOST),
+  ('train.log_every_steps', 1, _MOST),
+  ('train.stop_after_steps', 0, _MOST),
+  ('evaluate.batch_size', 1, _MOST),
 )
 
 
@@ -257,10 +282,14 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
       f'loss.num_positives={c.loss.num_positives}: loss.name=softmax has '
       'one label; set loss.num_positives=1'
     )
-  low, high = c.data.crop_area
-  if not 0 < low <= high <= 1:
+  area = tuple(c.data.crop_area)
+  if (
+    len(area) != 2
+    or not all(isinstance(a, (int, float)) for a in area)
+    or not 0 < area[0] <= area[1] <= 1
+  ):
     raise errors.UserError(
-      f'data.crop_area={tuple(c.data.crop_area)}: needs 0 < low <= high <= 1'
+      f'data.crop_area={area}: needs (low, high) with 0 < low <= high <= 1'
     )
   for task in c.evaluate.tasks:
     if task not in TASKS:

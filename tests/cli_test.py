@@ -52,6 +52,7 @@ def run(*arguments, **options):
     ((*_TINY, '--workdir=x', '--config.train.steps=many'), 'train.steps'),
     ((*_TINY, '--workdir=x', '--config.lr=1'), "no field 'lr'"),
     ((*_TINY, '--workdir=x', '--wrkdir=y'), 'wrkdir'),
+    ((*_TINY, '--workdir='), '--workdir is missing'),
     ((*_TINY, '--workdir=x', 'embed'), "'embed' is not a flag"),
   ],
 )
@@ -61,6 +62,41 @@ def test_mistakes_are_one_line_and_exit_2(arguments, says):
   assert err.startswith('error: ') and err.count('\n') == 1
   assert says in err
   assert not out
+
+
+@pytest.mark.parametrize(
+  ('text', 'says'),
+  [
+    ('def get_config(:', 'SyntaxError'),
+    ('import no_such_module', 'ModuleNotFoundError'),
+    ("def get_config(arg=None): return {}['x']", 'KeyError: x'),
+    ('x = 1', 'get_config'),
+    ('def get_config(arg=None): return None', '--config'),
+    (
+      'import ml_collections\n'
+      'def get_config(arg=None): return ml_collections.ConfigDict()',
+      'is missing; begin a config',
+    ),
+  ],
+)
+def test_broken_config_files_are_one_line_and_exit_2(tmp_path, text, says):
+  path = tmp_path / 'broken.py'
+  path.write_text(text)
+  code, _, err = run(f'--config={path}', f'--workdir={tmp_path}/run')
+  assert code == 2
+  assert 'Traceback' not in err
+  assert err.splitlines()[-1].startswith('error: ')
+  assert says in err.splitlines()[-1]
+
+
+def test_early_interrupt_is_one_line(tmp_path):
+  process = start(*_TINY, f'--workdir={tmp_path}')
+  time.sleep(1.5)  # Importing, as a rule; all that matters is: any time.
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 75
+  assert 'Traceback' not in err
+  assert 'run the same command' in err.splitlines()[-1]
 
 
 def test_mistakes_found_later_are_one_line_and_exit_2(tmp_path):

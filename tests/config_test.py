@@ -1,5 +1,6 @@
 """Values that cannot be used are refused by name."""
 
+import ml_collections
 import pytest
 
 from mlcd_jax import config as config_lib
@@ -28,6 +29,13 @@ from mlcd_jax import models
     ('optimizer.learning_rate', -1.0, 'optimizer.learning_rate'),
     ('data.crop_area', (0.0, 1.0), 'data.crop_area'),
     ('data.crop_area', (0.9, 0.5), 'data.crop_area'),
+    ('data.crop_area', (1,), 'data.crop_area'),
+    ('data.crop_area', ('a', 'b'), 'data.crop_area'),
+    ('optimizer.learning_rate', float('inf'), 'optimizer.learning_rate'),
+    ('optimizer.warmup_steps', float('nan'), 'optimizer.warmup_steps'),
+    ('optimizer.b1', 1.0, 'optimizer.b1'),
+    ('train.steps', 10**23, 'train.steps'),
+    ('train.epochs', float('inf'), 'train.epochs'),
     ('mesh.fsdp', 0, 'mesh.fsdp'),
     ('evaluate.tasks', ('linear', 'svm'), 'svm'),
     ('seed', -1, 'seed'),
@@ -59,3 +67,15 @@ def test_model_refused(tiny_config, field, value, says):
 def test_unknown_data_field_is_refused(tiny_config):
   with pytest.raises(ValueError, match='unknown data fields'):
     config_lib.add_dataset(tiny_config, 'x', folder='y')
+
+
+def test_malformed_configs_are_refused(tiny_config):
+  del tiny_config.loss.scale
+  with pytest.raises(errors.UserError, match='loss.scale is missing'):
+    config_lib.check(tiny_config)
+  with pytest.raises(errors.UserError, match='is missing; begin a config'):
+    config_lib.check(ml_collections.ConfigDict())
+  other = config_lib.default()
+  other.data = ml_collections.ConfigDict(dict(other.data, crop_area='all'))
+  with pytest.raises(errors.UserError, match="data.crop_area='all'"):
+    config_lib.check(other)
