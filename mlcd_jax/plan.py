@@ -52,15 +52,26 @@ def main(rest: list[str]) -> None:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
   plan = make(
     _CONFIG.value,
-    name=sys.argv[1:],
+    name=_config_name(sys.argv),
     topology=_TOPOLOGY.value,
     utilisation=_UTILISATION.value,
   )
   print(json.dumps(plan) if _JSON.value else table(plan))
 
 
+def _config_name(argv: list[str]) -> str:
+  """The value of --config as given."""
+  flags_given = [arg.lstrip('-') for arg in argv[1:]]
+  for i, arg in enumerate(flags_given):
+    if arg == 'config':  # Its value is the next argument.
+      return flags_given[i + 1]
+    if arg.startswith('config='):
+      return arg.partition('=')[2]
+  return ''
+
+
 def make(
-  config, *, name: Any, topology: str, utilisation: float = 0.5
+  config, *, name: str, topology: str, utilisation: float = 0.5
 ) -> dict[str, Any]:
   """Compiles every program and returns what it needs.
 
@@ -135,10 +146,10 @@ def _train(config, devices, utilisation) -> dict[str, Any]:
   flops = images * sum(parts.values())
   if config.model.remat == 'full':
     flops += images * parts['encoder'] / 3
+  chip = _chip(devices)
   out = _compile(
     'train', program.step, (program.abstract_state, program.abstract_batch)
   )
-  chip = _chip(devices)
   out |= _bounds(out, flops, chip, utilisation)
   out |= {
     'classifier_share': parts['classifier'] / sum(parts.values()),
@@ -196,7 +207,7 @@ def _chip(devices):
   from mlcd_jax import hardware
 
   per_chip = max(
-    collections.Counter(d.coords for d in _first(devices)).values()
+    collections.Counter(tuple(d.coords) for d in _first(devices)).values()
   )
   chip = hardware.find(devices[0].device_kind, devices_per_chip=per_chip)
   if chip is None:
