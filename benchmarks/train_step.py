@@ -1,6 +1,6 @@
 """One training step against PyTorch's, on the same model, loss and data.
 
-  pip install -r benchmarks/requirements-bench.txt
+  pip install -r requirements-bench.txt
   python benchmarks/train_step.py --batch=16 --dtype=float32
 
 The peer is written as one would in PyTorch: scaled_dot_product_attention,
