@@ -38,7 +38,7 @@ def default() -> ml_collections.ConfigDict:
   c.data.caption_key = 'caption'
   c.data.bad_keys = ''  # Keys to leave out; '' = bad_keys.txt in the workdir.
   c.data.cache_dir = ''  # Indices and copies; '' = ~/.cache/mlcd_jax.
-  c.data.num_workers = 0  # Decoding processes; 0 = threads of this process.
+  c.data.num_workers = 0  # Decoding processes, above 16 cores; 0 = threads.
   c.data.max_bad_fraction = 0.01  # Above it, bad images stop the run.
   c.data.crop_area = (0.7, 1.0)  # Share of the image a training crop keeps.
   c.data.flip = True  # Mirror half of the training crops.
