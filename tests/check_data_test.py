@@ -58,7 +58,7 @@ def test_writes_the_bad_keys_and_a_run_leaves_them_out(tmp_path):
   config.train.steps = 1
   stages.run(config, workdir, ('embed',))
   result = manifests.load(workdir / 'embeddings').result
-  assert (result['num_records'], result['num_rows']) == (19, 19)
+  assert (result['num_records'], result['shard_rows']) == (19, [19])
 
 
 def test_mistakes_are_one_line(tmp_path):
