@@ -22,6 +22,8 @@ _CALLED = re.compile(
   r'called_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)'
 )
 _TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
+_CONDITION = re.compile(r'condition=%?([\w.\-]+)')
+_CONSTANT = re.compile(r' s32\[\]\S* constant\((\d+)\)')
 
 
 def collectives(text: str) -> dict[str, dict[str, float]]:
@@ -39,7 +41,7 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
     for kind, size in found[name]:
       total[kind]['count'] += times
       total[kind]['bytes'] += times * size
-    for called, repeats in calls[name]:
+    for called, repeats in calls.get(name, ()):
       visit(called, times * repeats)
 
   visit(entry, 1)
@@ -49,21 +51,29 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
 def _parse(text: str) -> tuple[Mapping, Mapping, str]:
   """By computation: its collectives, and what it calls how often."""
   found, calls = collections.defaultdict(list), collections.defaultdict(list)
+  limits = collections.defaultdict(lambda: 1)
   name = entry = ''
   for line in text.splitlines():
     if start := _COMPUTATION.match(line):
       name = start[2]
       entry = name if start[1] else entry
       continue
+    if match := _CONSTANT.search(line):
+      limits[name] = max(limits[name], int(match[1]))
     if match := _COLLECTIVE.search(line):
       # A started one returns its operands beside its results.
       shapes = [_bytes(*m.groups()) for m in _ARRAY.finditer(match[1])]
       found[name].append((match[2], max(shapes) if match[3] else sum(shapes)))
-    trips = _TRIPS.search(line)
+    trips, condition = _TRIPS.search(line), _CONDITION.search(line)
     for match in _CALLED.finditer(line):
       for called in match[1].split(','):
-        repeats = int(trips[1]) if trips and ' while(' in line else 1
-        calls[name].append((called.strip().lstrip('%'), repeats))
+        repeats = int(trips[1]) if trips else condition and condition[1]
+        calls[name].append((called.strip().lstrip('%'), repeats or 1))
+  # Where XLA does not say it, a loop counts up to its condition's constant.
+  calls = {
+    name: [(c, limits[n] if isinstance(n, str) else n) for c, n in called]
+    for name, called in calls.items()
+  }
   return found, calls, entry
 
 

@@ -43,7 +43,8 @@ _UTILISATION = flags.DEFINE_float(
   'utilisation', 0.5, 'Share of the peak FLOP/s that products reach.'
 )
 
-_log = logging.getLogger(__name__)
+# Run as a command this module is __main__.
+_log = logging.getLogger('mlcd_jax.plan')
 
 
 def main(rest: list[str]) -> None:

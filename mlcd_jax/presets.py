@@ -122,7 +122,10 @@ def _paper(config: ml_collections.ConfigDict) -> None:
   config.model.scan_layers = True  # Ours: compiles in a fraction of the time.
   # Ours: so that the batch fits 256 chips of 16 GiB (mlcd_jax.plan).
   config.model.remat = 'none' if config.model.variant == 'B/32' else 'full'
+  if config.model.variant.startswith('L'):
+    config.train.accumulate_steps = 4
   if config.model.variant.startswith('bigG'):
+    config.train.accumulate_steps = 8
     config.mesh.fsdp = 16  # Its state alone is 30 GB.
   config.evaluate.batch_size = 2_048  # Ours.
 

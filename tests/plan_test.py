@@ -22,10 +22,12 @@ HloModule step
   ROOT %r = (s32[]) tuple(%i)
 }
 %cond (p: (s32[])) -> pred[] {
-  ROOT %lt = pred[] compare(%a, %b)
+  %n = s32[] constant(5)
+  ROOT %lt = pred[] compare(%a, %n)
 }
 ENTRY %main (p: f32[4]) -> f32[4] {
   %w = (s32[]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+  %v = (s32[]) while(%w), condition=%cond, body=%body
   %s = (bf16[16]{0}, bf16[64]{0}) all-gather-start(%y), dimensions={0}
   %d = bf16[64]{0} all-gather-done(%s)
   ROOT %o = (f32[4]{0}, f32[2]{0}) all-reduce(%p, %q), to_apply=%add
@@ -35,7 +37,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 def test_collectives_count_loops_and_started_ones():
   assert hlo.collectives(_HLO) == {
-    'all-gather': {'count': 13, 'bytes': 12 * 128 + 128},
+    'all-gather': {'count': 18, 'bytes': 17 * 128 + 128},
     'all-reduce': {'count': 1, 'bytes': 24},
   }
 
