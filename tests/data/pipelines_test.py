@@ -15,6 +15,7 @@ from mlcd_jax import labels
 from mlcd_jax import manifests
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
+from mlcd_jax.data import transforms
 
 
 @pytest.fixture(scope='module')
@@ -318,3 +319,18 @@ def test_memory_does_not_grow():
   )
   early, late = map(int, done.stdout.split())
   assert late < 1.05 * early
+
+
+def test_ordered_batches_cover_the_source_once():
+  source = sources.make(config_lib.default().data, 'train[:50]')
+  batches = list(
+    pipelines.ordered_batches(source, batch_size=16, image_size=28)
+  )
+  assert len(batches) == 4
+  weight = np.concatenate([b['weight'] for b in batches])
+  assert weight.sum() == 50 and (weight[:50] == 1).all()
+  labels = np.concatenate([b['label'] for b in batches])[:50]
+  np.testing.assert_array_equal(labels, [source[i]['label'] for i in range(50)])
+  np.testing.assert_array_equal(
+    batches[0]['image'][3], transforms.decode(source[3]['image'])
+  )
