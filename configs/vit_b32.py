@@ -2,9 +2,9 @@
 
   python -m mlcd_jax.main --config=configs/vit_b32.py --workdir=runs/b32
 
-runs a few steps on the embedded digits. RESULT_vit_b32
+runs a few steps on the embedded digits. Not run.
 `:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:
-not run.
+not run either.
 """
 
 from mlcd_jax import presets

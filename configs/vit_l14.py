@@ -2,9 +2,9 @@
 
   python -m mlcd_jax.main --config=configs/vit_l14.py --workdir=runs/l14
 
-runs a few steps on the embedded digits. RESULT_vit_l14
+runs a few steps on the embedded digits. Not run.
 `:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:
-not run.
+not run either.
 """
 
 from mlcd_jax import presets

@@ -5,9 +5,9 @@ trains it from scratch.
 
   python -m mlcd_jax.main --config=configs/vit_l14_336.py --workdir=runs/l14_336
 
-runs a few steps on the embedded digits. RESULT_vit_l14_336
+runs a few steps on the embedded digits. Not run.
 `:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:
-not run.
+not run either.
 """
 
 from mlcd_jax import presets

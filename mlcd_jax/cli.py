@@ -39,7 +39,7 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
 
   _log_to_stderr()
   try:
-    with interrupt.raising():
+    with interrupt.exiting():
       app.run(start, flags_parser=parse)
   except (errors.UserError, errors.RunError, errors.Stopped) as e:
     _exit(e)

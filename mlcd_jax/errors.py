@@ -13,11 +13,7 @@ class RunError(Exception):
   exit_code = 3
 
 
-class Stopped(BaseException):
-  """Stopped by a signal after saving; the same command continues. Exit 75.
-
-  Like KeyboardInterrupt no Exception: it is raised wherever the signal finds
-  the program, and no library's handler of errors may swallow it.
-  """
+class Stopped(Exception):
+  """Stopped by a signal after saving; the same command continues. Exit 75."""
 
   exit_code = 75

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import os
 import signal
 
 from mlcd_jax import errors
@@ -11,16 +12,20 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
-def raising() -> Iterator[None]:
-  """Inside, the first signal raises Stopped; the second ends the process."""
+def exiting() -> Iterator[None]:
+  """Inside, a signal ends the process at once, where nothing needs saving.
+
+  Finished files are whole and unfinished ones do not count, so that no more
+  is to be done. An exception would not do: raised wherever the signal finds
+  the program, say in a callback of the garbage collector, it can get lost.
+  """
 
   def handle(number, frame):
     del frame
-    _restore_defaults()
-    raise errors.Stopped(
-      f'stopped by {signal.Signals(number).name}; run the same command to '
-      'continue'
-    )
+    name = signal.Signals(number).name
+    line = f'error: stopped by {name}; run the same command to continue\n'
+    os.write(2, line.encode())
+    os._exit(errors.Stopped.exit_code)
 
   with _handled_by(handle):
     yield
