@@ -2,8 +2,8 @@
 
   python -m mlcd_jax.main --config=configs/vit_b16.py --workdir=runs/b16
 
-runs a few steps on the embedded digits. It was seen to take 4 to 7 minutes on
-two cores; 30 steps teach it nothing (linear probe 89 %, before them 90 %).
+runs a few steps on the embedded digits. It was seen to take 7 minutes on
+two busy cores; 30 steps teach it nothing (linear probe 89 %, before them 90 %).
 `:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:
 not run.
 """
