@@ -1,5 +1,7 @@
 """The order of data, on any number of hosts, workers and threads."""
 
+import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from mlcd_jax import manifests
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
+
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
@@ -201,9 +205,10 @@ def test_worker_processes_give_the_same_batches(source, tmp_path):
     [sys.executable, script, folder],
     capture_output=True,
     text=True,
-    check=True,
+    env={**os.environ, 'PYTHONPATH': str(_ROOT)},
     timeout=120,
   )
+  assert done.returncode == 0, done.stderr
   threads, workers = done.stdout.splitlines()
   assert threads == workers
 
