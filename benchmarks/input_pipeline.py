@@ -28,6 +28,8 @@ import tarfile
 import tempfile
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
 import numpy as np
 from PIL import Image
 
