@@ -61,13 +61,28 @@ def make(
   """
   clip = config.gradient_clip_norm
   tx = optax.chain(
-    optax.clip_by_global_norm(clip) if clip else optax.identity(),
+    _clip_by_global_norm(clip) if clip else optax.identity(),
     optax.scale_by_adam(b1=config.b1, b2=config.b2),
     optax.add_decayed_weights(config.weight_decay, mask=_decayed),
     _scale_by_name(config),
     optax.scale_by_learning_rate(schedule),
   )
   return _sparse_classifier(tx) if config.head_update == 'sparse' else tx
+
+
+def _clip_by_global_norm(norm: float) -> optax.GradientTransformation:
+  """As optax's, by one factor.
+
+  Optax divides every gradient by the norm. XLA does not repeat divisions, so
+  that it would write the clipped gradients to memory and read them again.
+  """
+
+  def update(updates, state, params=None):
+    del params
+    factor = norm / jnp.maximum(optax.tree.norm(updates), norm)
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def _scale_by_name(
