@@ -11,6 +11,7 @@ import pytest
 
 from mlcd_jax import hardware
 from mlcd_jax import hlo
+from mlcd_jax import plan
 from mlcd_jax import presets
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -65,6 +66,49 @@ def test_chips_by_name():
   assert hardware.find('TPU v5').flops == 459e12
   assert hardware.find('cpu') is None
   assert hardware.find('TPU7x', devices_per_chip=2).memory == 96 * 2**30
+
+
+class _Full:
+  """A program that the compiler finds no room for."""
+
+  def lower(self, *_):
+    return self
+
+  def compile(self):
+    raise RuntimeError(
+      'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory '
+      'in memory space hbm. Used 20.50G of 15.75G hbm.'
+    )
+
+
+@pytest.mark.parametrize(
+  'fields, advice',
+  [
+    ({}, 'set model.remat=full, which is dots'),
+    ({'model.remat': 'full'}, 'raise train.accumulate_steps=1, up to 128'),
+    (
+      {'model.remat': 'full', 'train.accumulate_steps': 128},
+      'raise mesh.fsdp=1, or lower train.batch_size=32768',
+    ),
+  ],
+)
+def test_says_what_would_make_it_fit(fields, advice):
+  config = presets.make('laion400m', variant='B/16', embedding_dim=512)
+  config.model.remat = 'dots'
+  config.update_from_flattened_dict(fields)
+  out = plan._compile('train', _Full(), ())
+  assert not out['fits']
+  assert out['bytes_per_chip'] == 20.5 * 2**30
+  out['mesh'] = {'data': 256, 'fsdp': 1}
+  found = plan._advice(config, out, hardware.find('TPU v5 lite'))
+  assert found.startswith(advice)
+
+
+def test_a_state_that_fills_the_memory_is_to_be_split():
+  config = presets.make('laion400m', variant='B/16', embedding_dim=512)
+  chip = hardware.find('TPU v5 lite')
+  found = plan._advice(config, {'arguments': 0.6 * chip.memory}, chip)
+  assert found.startswith('raise mesh.fsdp=1')
 
 
 def _plan(*flags):

@@ -9,6 +9,7 @@ import pytest
 
 from mlcd_jax import checkpoint
 from mlcd_jax import errors
+from mlcd_jax import hardware
 from mlcd_jax import labels
 from mlcd_jax import manifests
 from mlcd_jax import sharding
@@ -118,6 +119,19 @@ def test_loss_falls(start, tmp_path):
   start(tmp_path, **{'train.steps': 50, 'optimizer.learning_rate': 2e-3})
   curve = list(losses(tmp_path).values())
   assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.5
+
+
+def test_utilisation_is_logged_where_the_peak_is_known(
+  start, tiny_config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(hardware, 'peak_flops', lambda devices: 1e15)
+  start(tmp_path, **{'train.steps': 3})
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  flops = sum(hardware.train_flops(tiny_config, 64).values())
+  for values in map(json.loads, lines[1:]):
+    assert values['train/model_flop_utilisation'] == pytest.approx(
+      values['train/images_per_second'] * flops / 1e15
+    )
 
 
 def test_bfloat16_stays_close_to_float32(start, tmp_path):
