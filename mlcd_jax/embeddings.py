@@ -119,29 +119,36 @@ class Embeddings:
       UserError: one is missing, broken, or does not fit the others.
     """
     self._folder = folder
-    paths = [row_path(folder, shard) for shard in range(num_shards)]
-    self._shards = [files.read_npy(path) for path in paths]
-    dim = self._shards[0].shape[-1]
-    for path, rows in zip(paths, self._shards):
+    self._paths = [row_path(folder, shard) for shard in range(num_shards)]
+    shards = [files.read_npy(path) for path in self._paths]
+    self._dtype, dim = shards[0].dtype, shards[0].shape[-1]
+    for path, rows in zip(self._paths, shards):
       if rows.ndim != 2 or rows.shape[1] != dim:
         raise errors.UserError(
-          f'{path}: shape {rows.shape}, but {paths[0]} has {dim} columns'
+          f'{path}: shape {rows.shape}, but {self._paths[0]} has {dim} columns'
         )
-    self.shard_rows = [len(rows) for rows in self._shards]
+    self.shard_rows = [len(rows) for rows in shards]
     self._starts = np.concatenate([[0], np.cumsum(self.shard_rows)]).tolist()
     self.shape = (self._starts[-1], dim)
 
   def __getitem__(self, rows: slice) -> np.ndarray:
     start, stop, _ = rows.indices(self.shape[0])
-    parts = [self._shards[0][:0]]
+    parts = [np.zeros((0, self.shape[1]), self._dtype)]
     shard = bisect.bisect_right(self._starts, start) - 1
     while start < stop:
       first = self._starts[shard]
-      part = self._shards[shard][start - first : stop - first]
-      parts.append(part)
+      # Mapped anew: what is read through a map counts as this process's
+      # memory for as long as the map lives.
+      part = files.read_npy(self._paths[shard])[start - first : stop - first]
+      parts.append(np.array(part))
       start += len(part)
       shard += 1
     return np.concatenate(parts)
+
+  def locate(self, row: int) -> tuple[pathlib.Path, int]:
+    """Returns the file that holds a row, and the row's place in it."""
+    shard = bisect.bisect_right(self._starts, row) - 1
+    return row_path(self._folder, shard), row - self._starts[shard]
 
   def keys(self) -> np.ndarray:
     """Returns the key of every row, [N]."""

@@ -10,6 +10,7 @@ import pathlib
 import tempfile
 from typing import Any
 import weakref
+import zipfile
 
 import numpy as np
 
@@ -77,6 +78,24 @@ def read_npy(path: pathlib.Path) -> np.ndarray:
     raise errors.UserError(
       f'{path}: cannot be read as an array ({e}); delete the folder it lies '
       'in to make that stage again'
+    ) from e
+
+
+def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
+  """Writes named arrays as one .npz."""
+  with atomic(path) as temporary:
+    with open(temporary, 'wb') as f:
+      np.savez(f, allow_pickle=False, **arrays)
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads what `write_npz` wrote; raises UserError naming a broken file."""
+  try:
+    with np.load(path, allow_pickle=False) as found:
+      return dict(found)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+    raise errors.UserError(
+      f'{path}: cannot be read as arrays ({e}); delete it'
     ) from e
 
 

@@ -12,7 +12,6 @@ Upper case is global, lower case this device's part.
 from collections.abc import Callable
 import functools
 from typing import NamedTuple
-from typing import Protocol
 
 import jax
 from jax import lax
@@ -21,30 +20,19 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
+from mlcd_jax import nearest
+from mlcd_jax import points
 from mlcd_jax import sharding
-
-# Rows and centers of a score tile. Mesh-independent, so that products are
-# computed alike everywhere; on CPUs a tile must stay in the cache.
-_CPU_TILE = (256, 512)
-_ACCELERATOR_TILE = (4_096, 2_048)
 
 # Empty clusters that can restart in one iteration.
 _MAX_RESEEDED = 1_024
 
-# Rows looked up at a time for their nearest centers.
-_ROWS_PER_LOOKUP = 65_536
-
-
-class Rows(Protocol):
-  """An array, or files read as one: [N, D] by slices."""
-
-  shape: tuple[int, int]
-
-  def __getitem__(self, rows: slice) -> np.ndarray: ...
+# Rows left out that are named.
+_MAX_NAMED = 20
 
 
 class Fit(NamedTuple):
-  """A finished clustering.
+  """A clustering, finished or after some of its iterations.
 
   Attributes:
     centers: float32 [K, D] unit rows.
@@ -53,6 +41,7 @@ class Fit(NamedTuple):
     counts: int32 [K], points of each center in the last iteration.
     reseeded: centers found empty and restarted, one number an iteration.
     skipped: rows left out because they are zero or not finite.
+    bad_rows: numbers of the first of these.
   """
 
   centers: np.ndarray
@@ -60,10 +49,11 @@ class Fit(NamedTuple):
   counts: np.ndarray
   reseeded: list[int]
   skipped: int
+  bad_rows: list[int]
 
 
 def fit(
-  embeddings: Rows,
+  embeddings: points.Rows,
   num_centers: int,
   *,
   iterations: int = 25,
@@ -72,9 +62,13 @@ def fit(
   tolerance: float = 0.0,
   mesh: Mesh | None = None,
   score_dtype: jnp.dtype = jnp.bfloat16,
+  resume: Fit | None = None,
+  save: Callable[[Fit], None] | None = None,
   progress: Callable[[int, float, int], None] | None = None,
 ) -> Fit:
   """Clusters rows by the cosine to their nearest center.
+
+  Rows that do not fit on the devices are read anew in every iteration.
 
   Args:
     embeddings: [N, D], normalised here.
@@ -85,6 +79,8 @@ def fit(
     tolerance: stop when the objective gains less than this share; 0 = never.
     mesh: all devices, points split over them, where not given.
     score_dtype: of the products' operands; they accumulate in float32.
+    resume: what `save` got, to go on from with the same bits.
+    save: called after each iteration, on every process.
     progress: called with iteration, objective and reseeded centers.
 
   Raises:
@@ -92,36 +88,89 @@ def fit(
   """
   mesh = mesh or sharding.make_mesh()
   num_points = embeddings.shape[0]
-  x_ND = _put_points(embeddings, mesh)
-  usable = int(_count_usable(x_ND))
+  if num_centers > num_points:
+    raise ValueError(f'{num_centers} centers from {num_points} rows')
+  tile = nearest.tile_shape(mesh)
+  chunks = points.Points(embeddings, mesh, tile=tile[0], hold=True)
+  programs = _Programs(mesh, num_centers, jnp.dtype(score_dtype))
+  done = resume
+  if done is None:
+    first = _first_centers(embeddings, num_centers, seed, init)
+    done = Fit(first, [], np.zeros(num_centers, np.int32), [], 0, [])
+  c_KD = nearest.put_centers(done.centers, mesh)
+  while len(done.objective) < iterations and not _converged(done, tolerance):
+    c_KD, done = _iterate(c_KD, done, chunks, embeddings, programs)
+    if save:
+      save(done._replace(centers=nearest.to_host(c_KD)[:num_centers]))
+    if progress:
+      i = len(done.objective) - 1
+      progress(i, done.objective[i], done.reseeded[i])
+  return done._replace(centers=nearest.to_host(c_KD)[:num_centers])
+
+
+def _converged(done: Fit, tolerance: float) -> bool:
+  if not tolerance or len(done.objective) < 2:
+    return False
+  before, after = done.objective[-2:]
+  return after - before < tolerance * before
+
+
+def _iterate(c_KD, done, chunks, embeddings, programs):
+  """One pass over the points, and the new centers."""
+  num_centers = len(done.counts)
+  first_pass = not done.objective
+  sums, counts = programs.zeros(c_KD.shape[1])
+  scores, bad_rows = [], list(done.bad_rows)
+  for i, x_nD in enumerate(chunks):
+    sums, counts, score_n, num_bad = programs.add(c_KD, sums, counts, x_nD)
+    scores.append(score_n)
+    # No more than two chunks are on their way, and the host looks for bad rows
+    # only where there are some.
+    if i:
+      jax.block_until_ready(scores[i - 1])
+    if first_pass and len(bad_rows) < _MAX_NAMED:
+      start, stop = chunks.rows_of(i)
+      if int(num_bad) > chunks.chunk - (stop - start):
+        bad_rows += chunks.bad_rows(i)
+  c_KD, total, counts = programs.update(c_KD, sums, counts)
+  counts = nearest.to_host(counts)[:num_centers]
+  usable = int(counts.sum())
   if num_centers > usable:
     raise ValueError(
       f'{num_centers} centers need as many rows; there are {usable} of '
-      f'{num_points} that are finite and not zero'
+      f'{embeddings.shape[0]} that are finite and not zero'
     )
-  c_KD = _put_centers(_first_centers(embeddings, num_centers, seed, init), mesh)
-  step = _make_iteration(mesh, num_centers, jnp.dtype(score_dtype))
-  objective, reseeded = [], []
-  for i in range(iterations):
-    c_KD, total, counts, empty = step(c_KD, x_ND)
-    objective.append(float(total) / usable)
-    reseeded.append(int(empty))
-    if progress:
-      progress(i, objective[-1], reseeded[-1])
-    if tolerance and i:
-      if objective[-1] - objective[-2] < tolerance * objective[-2]:
-        break
-  return Fit(
-    centers=_to_host(c_KD)[:num_centers],
-    objective=objective,
-    counts=_to_host(counts)[:num_centers],
-    reseeded=reseeded,
-    skipped=num_points - usable,
+  empty = np.flatnonzero(counts == 0)
+  if len(empty):
+    worst = _worst_rows(scores, chunks, programs, len(empty))
+    c_KD = programs.replace(c_KD, empty[: len(worst)], embeddings, worst)
+  return c_KD, done._replace(
+    counts=counts,
+    objective=[*done.objective, float(total) / usable],
+    reseeded=[*done.reseeded, len(empty)],
+    skipped=embeddings.shape[0] - usable,
+    bad_rows=bad_rows[:_MAX_NAMED],
   )
 
 
+def _worst_rows(scores, chunks, programs, count: int) -> np.ndarray:
+  """Rows farthest from their centers, the farthest first.
+
+  Among equals the lower row comes first; what exceeds the limit waits for the
+  next iteration.
+  """
+  found_scores, found_rows = [], []
+  for i, score_n in enumerate(scores):
+    score, place = map(nearest.to_host, programs.worst(score_n))
+    usable = np.isfinite(score)  # Padding and bad rows are inf.
+    found_scores.append(score[usable])
+    found_rows.append(chunks.rows_of(i)[0] + place[usable])
+  order = np.argsort(np.concatenate(found_scores), kind='stable')
+  return np.concatenate(found_rows)[order][: min(count, _MAX_RESEEDED)]
+
+
 def nearest_centers(
-  embeddings: Rows,
+  embeddings: points.Rows,
   centers: np.ndarray,
   num_labels: int = 8,
   *,
@@ -149,40 +198,23 @@ def nearest_centers(
     raise ValueError(
       f'rows have {embeddings.shape[1]} dimensions, centers {centers.shape[1]}'
     )
-  lookup = _make_lookup(mesh, len(centers), num_labels)
-  c_KD = _put_centers(_unit_rows(np.asarray(centers)), mesh)
-  labels, scores = [], []
-  num_points = embeddings.shape[0]
-  # Every call has the same shape, so that the program compiles once.
-  rows = min(_ROWS_PER_LOOKUP, _padded_points(num_points, mesh))
-  for start in range(0, num_points, rows):
-    stop = min(start + rows, num_points)
-    x_ND = _put_points(embeddings, mesh, start=start, stop=stop, pad_to=rows)
-    s, i = lookup(c_KD, x_ND)
-    labels.append(_to_host(i)[: stop - start])
-    scores.append(_to_host(s)[: stop - start])
-  empty = np.zeros((0, num_labels))
-  return (
-    np.concatenate(labels or [empty]).astype(np.int32),
-    np.concatenate(scores or [empty]).astype(np.float32),
+  lookup = nearest.make_lookup(mesh, len(centers), num_labels)
+  c_KD = nearest.put_centers(points.unit_rows(np.asarray(centers)), mesh)
+  chunks = points.Points(
+    embeddings, mesh, tile=nearest.tile_shape(mesh)[0], hold=False
   )
-
-
-def _tile_shape(mesh: Mesh) -> tuple[int, int]:
-  cpu = mesh.devices.flat[0].platform == 'cpu'
-  return _CPU_TILE if cpu else _ACCELERATOR_TILE
-
-
-def _unit_rows(rows: np.ndarray) -> np.ndarray:
-  """float32 unit rows; what is not finite or zero becomes zero."""
-  rows = rows.astype(np.float32)
-  norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
-  usable = np.isfinite(norm) & (norm > 0)
-  return np.where(usable, rows / np.where(usable, norm, 1), 0)
+  labels = np.zeros((embeddings.shape[0], num_labels), np.int32)
+  scores = np.zeros(labels.shape, np.float32)
+  for i, x_nD in enumerate(chunks):
+    start, stop = chunks.rows_of(i)
+    score_nL, center_nL = lookup(c_KD, x_nD)
+    labels[start:stop] = nearest.to_host(center_nL)[: stop - start]
+    scores[start:stop] = nearest.to_host(score_nL)[: stop - start]
+  return labels, scores
 
 
 def _first_centers(
-  embeddings: Rows, num_centers: int, seed: int, init: np.ndarray | None
+  embeddings: points.Rows, num_centers: int, seed: int, init: np.ndarray | None
 ) -> np.ndarray:
   """Centers [K, D] before the first iteration."""
   num_points, dim = embeddings.shape
@@ -197,182 +229,138 @@ def _first_centers(
       f'init has shape {init.shape}; give row numbers [{num_centers}] or '
       f'centers [{num_centers}, {dim}]'
     )
-  return _unit_rows(init)
+  return points.unit_rows(init)
 
 
-def _padded_points(num_points: int, mesh: Mesh) -> int:
-  tile = _tile_shape(mesh)[0] * mesh.shape['data']
-  return -(-num_points // tile) * tile
+# Each part of the mesh sums its own points; the parts meet once a pass.
+_SUMS = jax.sharding.PartitionSpec('data', 'fsdp')
 
 
-def _put_points(
-  embeddings: Rows,
-  mesh: Mesh,
-  *,
-  start: int = 0,
-  stop: int | None = None,
-  pad_to: int | None = None,
-) -> jax.Array:
-  """Unit rows start:stop on the devices, padded with zero rows."""
-  stop = embeddings.shape[0] if stop is None else stop
-  padded = pad_to or _padded_points(stop - start, mesh)
-  dim = embeddings.shape[1]
+class _Programs:
+  """The compiled parts of an iteration."""
 
-  def read(index):
-    first, last, _ = index[0].indices(padded)
-    rows = embeddings[start + first : min(start + last, stop)]
-    out = np.zeros((last - first, dim), np.float32)
-    out[: len(rows)] = _unit_rows(np.asarray(rows))
-    return out
+  def __init__(self, mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
+    self._mesh = mesh
+    self._num_centers = num_centers
+    self.add = _make_add(mesh, num_centers, score_dtype)
+    self.update = _make_update(mesh)
 
-  return jax.make_array_from_callback(
-    (padded, dim), NamedSharding(mesh, sharding.POINTS), read
-  )
+  def zeros(self, dim: int) -> tuple[jax.Array, jax.Array]:
+    """Sums [data, K, D] and counts [data, K], padding included."""
+    rows = nearest.padded_centers(self._num_centers, self._mesh)
+    return _make_zeros(self._mesh, rows, dim)()
 
+  def worst(self, score_n: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The lowest scores of a chunk and their places."""
+    return _lowest(score_n, min(len(score_n), _MAX_RESEEDED))
 
-def _put_centers(centers: np.ndarray, mesh: Mesh) -> jax.Array:
-  """Centers on the devices, padded with zero rows to whole tiles."""
-  num_centers, dim = centers.shape
-  tile = _tile_shape(mesh)[1] * mesh.shape['fsdp']
-  padded = np.zeros((-(-num_centers // tile) * tile, dim), np.float32)
-  padded[:num_centers] = centers
-  return jax.make_array_from_callback(
-    padded.shape,
-    NamedSharding(mesh, sharding.CENTERS),
-    lambda index: padded[index],
-  )
-
-
-def _to_host(x: jax.Array) -> np.ndarray:
-  """The whole array on this host, from every process."""
-  if not x.is_fully_addressable:
-    replicated = NamedSharding(x.sharding.mesh, sharding.REPLICATED)
-    x = jax.jit(lambda a: a, out_shardings=replicated)(x)
-  return np.asarray(x)
-
-
-@jax.jit
-def _count_usable(x_ND: jax.Array) -> jax.Array:
-  return jnp.sum(jnp.any(x_ND != 0, axis=1))
-
-
-def _scores(c_kD, x_TD, first_center, num_centers, precision=None):
-  """Cosines [k, T] with float32 accumulation; -inf for padded centers.
-
-  Centers run down the rows, so that reducing over them is element-wise.
-  """
-  s_kT = lax.dot_general(
-    c_kD,
-    x_TD,
-    (((1,), (1,)), ((), ())),
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
-  center = first_center + lax.broadcasted_iota(jnp.int32, s_kT.shape, 0)
-  return jnp.where(center < num_centers, s_kT, -jnp.inf)
-
-
-def _nearest(c_kD, x_nD, *, tile, num_centers):
-  """Best score and center [n] among this device's centers, tile by tile."""
-  tile_rows, tile_centers = tile
-  k, dim = c_kD.shape
-  offset = lax.axis_index('fsdp') * k
-  starts = jnp.arange(0, k, tile_centers, dtype=jnp.int32)
-  c_tiles = c_kD.reshape(-1, tile_centers, dim)
-
-  def rows(x_TD):
-    def centers(best, start_and_tile):
-      best_score, best_center = best
-      start, c_tD = start_and_tile
-      s_tT = _scores(c_tD, x_TD, offset + start, num_centers)
-      # Two plain reductions: argmax costs as much as the product on CPUs.
-      score = jnp.max(s_tT, axis=0)
-      row = lax.broadcasted_iota(jnp.int32, s_tT.shape, 0)
-      first = jnp.min(jnp.where(s_tT == score[None], row, tile_centers), axis=0)
-      better = score > best_score
-      return (
-        jnp.where(better, score, best_score),
-        jnp.where(better, offset + start + first, best_center),
-      ), None
-
-    unknown = (
-      jnp.full(tile_rows, -jnp.inf, jnp.float32),
-      jnp.full(tile_rows, num_centers, jnp.int32),
-    )
-    return lax.scan(centers, unknown, (starts, c_tiles))[0]
-
-  score, center = lax.map(rows, x_nD.reshape(-1, tile_rows, dim))
-  return score.reshape(-1), center.reshape(-1)
-
-
-def _merge(score, center, num_labels):
-  """Best of all devices' candidates [n, l]; ties to the lower center."""
-
-  def candidates(x):  # [n, fsdp * l], lower centers first.
-    x = lax.all_gather(x, 'fsdp', axis=1)
-    return x.reshape(x.shape[0], -1)
-
-  best, place = lax.top_k(candidates(score), num_labels)
-  return best, jnp.take_along_axis(candidates(center), place, axis=1)
+  def replace(
+    self,
+    c_KD: jax.Array,
+    centers: np.ndarray,
+    embeddings: points.Rows,
+    rows: np.ndarray,
+  ) -> jax.Array:
+    """Puts rows in the place of centers."""
+    ids = np.full(_MAX_RESEEDED, len(c_KD), np.int32)  # Out of bounds.
+    ids[: len(centers)] = centers
+    new = np.zeros((_MAX_RESEEDED, c_KD.shape[1]), np.float32)
+    for i, row in enumerate(rows.tolist()):
+      new[i] = points.unit_rows(np.asarray(embeddings[row : row + 1]))[0]
+    return _make_replace(self._mesh)(c_KD, ids, new)
 
 
 @functools.cache
-def _make_iteration(mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
-  """One Lloyd iteration: centers, points -> centers, sum of cosines, ..."""
-  tile = _tile_shape(mesh)
+def _make_add(mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
+  """Centers, sums, counts, points -> sums, counts, cosines, bad points."""
+  tile = nearest.tile_shape(mesh)
 
-  def iteration(c_kD, x_nD):
+  def add(c_kD, sums_1kD, counts_1k, x_nD):
     k = c_kD.shape[0]
     usable_n = jnp.any(x_nD != 0, axis=1)
     # Embeddings share a large mean, which would take up most of a low
     # precision's digits. Without it the order of the centers is the same.
     mean_D = _mean_of_first_tile(c_kD, tile[1], num_centers)
-    score, center = _nearest(
+    score, center = nearest.best_center(
       (c_kD - mean_D[None]).astype(score_dtype),
       x_nD.astype(score_dtype),
       tile=tile,
       num_centers=num_centers,
     )
-    score, center = _merge(score[:, None], center[:, None], 1)
+    score, center = nearest.merge(score[:, None], center[:, None], 1)
     score, center = score[:, 0] + x_nD @ mean_D, center[:, 0]
-
-    # Rows of other devices' centers, and padding, fall into segment k.
+    # Rows of other devices' centers, and padding, are dropped.
     local = center - lax.axis_index('fsdp') * k
     local = jnp.where(usable_n & (local >= 0) & (local < k), local, k)
-    sums_kD = jax.ops.segment_sum(x_nD, local, k + 1)[:k]
-    counts_k = jax.ops.segment_sum(jnp.ones_like(local), local, k + 1)[:k]
-    sums_kD, counts_k = lax.psum((sums_kD, counts_k), 'data')
+    return (
+      sums_1kD.at[0, local].add(x_nD, mode='drop'),
+      counts_1k.at[0, local].add(1, mode='drop'),
+      jnp.where(usable_n, score, jnp.inf),
+      lax.psum(jnp.sum(~usable_n), 'data'),
+    )
 
+  return jax.jit(
+    jax.shard_map(
+      add,
+      mesh=mesh,
+      in_specs=(sharding.CENTERS, _SUMS, _SUMS, sharding.POINTS),
+      out_specs=(_SUMS, _SUMS, sharding.POINTS, sharding.REPLICATED),
+      # Equal on all devices by construction, which types cannot show.
+      check_vma=False,
+    ),
+    donate_argnums=(1, 2),
+  )
+
+
+@functools.cache
+def _make_update(mesh: Mesh):
+  """Centers, sums, counts -> centers, sum of all cosines, counts [K]."""
+
+  def update(c_kD, sums_1kD, counts_1k):
+    sums_kD, counts_k = lax.psum((sums_1kD[0], counts_1k[0]), 'data')
     # The sum of every point's cosine to its center, in float32.
     total = lax.psum(jnp.sum(sums_kD * c_kD), 'fsdp')
     norm = jnp.sqrt(jnp.sum(jnp.square(sums_kD), axis=1, keepdims=True))
     new_kD = jnp.where(norm > 0, sums_kD / jnp.where(norm > 0, norm, 1), c_kD)
-    center_k = lax.axis_index('fsdp') * k + jnp.arange(k)
-    empty_k = (counts_k == 0) & (center_k < num_centers)
-    num_empty = lax.psum(jnp.sum(empty_k), 'fsdp')
-    new_kD = lax.cond(
-      num_empty > 0,
-      lambda: _reseed(new_kD, empty_k, x_nD, score, usable_n),
-      lambda: new_kD,
-    )
-    return new_kD, total, counts_k, num_empty
+    return new_kD, total, counts_k
 
   return jax.jit(
     jax.shard_map(
-      iteration,
+      update,
       mesh=mesh,
-      in_specs=(sharding.CENTERS, sharding.POINTS),
-      out_specs=(
-        sharding.CENTERS,
-        sharding.REPLICATED,
-        sharding.CENTERS,
-        sharding.REPLICATED,
-      ),
-      # Equal on all devices by construction, which types cannot show.
+      in_specs=(sharding.CENTERS, _SUMS, _SUMS),
+      out_specs=(sharding.CENTERS, sharding.REPLICATED, sharding.CENTERS),
       check_vma=False,
     ),
     donate_argnums=0,
   )
+
+
+@functools.cache
+def _make_zeros(mesh: Mesh, rows: int, dim: int):
+  parts = mesh.shape['data']
+  return jax.jit(
+    lambda: (
+      jnp.zeros((parts, rows, dim), jnp.float32),
+      jnp.zeros((parts, rows), jnp.int32),
+    ),
+    out_shardings=NamedSharding(mesh, _SUMS),
+  )
+
+
+@functools.cache
+def _make_replace(mesh: Mesh):
+  return jax.jit(
+    lambda c_KD, ids, new: c_KD.at[ids].set(new, mode='drop'),
+    out_shardings=NamedSharding(mesh, sharding.CENTERS),
+    donate_argnums=0,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _lowest(score_n: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  negative, place = lax.top_k(-score_n, count)
+  return -negative, place
 
 
 def _mean_of_first_tile(c_kD, tile_centers, num_centers):
@@ -380,69 +368,3 @@ def _mean_of_first_tile(c_kD, tile_centers, num_centers):
   first = c_kD[:tile_centers]  # On the first device; padding is zero.
   mean = jnp.sum(first, axis=0) / min(tile_centers, num_centers)
   return lax.psum(jnp.where(lax.axis_index('fsdp') == 0, mean, 0), 'fsdp')
-
-
-def _reseed(c_kD, empty_k, x_nD, score_n, usable_n):
-  """Empty clusters restart at the points farthest from their centers.
-
-  The i-th empty center takes the i-th worst-served point, lower rows first
-  among equals; what exceeds the limit waits for the next iteration.
-  """
-  n = x_nD.shape[0]
-  score_n = jnp.where(usable_n, score_n, jnp.inf)
-  worst, row = lax.top_k(-score_n, min(n, _MAX_RESEEDED))
-  gather = functools.partial(lax.all_gather, axis_name='data', tiled=True)
-  worst, rows = gather(worst), gather(x_nD[row])
-  limit = min(len(worst), _MAX_RESEEDED)
-  worst, place = lax.top_k(worst, limit)
-
-  rank = jnp.cumsum(lax.all_gather(empty_k, 'fsdp', tiled=True)) - 1
-  k = c_kD.shape[0]
-  rank_k = lax.dynamic_slice_in_dim(rank, lax.axis_index('fsdp') * k, k)
-  chosen = jnp.minimum(rank_k, limit - 1)
-  take = empty_k & (rank_k < limit) & jnp.isfinite(worst[chosen])
-  return jnp.where(take[:, None], rows[place[chosen]], c_kD)
-
-
-@functools.cache
-def _make_lookup(mesh: Mesh, num_centers: int, num_labels: int):
-  """Centers, points -> the nearest centers of every point."""
-  tile_rows, tile_centers = _tile_shape(mesh)
-
-  def lookup(c_kD, x_nD):
-    k, dim = c_kD.shape
-    offset = lax.axis_index('fsdp') * k
-    starts = offset + jnp.arange(0, k, tile_centers, dtype=jnp.int32)
-    c_tiles = c_kD.reshape(-1, tile_centers, dim)
-
-    def rows(x_TD):
-      def centers(best, start_and_tile):
-        start, c_tD = start_and_tile
-        s_Tt = _scores(c_tD, x_TD, start, num_centers, lax.Precision.HIGHEST).T
-        center = start + lax.broadcasted_iota(jnp.int32, s_Tt.shape, 1)
-        # What is held comes first: top_k keeps the earlier of equals.
-        scores = jnp.concatenate([best[0], s_Tt], axis=1)
-        ids = jnp.concatenate([best[1], center], axis=1)
-        score, place = lax.top_k(scores, num_labels)
-        return (score, jnp.take_along_axis(ids, place, axis=1)), None
-
-      unknown = (
-        jnp.full((tile_rows, num_labels), -jnp.inf, jnp.float32),
-        jnp.full((tile_rows, num_labels), num_centers, jnp.int32),
-      )
-      return lax.scan(centers, unknown, (starts, c_tiles))[0]
-
-    score, center = lax.map(rows, x_nD.reshape(-1, tile_rows, dim))
-    return _merge(
-      score.reshape(-1, num_labels), center.reshape(-1, num_labels), num_labels
-    )
-
-  return jax.jit(
-    jax.shard_map(
-      lookup,
-      mesh=mesh,
-      in_specs=(sharding.CENTERS, sharding.POINTS),
-      out_specs=(sharding.POINTS, sharding.POINTS),
-      check_vma=False,
-    )
-  )

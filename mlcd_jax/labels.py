@@ -6,6 +6,7 @@ of the same number, whose metadata has its key.
 """
 
 import bisect
+import functools
 import logging
 import pathlib
 from typing import Any
@@ -23,6 +24,12 @@ from mlcd_jax import manifests
 from mlcd_jax import metrics
 
 _log = logging.getLogger(__name__)
+
+# The clustering after its last whole iteration, until it is finished.
+_STATE = 'unfinished.npz'
+
+# Cosine above which two centers are as good as one.
+_NEAR_DUPLICATE = 0.99
 
 
 def run(
@@ -156,8 +163,14 @@ def _cluster(
   folder: pathlib.Path,
   mesh: Mesh,
 ) -> None:
-  """Writes centers.npy and clustering.json."""
-  progress = metrics.Progress('cluster', config.cluster.iterations, unit='it')
+  """Writes centers.npy and clustering.json; goes on where it was killed."""
+  resume = _read_state(folder / _STATE)
+  done = len(resume.objective) if resume else 0
+  if done:
+    _log.info('cluster: continuing after %d iterations', done)
+  progress = metrics.Progress(
+    'cluster', config.cluster.iterations, unit='it', done=done
+  )
   try:
     fit = kmeans.fit(
       rows,
@@ -166,6 +179,8 @@ def _cluster(
       seed=config.seed,
       tolerance=config.cluster.tolerance,
       mesh=mesh,
+      resume=resume,
+      save=functools.partial(_write_state, folder / _STATE),
       progress=lambda i, objective, empty: progress.update(
         i + 1, objective=objective, reseeded=empty
       ),
@@ -173,14 +188,46 @@ def _cluster(
   except ValueError as e:
     raise errors.UserError(f'cluster.num_centers: {e}') from e
   if fit.skipped:
-    _log.warning('%d zero or non-finite rows were left out', fit.skipped)
+    places = (rows.locate(row) for row in fit.bad_rows)
+    _log.warning(
+      '%d zero or non-finite rows were left out: %s',
+      fit.skipped,
+      ', '.join(f'{path} row {row}' for path, row in places),
+    )
+  summary = _summary(fit, rows.shape, mesh)
   if distributed.is_main():
-    files.write_json(folder / 'clustering.json', _summary(fit, rows.shape))
+    files.write_json(folder / 'clustering.json', summary)
     files.write_npy(folder / 'centers.npy', fit.centers)
+    (folder / _STATE).unlink(missing_ok=True)
   distributed.barrier('centers')
 
 
-def _summary(fit: kmeans.Fit, shape: tuple[int, int]) -> dict[str, Any]:
+def _write_state(path: pathlib.Path, fit: kmeans.Fit) -> None:
+  if distributed.is_main():
+    files.write_npz(
+      path, **{k: np.asarray(v) for k, v in fit._asdict().items()}
+    )
+  distributed.barrier('clustering state')
+
+
+def _read_state(path: pathlib.Path) -> kmeans.Fit | None:
+  if not path.exists():
+    return None
+  found = files.read_npz(path)
+  return kmeans.Fit(
+    centers=found['centers'],
+    objective=found['objective'].tolist(),
+    counts=found['counts'],
+    reseeded=found['reseeded'].tolist(),
+    skipped=int(found['skipped']),
+    bad_rows=found['bad_rows'].astype(int).tolist(),
+  )
+
+
+def _summary(
+  fit: kmeans.Fit, shape: tuple[int, int], mesh: Mesh
+) -> dict[str, Any]:
+  """What clustering.json holds."""
   counts = fit.counts.astype(np.float64)
   return {
     'num_points': shape[0],
@@ -190,6 +237,7 @@ def _summary(fit: kmeans.Fit, shape: tuple[int, int]) -> dict[str, Any]:
     'objective': fit.objective,
     'reseeded': fit.reseeded,
     'skipped_rows': fit.skipped,
+    'near_duplicate_centers': _near_duplicates(fit.centers, mesh),
     # faiss's imbalance factor: 1 where all clusters have one size.
     'imbalance': float(
       len(counts) * np.square(counts).sum() / counts.sum() ** 2
@@ -199,3 +247,11 @@ def _summary(fit: kmeans.Fit, shape: tuple[int, int]) -> dict[str, Any]:
       for p in (0, 1, 10, 50, 90, 99, 100)
     },
   }
+
+
+def _near_duplicates(centers: np.ndarray, mesh: Mesh) -> int:
+  """Centers with another one closer than a cosine of _NEAR_DUPLICATE."""
+  if len(centers) < 2:
+    return 0
+  _, cosines = kmeans.nearest_centers(centers, centers, 2, mesh=mesh)
+  return int(np.sum(cosines[:, 1] > _NEAR_DUPLICATE))

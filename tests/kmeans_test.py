@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlcd_jax import kmeans
+from mlcd_jax import points
 from mlcd_jax import sharding
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -104,6 +105,47 @@ def test_same_seed_same_bits():
   )
   np.testing.assert_array_equal(a, b)
   assert not np.array_equal(a, c)
+
+
+def test_goes_on_with_the_same_bits():
+  x = make_rows(900)
+  x[5] = 0
+  saved = []
+  options = dict(iterations=6, seed=3, init=np.repeat(7, 50))  # Reseeds.
+  whole = kmeans.fit(x, 50, save=saved.append, **options)
+  assert len(saved) == 6 and max(whole.reseeded) > 0
+  again = kmeans.fit(x, 50, resume=saved[2], **options)
+  np.testing.assert_array_equal(again.centers, whole.centers)
+  np.testing.assert_array_equal(again.counts, whole.counts)
+  assert again[1:2] + again[3:] == whole[1:2] + whole[3:]
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32])
+def test_read_anew_or_held_gives_the_same_bits(monkeypatch, dtype):
+  monkeypatch.setattr(points, '_CPU_CHUNK', 512)
+  x = make_rows(5_000).astype(dtype)
+  x[4_999] = np.nan
+  mesh = sharding.make_mesh(2, 1, devices=jax.devices()[:2])
+  reads = []
+
+  class Counted:
+    shape = x.shape
+
+    def __getitem__(self, rows):
+      reads.append(rows)
+      return x[rows]
+
+  held = kmeans.fit(Counted(), 60, iterations=4, mesh=mesh)
+  reads_held = len(reads)
+  monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
+  streamed = kmeans.fit(Counted(), 60, iterations=4, mesh=mesh)
+  assert len(reads) - reads_held > 3 * reads_held // 2
+  assert held.bad_rows == streamed.bad_rows == [4_999]
+  for a, b in zip(held, streamed):
+    np.testing.assert_array_equal(a, b)
+  labels, _ = kmeans.nearest_centers(Counted(), held.centers, 3, mesh=mesh)
+  expected, _ = kmeans.nearest_centers(x[:700], held.centers, 3, mesh=mesh)
+  np.testing.assert_array_equal(labels[:700], expected)
 
 
 def test_empty_clusters_restart_at_the_worst_served_rows():

@@ -288,3 +288,28 @@ def test_damaged_checkpoint_is_named(copy, tiny_config):
   shutil.rmtree(copy / 'evaluation')
   with pytest.raises(errors.UserError, match='checkpoints/12.*delete it'):
     stages.run(tiny_config, copy)
+
+
+def test_clustering_goes_on_where_it_was_killed(
+  tiny_config, tmp_path, monkeypatch
+):
+  stages.run(tiny_config, tmp_path / 'whole', ('embed', 'cluster'))
+  write = files.write_npz
+
+  def killed(path, **arrays):
+    write(path, **arrays)
+    if len(arrays['objective']) == 2:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patched:
+    patched.setattr(files, 'write_npz', killed)
+    with pytest.raises(KeyboardInterrupt):
+      stages.run(tiny_config, tmp_path / 'killed', ('embed', 'cluster'))
+  folder = tmp_path / 'killed/clusters'
+  assert not (folder / 'centers.npy').exists()
+  assert (folder / 'unfinished.npz').exists()
+  stages.run(tiny_config, tmp_path / 'killed', ('embed', 'cluster'))
+  assert not (folder / 'unfinished.npz').exists()
+  for path in (tmp_path / 'whole/clusters').glob('*.*'):
+    if path.name != 'manifest.json':
+      assert path.read_bytes() == (folder / path.name).read_bytes(), path

@@ -1,0 +1,161 @@
+"""Rows on the devices, a chunk at a time, from memory or from disk.
+
+Chunks have one shape, so that programs compile once, and do not depend on
+whether the rows are held on the devices or read anew: results have the same
+bits. Shapes: N rows, D dimensions, n rows of a chunk.
+"""
+
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Protocol
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+import numpy as np
+
+from mlcd_jax import sharding
+
+# Rows of a chunk: of all CPU devices, which share a memory, and of each
+# accelerator.
+_CPU_CHUNK = 32_768
+_ACCELERATOR_CHUNK = 65_536
+
+# Rows are held on the devices up to this many bytes: of all CPU devices, where
+# reading again costs little, and as a share of each accelerator's memory.
+_CPU_HELD_BYTES = 2**30
+_ACCELERATOR_HELD_SHARE = 0.5
+
+
+class Rows(Protocol):
+  """An array, or files read as one: [N, D] by slices."""
+
+  shape: tuple[int, int]
+
+  def __getitem__(self, rows: slice) -> np.ndarray: ...
+
+
+class Points:
+  """Unit rows in chunks [n, D], float32, sharded as sharding.POINTS.
+
+  Padding, and rows that are zero or not finite, are zero.
+
+  Attributes:
+    chunk: n.
+  """
+
+  def __init__(self, rows: Rows, mesh: Mesh, *, tile: int, hold: bool):
+    """Prepares to read.
+
+    Args:
+      rows: [N, D].
+      mesh: of all devices.
+      tile: what a device's part of a chunk is a multiple of.
+      hold: keep the chunks on the devices if they fit.
+    """
+    self._rows = rows
+    self._mesh = mesh
+    num_rows, dim = rows.shape
+    self.chunk = min(
+      _chunk_rows(mesh, tile), _up(max(num_rows, 1), tile * mesh.shape['data'])
+    )
+    hold = hold and _fit_on_devices(_up(num_rows, self.chunk), dim, mesh)
+    self._held = [] if hold else None
+
+  def __len__(self) -> int:
+    """Number of chunks."""
+    return -(-self._rows.shape[0] // self.chunk)
+
+  def __iter__(self) -> Iterator[jax.Array]:
+    """Yields the chunks in order; the next is read meanwhile."""
+    if self._held:
+      yield from self._held
+      return
+    chunks = []
+    with futures.ThreadPoolExecutor(1) as reader:
+      following = [reader.submit(self._put, 0)] if len(self) else []
+      for i in range(len(self)):
+        raw = following.pop().result()
+        if i + 1 < len(self):
+          following.append(reader.submit(self._put, i + 1))
+        unit = _unit(raw)
+        if self._held is not None:
+          chunks.append(unit)
+        yield unit
+    if self._held is not None:
+      self._held = chunks
+
+  def rows_of(self, i: int) -> tuple[int, int]:
+    """First row of chunk i, and the row after its last."""
+    return i * self.chunk, min((i + 1) * self.chunk, self._rows.shape[0])
+
+  def bad_rows(self, i: int) -> list[int]:
+    """Rows of chunk i that are zero or not finite."""
+    start, stop = self.rows_of(i)
+    rows = np.asarray(self._rows[start:stop], np.float32)
+    return (start + np.flatnonzero(~unit_rows(rows).any(axis=1))).tolist()
+
+  def _put(self, i: int) -> jax.Array:
+    """Chunk i as it is stored, padded with zero rows."""
+    start, stop = self.rows_of(i)
+    shape = (self.chunk, self._rows.shape[1])
+
+    def read(index):
+      first, last, _ = index[0].indices(self.chunk)
+      rows = self._rows[
+        start + first : max(start + first, min(start + last, stop))
+      ]
+      rows = np.asarray(rows)
+      if rows.dtype != np.float16:
+        rows = rows.astype(np.float32)
+      if len(rows) == last - first:
+        return rows
+      padding = np.zeros((last - first - len(rows), shape[1]), rows.dtype)
+      return np.concatenate([rows, padding])
+
+    return jax.make_array_from_callback(
+      shape, NamedSharding(self._mesh, sharding.POINTS), read
+    )
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+  """float32 unit rows; what is not finite or zero becomes zero."""
+  rows = rows.astype(np.float32)
+  norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
+  usable = np.isfinite(norm) & (norm > 0)
+  return np.where(usable, rows / np.where(usable, norm, 1), 0)
+
+
+@jax.jit
+def _unit(x_nD: jax.Array) -> jax.Array:
+  """`unit_rows` on the devices."""
+  x_nD = x_nD.astype(jnp.float32)
+  square_n1 = jnp.sum(jnp.square(x_nD), axis=1, keepdims=True)
+  usable_n1 = jnp.isfinite(square_n1) & (square_n1 > 0)
+  scale_n1 = lax.rsqrt(jnp.where(usable_n1, square_n1, 1))
+  return jnp.where(usable_n1, x_nD * scale_n1, 0)
+
+
+def _chunk_rows(mesh: Mesh, tile: int) -> int:
+  shards = mesh.shape['data']
+  if _on_cpu(mesh):
+    return shards * _up(max(1, _CPU_CHUNK // shards), tile)
+  return shards * _up(_ACCELERATOR_CHUNK, tile)
+
+
+def _fit_on_devices(num_rows: int, dim: int, mesh: Mesh) -> bool:
+  held = 4 * num_rows * dim / mesh.shape['data']  # On each device.
+  if _on_cpu(mesh):
+    return held * mesh.size <= _CPU_HELD_BYTES
+  memory = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', 0)
+  return held <= _ACCELERATOR_HELD_SHARE * memory
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+  return mesh.devices.flat[0].platform == 'cpu'
+
+
+def _up(number: int, multiple: int) -> int:
+  return -(-number // multiple) * multiple
