@@ -27,6 +27,9 @@ from mlcd_jax import sharding
 # Empty clusters that can restart in one iteration.
 _MAX_RESEEDED = 1_024
 
+# Each part of the mesh sums its own points; the parts meet once a pass.
+_SUMS = jax.sharding.PartitionSpec('data', 'fsdp')
+
 # Rows left out that are named.
 _MAX_NAMED = 20
 
@@ -106,6 +109,35 @@ def fit(
       i = len(done.objective) - 1
       progress(i, done.objective[i], done.reseeded[i])
   return done._replace(centers=nearest.to_host(c_KD)[:num_centers])
+
+
+def abstract_pass(
+  mesh: Mesh, num_centers: int, dim: int, *, score_dtype=jnp.bfloat16
+) -> tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]:
+  """The program that takes nearly all the time, and what it is called with.
+
+  Args:
+    mesh: of all devices.
+    num_centers: K.
+    dim: D.
+    score_dtype: of the products' operands.
+
+  Returns:
+    The jitted function that adds a chunk of points to the sums of their
+    centers, and its arguments' shapes, types and shardings.
+  """
+  rows = nearest.padded_centers(num_centers, mesh)
+  chunk = points.chunk_rows(mesh, nearest.tile_shape(mesh)[0])
+  parts = mesh.shape['data']
+  return _make_add(mesh, num_centers, jnp.dtype(score_dtype)), tuple(
+    jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    for shape, dtype, spec in (
+      ((rows, dim), jnp.float32, sharding.CENTERS),
+      ((parts, rows, dim), jnp.float32, _SUMS),
+      ((parts, rows), jnp.int32, _SUMS),
+      ((chunk, dim), jnp.float32, sharding.POINTS),
+    )
+  )
 
 
 def _converged(done: Fit, tolerance: float) -> bool:
@@ -230,10 +262,6 @@ def _first_centers(
       f'centers [{num_centers}, {dim}]'
     )
   return points.unit_rows(init)
-
-
-# Each part of the mesh sums its own points; the parts meet once a pass.
-_SUMS = jax.sharding.PartitionSpec('data', 'fsdp')
 
 
 class _Programs:

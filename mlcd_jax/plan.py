@@ -97,7 +97,8 @@ def make(
     'topology': topology,
     'devices': len(devices),
     'utilisation': utilisation,
-    'programs': {'train': _train(config, devices, utilisation)},
+    'programs': _kmeans(config, devices, utilisation)
+    | {'train': _train(config, devices, utilisation)},
   }
 
 
@@ -122,6 +123,40 @@ def _devices(topology: str, slices: int) -> list[Any]:
       'name such as v5e:16x16, v5p:4x4x4 or v6e:16x16'
     ) from e
   return list(found.devices)
+
+
+def _kmeans(config, devices, utilisation) -> dict[str, Any]:
+  """One pass of k-means; nothing where the embeddings' width is not known."""
+  from mlcd_jax import kmeans
+  from mlcd_jax import points
+  from mlcd_jax import presets
+  from mlcd_jax import sharding
+
+  dim = presets.EMBEDDING_DIMS.get(config.embed.path)
+  num_images = presets.num_images(config)
+  if not dim or not num_images:
+    return {}
+  mesh = sharding.from_config(config, devices=devices)
+  num_centers = config.cluster.num_centers
+  out = _compile('kmeans', *kmeans.abstract_pass(mesh, num_centers, dim))
+  chip = _chip(devices)
+  # The program sees one chunk of what the devices hold.
+  held = points.held_bytes(num_images, dim, mesh, chip.memory)
+  out['bytes_per_chip'] += held
+  flops = 2 * num_images * num_centers * dim / len(devices)
+  out |= _bounds(out | {'bytes_moved': None}, flops, chip, utilisation)
+  return {
+    'kmeans': out
+    | {
+      'points': held,
+      'mesh': dict(mesh.shape),
+      'steps': config.cluster.iterations,
+      'days': config.cluster.iterations * out['seconds_per_step'] / 86_400,
+      'advice': None
+      if out['fits']
+      else f'raise mesh.fsdp={config.mesh.fsdp}, which splits the centers',
+    }
+  }
 
 
 def _train(config, devices, utilisation) -> dict[str, Any]:
@@ -273,10 +308,14 @@ def table(plan: dict[str, Any]) -> str:
       ('temporaries', size('temporaries')),
       ('outputs', size('outputs')),
       ('program', size('program')),
-      ('TFLOPs a step', f'{p["flops"] / 1e12:.2f}, of the model '
-       f'{p["classifier_share"]:.2%} in the classifier'),
+      ('TFLOPs a step', f'{p["flops"] / 1e12:.2f}'),
       ('memory traffic', f'{size("bytes_moved")}, loops counted once'),
     ]  # fmt: skip
+    if 'classifier_share' in p:
+      rows.append(('classifier', f'{p["classifier_share"]:.2%} of the FLOPs'))
+    if 'points' in p:
+      held = f'{size("points")} held beside these'
+      rows.append(('points', held if p['points'] else 'read anew each pass'))
     for kind, c in (p['collectives'] or {}).items():
       rows.append((kind, f'{c["count"]:.0f}, {_gigabytes(c["bytes"])}'))
     rows.append((

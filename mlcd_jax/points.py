@@ -59,9 +59,10 @@ class Points:
     self._mesh = mesh
     num_rows, dim = rows.shape
     self.chunk = min(
-      _chunk_rows(mesh, tile), _up(max(num_rows, 1), tile * mesh.shape['data'])
+      chunk_rows(mesh, tile), _up(max(num_rows, 1), tile * mesh.shape['data'])
     )
-    hold = hold and _fit_on_devices(_up(num_rows, self.chunk), dim, mesh)
+    padded = _up(num_rows, self.chunk)
+    hold = hold and held_bytes(padded, dim, mesh, _memory(mesh)) > 0
     self._held = [] if hold else None
 
   def __len__(self) -> int:
@@ -138,19 +139,32 @@ def _unit(x_nD: jax.Array) -> jax.Array:
   return jnp.where(usable_n1, x_nD * scale_n1, 0)
 
 
-def _chunk_rows(mesh: Mesh, tile: int) -> int:
+def chunk_rows(mesh: Mesh, tile: int) -> int:
+  """Rows of a chunk, where there are that many."""
   shards = mesh.shape['data']
   if _on_cpu(mesh):
     return shards * _up(max(1, _CPU_CHUNK // shards), tile)
   return shards * _up(_ACCELERATOR_CHUNK, tile)
 
 
-def _fit_on_devices(num_rows: int, dim: int, mesh: Mesh) -> bool:
-  held = 4 * num_rows * dim / mesh.shape['data']  # On each device.
+def held_bytes(num_rows: int, dim: int, mesh: Mesh, memory: float) -> float:
+  """Bytes of rows that each device holds; 0 where they are read anew.
+
+  Args:
+    num_rows: N.
+    dim: D.
+    mesh: of all devices.
+    memory: bytes of a device; CPUs' is not asked for.
+  """
+  held = 4 * num_rows * dim / mesh.shape['data']
   if _on_cpu(mesh):
-    return held * mesh.size <= _CPU_HELD_BYTES
-  memory = (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', 0)
-  return held <= _ACCELERATOR_HELD_SHARE * memory
+    return held if held * mesh.size <= _CPU_HELD_BYTES else 0
+  return held if held <= _ACCELERATOR_HELD_SHARE * memory else 0
+
+
+def _memory(mesh: Mesh) -> float:
+  """Bytes of a device, where it says so."""
+  return (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', 0)
 
 
 def _on_cpu(mesh: Mesh) -> bool:

@@ -58,6 +58,10 @@ def num_images(config: ml_collections.ConfigDict) -> int | None:
   }.get(config.data.path)
 
 
+# Widths of the presets' embedders, by `embed.path`.
+EMBEDDING_DIMS = {'openai/clip-vit-large-patch14': 768}
+
+
 def digits(config: ml_collections.ConfigDict) -> None:
   """The embedded digits: data, embedder and clusters.
 
