@@ -61,7 +61,10 @@ def default() -> ml_collections.ConfigDict:
   c.model.variant = 'B/16'
   c.model.image_size = 224
   c.model.embedding_dim = 512  # Width of the classifier's input.
-  c.model.pooling = 'class_token'  # class_token | average
+  c.model.pooling = 'class_token'  # class_token | average | attention
+  # learned: a table. rope2d: queries and keys turn, for any resolution.
+  c.model.position = 'learned'
+  c.model.activation = 'gelu'  # gelu | quick_gelu | gelu_tanh
   c.model.dtype = 'bfloat16'  # Of the products; weights stay float32.
   c.model.remat = 'none'  # Kept for the backward pass: none | dots | full.
   c.model.scan_layers = False  # Compile one block and loop over it.
@@ -171,7 +174,9 @@ def check(
   for field, choices in {
     'data.source': SOURCES,
     'embed.embedder': EMBEDDERS,
-    'model.pooling': ('class_token', 'average'),
+    'model.pooling': ('class_token', 'average', 'attention'),
+    'model.position': ('learned', 'rope2d'),
+    'model.activation': ('gelu', 'quick_gelu', 'gelu_tanh'),
     'model.dtype': ('float32', 'bfloat16'),
     'model.remat': ('none', 'dots', 'full'),
     'loss.name': LOSSES,
