@@ -15,7 +15,7 @@ SOURCES = (
   'array_record',
   'parquet',
 )
-EMBEDDERS = ('hog',)
+EMBEDDERS = ('hog', 'huggingface')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 TASKS = ('linear', 'knn', 'few_shot')
 
@@ -44,8 +44,10 @@ def default() -> ml_collections.ConfigDict:
   c.data.flip = True  # Mirror half of the training crops.
 
   c.embed = ml_collections.ConfigDict()
-  c.embed.embedder = 'hog'
-  c.embed.path = ''  # Unused by hog.
+  c.embed.embedder = 'hog'  # hog | huggingface
+  # huggingface: a folder as transformers writes it, or ORG/NAME[@REVISION].
+  c.embed.path = ''
+  c.embed.dtype = 'float32'  # huggingface: of the products; or bfloat16.
   c.embed.image_size = 0  # Pixels; 0 = the embedder's own.
   c.embed.batch_size = 64  # Images per device and call.
   c.embed.shard_rows = 65_536  # Records per embedding file.
@@ -174,6 +176,7 @@ def check(
   for field, choices in {
     'data.source': SOURCES,
     'embed.embedder': EMBEDDERS,
+    'embed.dtype': ('float32', 'bfloat16'),
     'model.pooling': ('class_token', 'average', 'attention'),
     'model.position': ('learned', 'rope2d'),
     'model.activation': ('gelu', 'quick_gelu', 'gelu_tanh'),
@@ -271,6 +274,11 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'train.steps={c.train.steps} and train.epochs={c.train.epochs}: '
       'set one of them and leave the other 0'
+    )
+  if c.embed.embedder == 'huggingface' and not c.embed.path:
+    raise errors.UserError(
+      'embed.path is empty: embed.embedder=huggingface needs a folder, or '
+      'ORG/NAME[@REVISION]'
     )
   if c.loss.num_positives > c.cluster.num_labels:
     raise errors.UserError(

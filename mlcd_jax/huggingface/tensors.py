@@ -181,7 +181,7 @@ class Reader:
     Raises:
       UserError: there are none, or one is missing or damaged.
     """
-    self.paths = _safetensors_files(folder)
+    self.paths = safetensors_files(folder)
     self._where = {}
     for path in self.paths:
       try:
@@ -313,8 +313,12 @@ def _canonical(name: str) -> str:
   return name.replace('pre_layernorm.', 'pre_layrnorm.')
 
 
-def _safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """One file, or those an index names."""
+def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files with a folder's weights: one, or those an index names.
+
+  Raises:
+    UserError: there are none, or one is missing.
+  """
   whole = folder / 'model.safetensors'
   index = folder / 'model.safetensors.index.json'
   if whole.is_file():
