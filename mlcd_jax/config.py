@@ -70,6 +70,11 @@ def default() -> ml_collections.ConfigDict:
   c.model.dtype = 'bfloat16'  # Of the products; weights stay float32.
   c.model.remat = 'none'  # Kept for the backward pass: none | dots | full.
   c.model.scan_layers = False  # Compile one block and loop over it.
+  # Weights to start from: a workdir, a folder of `convert import` or of
+  # transformers, or ORG/NAME[@REVISION]; '' = random ones.
+  c.model.init_from = ''
+  # fresh; kept: as in the workdir model.init_from; centers: the clusters'.
+  c.model.init_classifier = 'fresh'
   c.model.drop_path = 0.0  # Chance that the last block is skipped.
 
   c.loss = ml_collections.ConfigDict()
@@ -180,6 +185,7 @@ def check(
     'model.pooling': ('class_token', 'average', 'attention'),
     'model.position': ('learned', 'rope2d'),
     'model.activation': ('gelu', 'quick_gelu', 'gelu_tanh'),
+    'model.init_classifier': ('fresh', 'kept', 'centers'),
     'model.dtype': ('float32', 'bfloat16'),
     'model.remat': ('none', 'dots', 'full'),
     'loss.name': LOSSES,
@@ -279,6 +285,11 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       'embed.path is empty: embed.embedder=huggingface needs a folder, or '
       'ORG/NAME[@REVISION]'
+    )
+  if c.model.init_classifier == 'kept' and not c.model.init_from:
+    raise errors.UserError(
+      'model.init_classifier=kept needs model.init_from, a workdir whose '
+      'classifier is kept'
     )
   if c.loss.num_positives > c.cluster.num_labels:
     raise errors.UserError(

@@ -84,15 +84,19 @@ def from_huggingface(
   return model, {'params': params}
 
 
-def shapes(model: vit.ViT) -> dict[str, tuple[int, ...]]:
-  """The shape of every parameter by path, without making any."""
+def abstract_params(model: vit.ViT) -> dict[str, Any]:
+  """Shapes and types of a model's parameters, without making any."""
   side = model.image_size
-  abstract = jax.eval_shape(
+  return jax.eval_shape(
     model.init,
     jax.random.key(0),
     jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
-  )
-  flat = flax.traverse_util.flatten_dict(abstract['params'], sep='/')
+  )['params']
+
+
+def shapes(model: vit.ViT) -> dict[str, tuple[int, ...]]:
+  """The shape of every parameter by path."""
+  flat = flax.traverse_util.flatten_dict(abstract_params(model), sep='/')
   return {path: x.shape for path, x in flat.items()}
 
 

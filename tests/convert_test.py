@@ -185,6 +185,8 @@ def test_names_are_looked_up_in_the_hubs_cache(tmp_path, monkeypatch, caplog):
   assert found.name == commit
   assert f'org/name@{commit} pins it' in caplog.text
   assert folders.resolve(f'org/name@{commit}', 'embed.path') == found
+  assert folders.pinned('org/name', 'embed.path') == f'org/name@{commit}'
+  assert folders.pinned(str(found), 'embed.path') == str(found)
   with pytest.raises(errors.UserError, match='embed.path=org/other: no such'):
     folders.resolve('org/other', 'embed.path')
   with pytest.raises(errors.UserError, match='not a name such as ORG/NAME'):

@@ -106,10 +106,8 @@ def pin(path: str) -> dict[str, object]:
   Returns:
     path: with its commit if it is a name; weights: digest of every file.
   """
-  folder = folders.resolve(path, _FIELD)
-  if not pathlib.Path(path).expanduser().is_dir():
-    path = f'{path.partition("@")[0]}@{folder.name}'
-  return {'path': path, 'weights': _digests(folder)}
+  path = folders.pinned(path, _FIELD)
+  return {'path': path, 'weights': _digests(folders.resolve(path, _FIELD))}
 
 
 def check(pinned: dict[str, object]) -> None:

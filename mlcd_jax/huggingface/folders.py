@@ -54,3 +54,11 @@ def resolve(path: str, field: str) -> pathlib.Path:
     _log.info('%s is at commit %s; %s@%s pins it', name, folder.name, name,
               folder.name)  # fmt: skip
   return folder
+
+
+def pinned(path: str, field: str) -> str:
+  """Returns the path, or the name with the commit it stands for now."""
+  folder = resolve(path, field)
+  if pathlib.Path(path).expanduser().is_dir():
+    return path
+  return f'{path.partition("@")[0]}@{folder.name}'
