@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 
+from huggingface_hub import constants
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,9 +177,9 @@ def test_names_are_looked_up_in_the_hubs_cache(tmp_path, monkeypatch, caplog):
   shutil.copytree(GOLDENS / 'clip', cached / 'snapshots' / commit)
   (cached / 'refs').mkdir()
   (cached / 'refs/main').write_text(commit)
-  monkeypatch.setattr(folders.huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
   monkeypatch.setattr(
-    folders.huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path)
+    constants, 'HF_HUB_CACHE', str(tmp_path)
   )
   with caplog.at_level('INFO', 'mlcd_jax'):
     found = folders.resolve('org/name', 'embed.path')
