@@ -1,8 +1,11 @@
 """Checkpoints of the train state, by Orbax."""
 
+from collections.abc import Sequence
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from mlcd_jax import errors
@@ -57,6 +60,71 @@ class Checkpointer:
     """Waits for what is being written."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def restore_part(folder: pathlib.Path, step: int, abstract: Any) -> Any:
+  """Reads some arrays of a checkpoint, onto one device, and not the others.
+
+  Args:
+    folder: of the checkpoints.
+    step: of a complete checkpoint.
+    abstract: jax.ShapeDtypeStructs of those arrays, nested as in the state.
+
+  Raises:
+    UserError: the checkpoint is damaged, or has no such arrays.
+  """
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+  )
+  try:
+    found = _metadata(folder, step)
+    for path, x in jax.tree_util.tree_leaves_with_path(abstract):
+      names = [key.key for key in path]
+      if _at(found, names) != x.shape:
+        raise ValueError(
+          f'{"/".join(names)} is {_at(found, names)}, expected {x.shape}'
+        )
+    return ocp.PyTreeCheckpointer().restore(
+      _array_folder(folder, step),
+      args=ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+      ),
+    )
+  except Exception as e:  # Orbax and TensorStore raise all kinds.
+    raise errors.UserError(
+      f'{folder / str(step)}: cannot be restored '
+      f'({str(e).strip().splitlines()[0]})'
+    ) from e
+
+
+def shape(
+  folder: pathlib.Path, step: int, names: Sequence[str]
+) -> jax.ShapeDtypeStruct:
+  """The shape of one float32 array of a checkpoint, by its path's names."""
+  return jax.ShapeDtypeStruct(_at(_metadata(folder, step), names), jnp.float32)
+
+
+def has(folder: pathlib.Path, step: int, name: str) -> bool:
+  """Whether a part of the state has any arrays."""
+  return bool(jax.tree.leaves(_metadata(folder, step).get(name)))
+
+
+def _metadata(folder: pathlib.Path, step: int) -> Any:
+  path = _array_folder(folder, step)
+  return ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
+
+
+def _at(tree: Any, names: Sequence[str]) -> tuple[int, ...]:
+  for name in names:
+    tree = tree[name]
+  return tuple(tree.shape)
+
+
+def _array_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
+  return folder.absolute() / str(step) / 'default'
 
 
 def latest_step(folder: pathlib.Path) -> int | None:

@@ -26,7 +26,7 @@ from mlcd_jax import sampling
 from mlcd_jax import sharding
 
 # The paper's code family draws them from N(0, 0.01) (unicom/partial_fc.py).
-_INIT_STDDEV = 0.01
+INIT_STDDEV = 0.01
 
 # Room for positives on a device, in shares of them: labels spread as evenly
 # as the classes do, so that more is as good as never needed.
@@ -43,7 +43,7 @@ class _Capacity(NamedTuple):
 def init(key: jax.Array, num_classes: int, dim: int) -> dict[str, jax.Array]:
   """Returns {"weight": float32 [C, D]}."""
   shape = (sampling.Layout(num_classes).rows, dim)
-  return {'weight': _INIT_STDDEV * jax.random.normal(key, shape)}
+  return {'weight': INIT_STDDEV * jax.random.normal(key, shape)}
 
 
 def loss(

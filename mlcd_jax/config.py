@@ -15,7 +15,7 @@ SOURCES = (
   'array_record',
   'parquet',
 )
-EMBEDDERS = ('hog',)
+EMBEDDERS = ('hog', 'huggingface')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 TASKS = ('linear', 'knn', 'few_shot')
 
@@ -44,8 +44,10 @@ def default() -> ml_collections.ConfigDict:
   c.data.flip = True  # Mirror half of the training crops.
 
   c.embed = ml_collections.ConfigDict()
-  c.embed.embedder = 'hog'
-  c.embed.path = ''  # Unused by hog.
+  c.embed.embedder = 'hog'  # hog | huggingface
+  # huggingface: a folder as transformers writes it, or ORG/NAME[@REVISION].
+  c.embed.path = ''
+  c.embed.dtype = 'float32'  # huggingface: of the products; or bfloat16.
   c.embed.image_size = 0  # Pixels; 0 = the embedder's own.
   c.embed.batch_size = 64  # Images per device and call.
   c.embed.shard_rows = 65_536  # Records per embedding file.
@@ -61,10 +63,18 @@ def default() -> ml_collections.ConfigDict:
   c.model.variant = 'B/16'
   c.model.image_size = 224
   c.model.embedding_dim = 512  # Width of the classifier's input.
-  c.model.pooling = 'class_token'  # class_token | average
+  c.model.pooling = 'class_token'  # class_token | average | attention
+  # learned: a table. rope2d: queries and keys turn, for any resolution.
+  c.model.position = 'learned'
+  c.model.activation = 'gelu'  # gelu | quick_gelu | gelu_tanh
   c.model.dtype = 'bfloat16'  # Of the products; weights stay float32.
   c.model.remat = 'none'  # Kept for the backward pass: none | dots | full.
   c.model.scan_layers = False  # Compile one block and loop over it.
+  # Weights to start from: a workdir, a folder of `convert import` or of
+  # transformers, or ORG/NAME[@REVISION]; '' = random ones.
+  c.model.init_from = ''
+  # fresh; kept: as in the workdir model.init_from; centers: the clusters'.
+  c.model.init_classifier = 'fresh'
   c.model.drop_path = 0.0  # Chance that the last block is skipped.
 
   c.loss = ml_collections.ConfigDict()
@@ -171,7 +181,11 @@ def check(
   for field, choices in {
     'data.source': SOURCES,
     'embed.embedder': EMBEDDERS,
-    'model.pooling': ('class_token', 'average'),
+    'embed.dtype': ('float32', 'bfloat16'),
+    'model.pooling': ('class_token', 'average', 'attention'),
+    'model.position': ('learned', 'rope2d'),
+    'model.activation': ('gelu', 'quick_gelu', 'gelu_tanh'),
+    'model.init_classifier': ('fresh', 'kept', 'centers'),
     'model.dtype': ('float32', 'bfloat16'),
     'model.remat': ('none', 'dots', 'full'),
     'loss.name': LOSSES,
@@ -266,6 +280,16 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'train.steps={c.train.steps} and train.epochs={c.train.epochs}: '
       'set one of them and leave the other 0'
+    )
+  if c.embed.embedder == 'huggingface' and not c.embed.path:
+    raise errors.UserError(
+      'embed.path is empty: embed.embedder=huggingface needs a folder, or '
+      'ORG/NAME[@REVISION]'
+    )
+  if c.model.init_classifier == 'kept' and not c.model.init_from:
+    raise errors.UserError(
+      'model.init_classifier=kept needs model.init_from, a workdir whose '
+      'classifier is kept'
     )
   if c.loss.num_positives > c.cluster.num_labels:
     raise errors.UserError(

@@ -4,6 +4,9 @@ Shards are ranges of records, not of hosts, so their bytes are the same for
 any number of hosts and a finished one is skipped after a restart.
 """
 
+import collections
+from collections.abc import Iterator
+from concurrent import futures
 import logging
 import pathlib
 from typing import Any
@@ -20,9 +23,14 @@ from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax import metrics
+from mlcd_jax.data import pipelines
 from mlcd_jax.data import problems
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
+from mlcd_jax.huggingface import embedder as huggingface
+
+# Batches decoded, and batches embedded, ahead of the one that is waited for.
+_AHEAD = 2
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +39,15 @@ class Embedder(Protocol):
   """Images in, unit rows out."""
 
   image_size: int  # Pixels of the square images it takes.
+  batch_rows: int  # Images it takes at once.
+
+  def prepare(self, pixels: np.ndarray) -> np.ndarray:
+    """RGB uint8 [H, W, 3] of any size -> uint8 [S, S, 3]."""
+    ...
+
+  def submit(self, images: np.ndarray) -> np.ndarray | jax.Array:
+    """Up to batch_rows images -> their unit rows, maybe padded, maybe later."""
+    ...
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """uint8 [B, S, S, 3] -> float32 [B, D] unit rows."""
@@ -44,9 +61,24 @@ class Hog:
   at 28 pixels.
   """
 
-  def __init__(self, image_size: int, mean: np.ndarray | None = None):
+  def __init__(
+    self,
+    image_size: int,
+    mean: np.ndarray | None = None,
+    *,
+    batch_size: int = 64,
+  ):
     self.image_size = image_size or 28
     self.mean = mean
+    self.batch_rows = batch_size
+
+  def prepare(self, pixels: np.ndarray) -> np.ndarray:
+    """See `Embedder`."""
+    return transforms.resize_center_crop(pixels, self.image_size)
+
+  def submit(self, images: np.ndarray) -> np.ndarray:
+    """See `Embedder`."""
+    return self(images)
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
     """See `Embedder`."""
@@ -73,10 +105,18 @@ class Hog:
 
 def load_embedder(manifest: manifests.Manifest) -> Embedder:
   """Returns the embedder that made a finished embed stage."""
-  return Hog(
-    manifest.config['embed.image_size'],
-    np.asarray(manifest.notes['mean'], np.float32),
-  )
+  config = manifest.config
+  size, batch_size = config['embed.image_size'], config['embed.batch_size']
+  if config['embed.embedder'] == 'huggingface':
+    huggingface.check(manifest.notes)
+    return huggingface.Huggingface(
+      manifest.notes['path'],
+      image_size=size,
+      batch_size=batch_size,
+      dtype=config['embed.dtype'],
+    )
+  mean = np.asarray(manifest.notes['mean'], np.float32)
+  return Hog(size, mean, batch_size=batch_size)
 
 
 def run(
@@ -89,9 +129,12 @@ def run(
   """
   source = sources.make(config.data)
   sources.check_bad_keys(config.data.bad_keys, manifest)
-  if 'mean' not in manifest.notes:
-    embedder = Hog(config.embed.image_size)
-    manifest.notes['mean'] = _mean_row(embedder, source).tolist()
+  if not {'mean', 'path'} & set(manifest.notes):
+    if config.embed.embedder == 'huggingface':
+      manifest.notes |= huggingface.pin(config.embed.path)
+    else:
+      embedder = Hog(config.embed.image_size)
+      manifest.notes['mean'] = _mean_row(embedder, source).tolist()
     manifest.save()
   embedder = load_embedder(manifest)
   folder = manifest.folder
@@ -103,7 +146,9 @@ def run(
       shard % jax.process_count() == jax.process_index()
       and not embeddings.row_path(folder, shard).exists()
     ):
-      _embed_shard(embedder, source, range(start, stop), folder, shard, config)
+      _embed_shard(
+        embedder, source, range(start, stop), folder, shard, progress
+      )
     progress.update(stop)
   distributed.barrier('embed')
   manifest.finish(**_summary(folder, len(starts), len(source), config))
@@ -115,25 +160,34 @@ def _embed_shard(
   records: range,
   folder: pathlib.Path,
   shard: int,
-  config: ml_collections.ConfigDict,
+  progress: metrics.Progress,
 ) -> None:
   """Embeds some records into one shard; bad images have no row."""
   rows, keys, captions = [], [], []
   bad = problems.Problems('embed')
-  for start in range(records.start, records.stop, config.embed.batch_size):
-    stop = min(start + config.embed.batch_size, records.stop)
+  submitted = collections.deque()
+
+  def collect():
+    count, out, done = submitted.popleft()
+    rows.append(np.asarray(out)[:count])
+    progress.update(done)
+
+  for stop, decoded in _decoded(embedder, source, records):
     images = []
-    for i in range(start, stop):
-      record = source[i]
-      try:
-        images.append(_image(embedder, record))
-      except transforms.BadImage as e:
-        bad.add(record['key'], str(e))
+    for record, image in decoded:
+      if isinstance(image, transforms.BadImage):
+        bad.add(record['key'], str(image))
         continue
+      images.append(image)
       keys.append(record['key'])
       captions.append(record['caption'])
     if images:
-      rows.append(embedder(np.stack(images)))
+      out = embedder.submit(np.stack(images))
+      submitted.append((len(images), out, stop))
+    if len(submitted) > _AHEAD:
+      collect()
+  while submitted:
+    collect()
   if not rows:  # The width comes from an image that is always there.
     size = embedder.image_size
     rows = [embedder(np.zeros((1, size, size, 3), np.uint8))[:0]]
@@ -147,10 +201,44 @@ def _embed_shard(
   )
 
 
-def _image(embedder: Embedder, record: dict[str, Any]) -> np.ndarray:
-  return transforms.resize_center_crop(
-    transforms.decode(record['image']), embedder.image_size
+def _decoded(
+  embedder: Embedder, source: sources.Source, records: range
+) -> Iterator[tuple[int, list[tuple[dict[str, Any], Any]]]]:
+  """Batches of (record, image or BadImage), decoded ahead in threads.
+
+  Yields:
+    The number of the record after the batch, and the batch in order.
+  """
+
+  def decode(index):
+    record = source[index]
+    try:
+      image = _image(embedder, record)
+    except transforms.BadImage as e:
+      image = e
+    # The encoded image is no longer needed and may be large.
+    return {k: record[k] for k in ('key', 'caption')}, image
+
+  pool = futures.ThreadPoolExecutor(
+    pipelines.num_threads(embedder.image_size), 'embed'
   )
+  waiting = collections.deque()
+  try:
+    for start in range(records.start, records.stop, embedder.batch_rows):
+      stop = min(start + embedder.batch_rows, records.stop)
+      batch = [pool.submit(decode, i) for i in range(start, stop)]
+      waiting.append((stop, batch))
+      if len(waiting) > _AHEAD:
+        stop, batch = waiting.popleft()
+        yield stop, [f.result() for f in batch]
+    for stop, batch in waiting:
+      yield stop, [f.result() for f in batch]
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _image(embedder: Embedder, record: dict[str, Any]) -> np.ndarray:
+  return embedder.prepare(transforms.decode(record['image']))
 
 
 def _mean_row(embedder: Hog, source: sources.Source) -> np.ndarray:

@@ -66,7 +66,7 @@ def encoder_flops(config: ml_collections.ConfigDict) -> float:
   """
   model = models.make(config)
   patches = (config.image_size // model.patch_size) ** 2
-  tokens = patches + (config.pooling == 'class_token')
+  tokens = patches + model.has_class_token
   width = model.width
   products = 4 * width**2 + 2 * width * model.mlp_dim
   block = 2 * tokens * products + 4 * tokens**2 * width

@@ -85,6 +85,7 @@ class Labels:
   """The label shards of a finished cluster stage, by row.
 
   Attributes:
+    folder: of the cluster stage.
     num_classes: number of centers.
   """
 
@@ -100,6 +101,7 @@ class Labels:
     Raises:
       UserError: a file is not what was made.
     """
+    self.folder = manifest.folder
     self.num_classes = manifest.result['num_centers']
     files.check_sha256(manifest.folder, manifest.result['sha256'])
     paths = sorted(manifest.folder.glob('labels_*.npy'))

@@ -16,8 +16,10 @@ from mlcd_jax import errors
 SCHEDULES = ('cosine', 'polynomial', 'constant')
 HEAD_UPDATES = ('dense', 'sparse')
 
-# Gains, biases and embeddings of positions are not decayed.
-_NOT_DECAYED = re.compile(r'(bias|scale|positions|class_token)$')
+# Gains, biases, positions and learned tokens are not decayed.
+_NOT_DECAYED = re.compile(
+  r'(bias|scale|positions?|class_token|registers|probe)$'
+)
 _CLASSIFIER = re.compile(r'(^|/)classifier/weight$')
 
 # OneVision-Encoder, training/train.py.

@@ -98,6 +98,7 @@ def _paper(config: ml_collections.ConfigDict) -> None:
   # Offline clustering by CLIP ViT-L/14 (MLCD section 3.2, appendix A.2).
   config.embed.embedder = 'huggingface'
   config.embed.path = 'openai/clip-vit-large-patch14'
+  config.embed.dtype = 'bfloat16'  # Ours.
   config.cluster.num_centers = 1_000_000  # MLCD section 4.1; Table 5a.
   config.cluster.iterations = 20  # Ours; OVE's k-means runs 20.
   config.cluster.num_labels = 10  # OVE stores 10.

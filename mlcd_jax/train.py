@@ -15,6 +15,7 @@ from mlcd_jax import checkpoint
 from mlcd_jax import embeddings
 from mlcd_jax import errors
 from mlcd_jax import hardware
+from mlcd_jax import initial
 from mlcd_jax import interrupt
 from mlcd_jax import labels as labels_lib
 from mlcd_jax import manifests
@@ -23,6 +24,7 @@ from mlcd_jax import sharding
 from mlcd_jax import train_step
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
+from mlcd_jax.huggingface import folders
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,10 @@ def run(
   source = sources.make(config.data)
   sources.check_bad_keys(config.data.bad_keys, manifest)
   label_rows = _label_rows(config, source, embedded)
+  if config.model.init_from and 'init_from' not in manifest.notes:
+    path = folders.pinned(config.model.init_from, 'model.init_from')
+    manifest.notes['init_from'] = path
+    manifest.save()
   program = train_step.Program(
     config=config,
     num_classes=labels.num_classes,
@@ -62,7 +68,10 @@ def run(
   )
   checkpointer = checkpoint.Checkpointer(manifest.folder)
   state, first = _restore_or_init(
-    program, checkpointer, checkpoint.latest_step(manifest.folder)
+    program,
+    checkpointer,
+    checkpoint.latest_step(manifest.folder),
+    clusters=labels.folder,
   )
   last = program.steps
   if config.train.stop_after_steps:
@@ -166,10 +175,12 @@ def _restore_or_init(
   program: train_step.Program,
   checkpointer: checkpoint.Checkpointer,
   step: int | None,
+  *,
+  clusters: pathlib.Path,
 ) -> tuple[train_step.TrainState, int]:
   """The state to go on from, and its step."""
   if step is None:
-    return program.init(), 0
+    return initial.make(program, clusters=clusters), 0
   _log.info('train: continuing from step %d', step)
   return checkpointer.restore(step, program.abstract_state), step
 

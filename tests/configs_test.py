@@ -53,8 +53,7 @@ def test_builds(path, preset):
     jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8),
   )
   assert out['embedding'].shape == (2, config.model.embedding_dim)
-  if preset in (None, 'embedded'):
-    config_lib.check(config)
+  config_lib.check(config)
 
 
 def test_paper_recipe():

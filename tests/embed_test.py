@@ -1,5 +1,9 @@
 """The embed stage: rows, shards, restarts."""
 
+import pathlib
+import shutil
+
+import jax
 import numpy as np
 import pytest
 
@@ -8,10 +12,14 @@ from mlcd_jax import embeddings
 from mlcd_jax import errors
 from mlcd_jax import manifests
 from mlcd_jax.data import sources
+from mlcd_jax.huggingface import embedder as huggingface
+
+CLIP = pathlib.Path(__file__).parent / 'goldens/clip_with_text'
 
 
-def new_manifest(folder):
-  config = {'embed.image_size': 0}
+def new_manifest(folder, **fields):
+  config = {'embedder': 'hog', 'image_size': 0, 'batch_size': 64} | fields
+  config = {f'embed.{k}': v for k, v in config.items()}
   return manifests.open_for('embed', folder, config=config, inputs={})
 
 
@@ -106,3 +114,90 @@ def test_bad_images_have_no_row_and_too_many_stop(
   tiny_config.data.max_bad_fraction = 0.001
   with pytest.raises(errors.UserError, match='2 of 300 images are bad'):
     embed.run(tiny_config, new_manifest(tmp_path / 'b'))
+
+
+def clip_manifest(folder, path=CLIP):
+  return new_manifest(
+    folder,
+    embedder='huggingface',
+    path=str(path),
+    batch_size=4,
+    dtype='float32',
+  )
+
+
+@pytest.fixture(name='clip_config')
+def fixture_clip_config(tiny_config):
+  tiny_config.embed.embedder = 'huggingface'
+  tiny_config.embed.path = str(CLIP)
+  tiny_config.embed.batch_size = 4
+  return tiny_config
+
+
+def make_clip(**fields):
+  return huggingface.Huggingface(
+    str(CLIP),
+    **dict(image_size=0, batch_size=4, dtype='float32') | fields,
+  )
+
+
+def test_huggingface_rows_are_the_projected_features(clip_config, tmp_path):
+  manifest = clip_manifest(tmp_path)
+  embed.run(clip_config, manifest)
+  rows = embeddings.Embeddings(tmp_path, 3)
+  assert rows.shape == (300, 6)
+  embedder = make_clip()
+  assert (embedder.image_size, embedder.batch_rows) == (21, 32)
+  source = sources.make(clip_config.data)
+  images = np.stack([embed._image(embedder, source[i]) for i in range(300)])
+  assert images.shape == (300, 21, 21, 3)
+  np.testing.assert_array_equal(rows[:], embedder(images).astype(np.float16))
+  golden = np.load(CLIP / 'golden.npz')
+  expected = golden['0/image_embeds']
+  expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+  np.testing.assert_allclose(embedder(golden['0/images']), expected, atol=1e-5)
+  # Batches of every size, but one program.
+  assert embedder._encode._cache_size() == 1
+  assert set(manifest.notes['weights']) == {'config.json', 'model.safetensors'}
+
+
+def test_huggingface_rows_do_not_depend_on_the_devices(monkeypatch):
+  images = np.random.default_rng(0).integers(0, 256, (40, 21, 21, 3), np.uint8)
+  expected = make_clip()(images)
+  monkeypatch.setattr(jax, 'local_devices', lambda: jax.devices()[:1])
+  one = make_clip()
+  assert one.batch_rows == 4
+  np.testing.assert_array_equal(one(images), expected)
+
+
+def test_huggingface_in_sixteen_bits_and_at_another_size():
+  images = np.random.default_rng(0).integers(0, 256, (5, 21, 21, 3), np.uint8)
+  cosine = (make_clip()(images) * make_clip(dtype='bfloat16')(images)).sum(1)
+  assert cosine.min() > 1 - 1e-3
+  larger = make_clip(image_size=42)
+  assert larger.prepare(np.zeros((50, 90, 3), np.uint8)).shape == (42, 42, 3)
+  assert larger(images.repeat(2, 1).repeat(2, 2)).shape == (5, 6)
+  with pytest.raises(errors.UserError, match='embed.image_size=6 is less'):
+    make_clip(image_size=6)
+
+
+def test_huggingface_goes_on_and_refuses_other_weights(clip_config, tmp_path):
+  weights = shutil.copytree(CLIP, tmp_path / 'clip')
+  folder = tmp_path / 'embeddings'
+  clip_config.embed.path = str(weights)
+  embed.run(clip_config, clip_manifest(folder, weights))
+  before = read_all(folder)
+
+  def again():
+    embeddings.row_path(folder, 1).unlink()
+    manifest = clip_manifest(folder, weights)
+    manifest.complete = False
+    manifest.save()
+    embed.run(clip_config, clip_manifest(folder, weights))
+
+  again()
+  assert read_all(folder) == before
+  config = weights / 'config.json'
+  config.write_text(config.read_text().replace('quick_gelu', 'gelu'))
+  with pytest.raises(errors.UserError, match='not those the embeddings were'):
+    again()

@@ -2,14 +2,18 @@
 
 import fcntl
 import json
+import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from mlcd_jax import embeddings
+from mlcd_jax import encoders
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import models
 from mlcd_jax import report
 from mlcd_jax import stages
 
@@ -313,3 +317,28 @@ def test_clustering_goes_on_where_it_was_killed(
   for path in (tmp_path / 'whole/clusters').glob('*.*'):
     if path.name != 'manifest.json':
       assert path.read_bytes() == (folder / path.name).read_bytes(), path
+
+
+def test_released_weights_embed_and_start_training(tiny_config, tmp_path):
+  clip = pathlib.Path(__file__).parent / 'goldens/clip_with_text'
+  start = tmp_path / 'start'
+  tiny_config.model.pooling = 'class_token'
+  model = models.make(tiny_config.model)
+  images = np.zeros((1, 28, 28, 3), np.uint8)
+  encoders.to_huggingface(start, model, model.init(jax.random.key(0), images))
+  tiny_config.embed.embedder = 'huggingface'
+  tiny_config.embed.path = str(clip)
+  tiny_config.embed.batch_size = 4
+  tiny_config.model.init_from = str(start)
+  tiny_config.train.steps = 2
+  tiny_config.evaluate.tasks = ('knn',)
+  workdir = tmp_path / 'run'
+  stages.run(tiny_config, workdir)
+  assert np.load(workdir / 'clusters/centers.npy').shape == (64, 6)
+  results = json.loads((workdir / 'results.json').read_text())
+  assert results['embedder/digits/knn/accuracy'] > 0.15  # Random weights.
+  made = json.loads((workdir / 'checkpoints/manifest.json').read_text())
+  assert made['notes']['init_from'] == str(start)
+  before = snapshot(workdir)
+  stages.run(tiny_config, workdir)
+  assert snapshot(workdir) == before

@@ -102,6 +102,7 @@ def ordered_batches(
   *,
   batch_size: int,
   image_size: int,
+  prepare: Callable[[np.ndarray], np.ndarray] | None = None,
   num_workers: int = 0,
   host: tuple[int, int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -114,13 +115,17 @@ def ordered_batches(
     source: images.
     batch_size: images over all hosts.
     image_size: pixels of a side.
+    prepare: pixels to an image of that size; shorter side and center where
+      not given.
     num_workers: decoding processes; 0 decodes in threads.
     host: (index, count) of this process; jax's where not given.
 
   Yields:
     image uint8 [b, S, S, 3], label int32 [b], weight float32 [b].
   """
-  rows = _OrderedRows(source, image_size)
+  if prepare is None:
+    prepare = functools.partial(transforms.resize_center_crop, size=image_size)
+  rows = _OrderedRows(source, image_size, prepare)
   steps = range(-(-len(source) // batch_size))
   batches = _batches(rows, steps, batch_size, host, num_workers)
   return _reported(batches, source, 'data', max_bad_fraction=1.0)
@@ -238,6 +243,7 @@ class _OrderedRows:
 
   source: sources.Source
   image_size: int
+  prepare: Callable[[np.ndarray], np.ndarray]
 
   def draw(self, places: range) -> Sequence[None]:
     """See `_Rows`."""
@@ -254,7 +260,7 @@ class _OrderedRows:
     row['label'] = record['label']
     try:
       pixels = transforms.decode(record['image'])
-      image[:] = transforms.resize_center_crop(pixels, self.image_size)
+      image[:] = self.prepare(pixels)
       row['weight'] = True
     except transforms.BadImage as e:
       row['bad'] = transforms.REASONS.index(str(e)) + 1
@@ -317,7 +323,7 @@ def _batches(
     raise ValueError(f'batch {batch_size} is not divisible by {count} hosts')
   chunks = _Chunks(rows, batch_size, index, batch_size // count)
   per_step = chunks.per_step
-  threads = _num_threads(rows.image_size, num_workers)
+  threads = num_threads(rows.image_size, num_workers)
   ready = (
     grain.MapDataset.range(steps.start * per_step, steps.stop * per_step)
     .map(chunks)
@@ -338,8 +344,8 @@ def _batches(
       yield {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
 
-def _num_threads(image_size: int, num_workers: int) -> int:
-  """Threads of each process.
+def num_threads(image_size: int, num_workers: int = 0) -> int:
+  """Threads of each process that decode images.
 
   Decoding lets go of Python's lock, the 45 us a row around it do not: above
   16 threads of 1,300 images a second they wait for each other, and at digits

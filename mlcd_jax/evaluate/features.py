@@ -49,10 +49,13 @@ class Encoder:
     image_size: pixels of the images it takes.
     encode: this host's images uint8 [b, S, S, 3] of a global batch ->
       float32 [B, D] of all of it.
+    prepare: RGB uint8 [H, W, 3] of any size to uint8 [S, S, 3]; shorter side
+      and center where not given.
   """
 
   image_size: int
   encode: Callable[[np.ndarray], np.ndarray]
+  prepare: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def from_model(model, params, image_size: int, mesh: Mesh) -> Encoder:
@@ -82,7 +85,9 @@ def from_model(model, params, image_size: int, mesh: Mesh) -> Encoder:
 def from_embedder(embedder: embed.Embedder) -> Encoder:
   """The features that were clustered."""
   return Encoder(
-    embedder.image_size, lambda images: _all_hosts(embedder(images))
+    embedder.image_size,
+    lambda images: _all_hosts(embedder(images)),
+    embedder.prepare,
   )
 
 
@@ -117,7 +122,10 @@ def extract(
   progress = metrics.Progress(name, len(source), unit='images')
   rows, labels, weights = [], [], []
   for batch in pipelines.ordered_batches(
-    source, batch_size=batch_size, image_size=encoder.image_size
+    source,
+    batch_size=batch_size,
+    image_size=encoder.image_size,
+    prepare=encoder.prepare,
   ):
     rows.append(encoder.encode(batch['image']))
     labels.append(_all_hosts(batch['label']))

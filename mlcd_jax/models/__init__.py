@@ -25,12 +25,22 @@ def make(config: ml_collections.ConfigDict) -> vit.ViT:
       f'model.image_size={config.image_size} is not divisible by the patch '
       f'size of model.variant={config.variant}'
     )
+  sizes = vit.VARIANTS[name]
+  if config.position == 'rope2d' and sizes['width'] // sizes['heads'] % 4:
+    raise errors.UserError(
+      f'model.position=rope2d needs heads whose width 4 divides, which those '
+      f'of model.variant={config.variant} are not'
+    )
   return vit.ViT(
-    **vit.VARIANTS[name],
+    **sizes,
     patch_size=int(patch),
     embedding_dim=config.embedding_dim,
     pooling=config.pooling,
     dtype=jnp.dtype(config.dtype),
+    image_size=config.image_size,
+    position=config.position,
+    activation=config.activation,
+    pre_norm=config.pooling == 'class_token',  # CLIP's extra norm.
     remat=config.remat,
     scan_layers=config.scan_layers,
     drop_path=config.drop_path,

@@ -162,7 +162,7 @@ def test_every_epoch_has_every_image_once_in_another_order(source):
 
 def test_threads_do_not_change_the_order(source, monkeypatch):
   whole = _take(_train_batches(source), 5)
-  monkeypatch.setattr(pipelines, '_num_threads', lambda *_: 4)
+  monkeypatch.setattr(pipelines, 'num_threads', lambda *_: 4)
   _assert_same(_take(_train_batches(source), 5), whole)
 
 

@@ -24,7 +24,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-  ('pooling', 'tokens'), [('class_token', 5), ('average', 4)]
+  ('pooling', 'tokens'), [('class_token', 5), ('average', 4), ('attention', 4)]
 )
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_shapes_and_types(pooling, tokens, dtype):
@@ -32,6 +32,7 @@ def test_shapes_and_types(pooling, tokens, dtype):
   out, variables = model.init_with_output(jax.random.key(0), IMAGES)
   shapes = {k: v.shape for k, v in out.items()}
   assert shapes == {
+    'hidden': (3, tokens, 96),
     'tokens': (3, tokens, 96),
     'pooled': (3, 96),
     'embedding': (3, 16),
@@ -39,8 +40,10 @@ def test_shapes_and_types(pooling, tokens, dtype):
   assert all(v.dtype == jnp.float32 for v in jax.tree.leaves((out, variables)))
 
 
-def test_scan_has_the_same_parameters_and_numbers():
-  plain, scanned = make(), make(scan_layers=True, remat='full')
+@pytest.mark.parametrize('position', ['learned', 'rope2d'])
+def test_scan_has_the_same_parameters_and_numbers(position):
+  plain = make(position=position)
+  scanned = make(position=position, scan_layers=True, remat='full')
   variables = plain.init(jax.random.key(0), IMAGES)
   again = scanned.init(jax.random.key(0), IMAGES)
   jax.tree.map(np.testing.assert_array_equal, variables, again)

@@ -1,0 +1,114 @@
+"""Hugging Face weights in and out.
+
+  python -m mlcd_jax.convert import SRC DST
+  python -m mlcd_jax.convert export WORKDIR DST
+
+`import` reads a vision tower that `transformers` wrote, a folder or
+ORG/NAME[@REVISION], and writes it as this project keeps encoders. `export`
+writes a trained run as a folder that `transformers` loads.
+"""
+
+import pathlib
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from mlcd_jax import cli
+from mlcd_jax import errors
+from mlcd_jax.huggingface import configs
+from mlcd_jax.huggingface import folders
+from mlcd_jax.huggingface import preprocessing
+from mlcd_jax.huggingface import tensors
+from mlcd_jax.models import vit
+
+
+def main(rest: list[str]) -> None:
+  """Converts one way or the other."""
+  from mlcd_jax import encoders
+
+  if len(rest) != 3 or rest[0] not in ('import', 'export'):
+    raise errors.UserError(
+      'convert: needs `import SRC DST` or `export WORKDIR DST`'
+    )
+  direction, source, target = rest[0], rest[1], pathlib.Path(rest[2])
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise errors.UserError(f'{target}: exists already; name a new folder')
+  if direction == 'import':
+    model, variables = from_huggingface(source, field='SRC')
+    encoders.save(target, model, variables, source=source)
+  else:
+    encoders.export(source, target)
+  print(f'{target} written')
+
+
+def from_huggingface(
+  path: str | pathlib.Path,
+  *,
+  dtype: str = 'float32',
+  scan_layers: bool = False,
+  field: str = 'path',
+) -> tuple[vit.ViT, dict[str, Any]]:
+  """Loads the vision tower of a CLIP, MLCD, SigLIP or DINOv2 checkpoint.
+
+  Args:
+    path: a folder as `transformers` writes it, or ORG/NAME[@REVISION].
+    dtype: of the products; the weights are float32.
+    scan_layers: see vit.ViT.
+    field: what to call the path in errors.
+
+  Returns:
+    A model, and variables with which model.apply(variables, images) encodes
+    uint8 images [B, H, W, 3].
+
+  Raises:
+    UserError: the folder is not complete or not of those families; tensors
+      that are missing, extra or misshapen are listed.
+  """
+  folder = folders.resolve(str(path), field)
+  family, config = configs.read(folder)
+  reader = tensors.Reader(folder)
+  pixels = preprocessing.read(folder, family, config['image_size'])
+  model = configs.to_model(
+    family,
+    config,
+    embedding_dim=_embedding_dim(reader, config),
+    mean=pixels.mean,
+    std=pixels.std,
+    dtype=dtype,
+    scan_layers=scan_layers,
+  )
+  table = tensors.layout(family, model)
+  params = tensors.read(reader, table, shapes(model), folder)
+  return model, {'params': params}
+
+
+def abstract_params(model: vit.ViT) -> dict[str, Any]:
+  """Shapes and types of a model's parameters, without making any."""
+  side = model.image_size
+  return jax.eval_shape(
+    model.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8),
+  )['params']
+
+
+def shapes(model: vit.ViT) -> dict[str, tuple[int, ...]]:
+  """The shape of every parameter by path."""
+  flat = flax.traverse_util.flatten_dict(abstract_params(model), sep='/')
+  return {path: x.shape for path, x in flat.items()}
+
+
+def _embedding_dim(reader: tensors.Reader, config: dict[str, Any]) -> int:
+  """Width of the projection; one that is announced must be there."""
+  if tensors.PROJECTION in reader.names():
+    return reader.shape(tensors.PROJECTION)[0]
+  announced = {'CLIPModel', 'CLIPVisionModelWithProjection'}
+  if announced & set(config.get('architectures') or ()):
+    return config.get('projection_dim', 512)
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main, required=())

@@ -1,0 +1,262 @@
+"""Encoders on disk: a run's, an imported one's, or a Hugging Face folder's."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+from safetensors import numpy as safetensors_numpy
+
+from mlcd_jax import checkpoint
+from mlcd_jax import config as config_lib
+from mlcd_jax import convert
+from mlcd_jax import errors
+from mlcd_jax import files
+from mlcd_jax import models
+from mlcd_jax.huggingface import configs
+from mlcd_jax.huggingface import preprocessing
+from mlcd_jax.huggingface import tensors
+from mlcd_jax.models import vit
+
+_MODEL = 'model.json'
+_WEIGHTS = 'params.safetensors'
+_CENTERS = ('params', 'classifier', 'weight')  # In the train state.
+
+
+def load(
+  path: str, field: str
+) -> tuple[vit.ViT, dict[str, Any], pathlib.Path | None]:
+  """Loads an encoder from wherever it is.
+
+  Args:
+    path: a workdir, a folder of `convert import`, a folder as `transformers`
+      writes it, or ORG/NAME[@REVISION].
+    field: what to call the path in errors.
+
+  Returns:
+    The model, its variables, and the workdir if it is one.
+
+  Raises:
+    UserError: there is no encoder, or not a whole one.
+  """
+  folder = pathlib.Path(path).expanduser()
+  if (folder / 'checkpoints').is_dir():
+    model, params, _ = from_run(folder)
+    return model, {'params': params}, folder
+  if (folder / _MODEL).is_file():
+    return *_load_imported(folder), None
+  return *convert.from_huggingface(path, field=field), None
+
+
+def save(
+  folder: pathlib.Path,
+  model: vit.ViT,
+  variables: Mapping[str, Any],
+  *,
+  source: str,
+) -> None:
+  """Writes an encoder as `load` reads it: model.json and params.safetensors.
+
+  Args:
+    folder: new, or empty.
+    model: of the encoder.
+    variables: of the model.
+    source: where it came from, kept beside it.
+  """
+  fields = {
+    f.name: getattr(model, f.name)
+    for f in dataclasses.fields(model)
+    if f.name not in ('parent', 'name')
+  }
+  fields['dtype'] = str(jnp.dtype(model.dtype))
+  folder.mkdir(parents=True, exist_ok=True)
+  flat = flax.traverse_util.flatten_dict(variables['params'], sep='/')
+  with files.atomic(folder / _WEIGHTS) as temporary:
+    safetensors_numpy.save_file(jax.device_get(flat), temporary)
+  files.write_json(folder / _MODEL, {'model': fields, 'source': source})
+
+
+def from_run(
+  workdir: pathlib.Path, *, classifier: bool = False
+) -> tuple[vit.ViT, dict[str, Any], dict[str, Any]]:
+  """Reads the last checkpoint's encoder, without the rest of the state.
+
+  Args:
+    workdir: of a run.
+    classifier: read the class centers too.
+
+  Returns:
+    The model; its parameters, averaged where the run averages; and the run's
+    `config` and `step`, and its class centers `classifier` if asked for.
+
+  Raises:
+    UserError: nothing is trained there, or it cannot be read.
+  """
+  folder = workdir / 'checkpoints'
+  step = checkpoint.latest_step(folder)
+  if step is None:
+    raise errors.UserError(f'{folder}: nothing is trained yet; train first')
+  made = files.read_json(folder / 'manifest.json')
+  content = files.read_json(workdir / 'config.json')
+  # What was trained, not what the workdir was last called with.
+  for field, value in made['config'].items():
+    section, _, name = field.partition('.')
+    if section in ('model', 'loss', 'optimizer'):
+      content[section][name] = value
+  config = ml_collections.ConfigDict(content)
+  model = models.make(config.model)
+  params = convert.abstract_params(model)
+  averaged = checkpoint.has(folder, step, 'ema')
+  wanted = {'ema': params} if averaged else {'params': {'encoder': params}}
+  if classifier:
+    weight = {'weight': checkpoint.shape(folder, step, _CENTERS)}
+    wanted.setdefault('params', {})['classifier'] = weight
+  state = checkpoint.restore_part(folder, step, wanted)
+  found = {'config': config, 'step': step}
+  if classifier:
+    found['classifier'] = state['params']['classifier']['weight']
+  params = state['ema'] if averaged else state['params']['encoder']
+  return model, params, found
+
+
+def export(workdir: str, target: pathlib.Path) -> None:
+  """Writes a run's or an imported encoder as a folder for `transformers`.
+
+  A class token and a table of positions make a CLIPVisionModelWithProjection,
+  rotary positions an MLCDVisionModel, which has no projection.
+
+  Args:
+    workdir: of the run, or a folder of `convert import`.
+    target: new folder.
+
+  Raises:
+    UserError: there is no encoder, or `transformers` has no class for it.
+  """
+  folder = pathlib.Path(workdir)
+  if (folder / _MODEL).is_file():
+    model, variables = _load_imported(folder)
+    content = files.read_json(folder / _MODEL)
+    said = f'Converted from {content["source"]}.'
+  else:
+    model, params, found = from_run(folder)
+    variables, said = {'params': params}, _recipe(folder, found)
+  to_huggingface(target, model, variables, said=said)
+
+
+def to_huggingface(
+  folder: pathlib.Path,
+  model: vit.ViT,
+  variables: Mapping[str, Any],
+  *,
+  said: str = '',
+) -> None:
+  """Writes a model as a folder that `transformers` loads.
+
+  Args:
+    folder: new, or empty.
+    model: with a class token and the norm before the blocks.
+    variables: of the model.
+    said: about its origin, for the model card.
+
+  Raises:
+    UserError: `transformers` has no class for it.
+  """
+  family, config = configs.from_model(model)
+  table = tensors.layout(family, model)
+  folder.mkdir(parents=True, exist_ok=True)
+  with files.atomic(folder / 'model.safetensors') as temporary:
+    safetensors_numpy.save_file(
+      tensors.write(table, variables['params']),
+      temporary,
+      metadata={'format': 'pt'},  # What transformers asks for.
+    )
+  files.write_json(folder / 'config.json', config)
+  files.write_json(
+    folder / preprocessing.NAME,
+    preprocessing.to_json(model.image_size, model.mean, model.std),
+  )
+  class_name = config['architectures'][0]
+  with files.atomic(folder / 'README.md') as temporary:
+    temporary.write_text(
+      _CARD.format(
+        class_name=class_name,
+        said=said,
+        size=model.image_size,
+        features='image_embeds' if 'Proj' in class_name else 'pooler_output',
+      )
+    )
+
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+---
+
+A vision encoder made with mlcd_jax. {said}
+
+```python
+from transformers import AutoImageProcessor, {class_name}
+
+model = {class_name}.from_pretrained('this folder')
+processor = AutoImageProcessor.from_pretrained('this folder')
+features = model(**processor(image, return_tensors='pt')).{features}
+```
+
+Images are {size} x {size} pixels. `pooler_output`, or the first token after
+the last norm, is what linear probes use.
+"""
+
+
+def _recipe(workdir: pathlib.Path, found: Mapping[str, Any]) -> str:
+  """What was run, in Markdown."""
+  config = found['config']
+  fields = config_lib.to_dict(config)
+  rows = {
+    section: fields[section]
+    for section in ('data', 'embed', 'cluster', 'model', 'loss', 'optimizer')
+  }
+  text = json.dumps(rows, indent=2, sort_keys=True)
+  results = workdir / 'results.json'
+  scores = ''
+  if results.is_file():
+    trained = {
+      k: round(v, 4)
+      for k, v in files.read_json(results).items()
+      if k.startswith('trained/') and isinstance(v, float)
+    }
+    scores = (
+      '\n\nResults:\n\n```json\n' + json.dumps(trained, indent=2) + '\n```'
+    )
+  return (
+    f'Multi-label cluster discrimination (arXiv 2407.17331), step '
+    f'{found["step"]}, batch {config.train.batch_size}, trained with:\n\n'
+    f'```json\n{text}\n```{scores}'
+  )
+
+
+def _load_imported(folder: pathlib.Path) -> tuple[vit.ViT, dict[str, Any]]:
+  """Reads what `save` wrote."""
+  fields = files.read_json(folder / _MODEL)['model']
+  fields['dtype'] = jnp.dtype(fields['dtype'])
+  for name in ('mean', 'std'):
+    fields[name] = tuple(fields[name])
+  model = vit.ViT(**fields)
+  try:
+    flat = safetensors_numpy.load_file(folder / _WEIGHTS)
+  except Exception as e:  # Its errors have no common base.
+    raise errors.UserError(
+      f'{folder / _WEIGHTS}: cannot be read ({e}); import it again'
+    ) from e
+  found = {name: array.shape for name, array in flat.items()}
+  if found != convert.shapes(model):
+    raise errors.UserError(
+      f'{folder / _WEIGHTS}: not the parameters of {_MODEL}; import it again'
+    )
+  params = flax.traverse_util.unflatten_dict(flat, sep='/')
+  return model, {'params': jax.tree.map(jnp.asarray, params)}

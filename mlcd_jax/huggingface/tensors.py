@@ -1,0 +1,342 @@
+"""Which tensor of `transformers` is which parameter, both ways.
+
+One table says it for all families, so that import and export cannot differ.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from mlcd_jax import errors
+from mlcd_jax import files
+from mlcd_jax.models import vit
+
+PROJECTION = 'visual_projection.weight'
+
+# Prefixes of the tower inside of larger models.
+_PREFIXES = ('vision_model.', 'dinov2.', 'dinov2_with_registers.')
+# What other parts of those models are called, and what is no weight.
+_OTHERS = (
+  'text_model.',
+  'text_projection.',
+  'logit_scale',
+  'logit_bias',
+  'classifier.',
+  'embeddings.mask_token',
+)
+_NO_WEIGHTS = ('position_ids', 'inv_freq')
+
+# Tensors in messages before "and N more".
+_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """A tensor, or a third of one, that is a parameter or a part of one.
+
+  Attributes:
+    name: in the file.
+    kind: 'same', 'matrix' [out, in], or 'convolution' [out, in, h, w].
+    third: which third of its first axis; all of it where None.
+  """
+
+  name: str
+  kind: str = 'same'
+  third: int | None = None
+
+  def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the file of what has this shape here."""
+    shape = tuple(np.empty(ours, bool).transpose(self._axes(ours)).shape)
+    return shape if self.third is None else (3 * shape[0], *shape[1:])
+
+  def to_ours(self, tensor: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
+    """A tensor of the file as it is here."""
+    if self.third is not None:
+      tensor = np.split(tensor, 3)[self.third]
+    if self.kind == 'same':
+      return tensor.reshape(ours)
+    return tensor.transpose(np.argsort(self._axes(ours)))
+
+  def to_theirs(self, array: np.ndarray) -> np.ndarray:
+    """The reverse of `to_ours`, for whole tensors."""
+    return np.ascontiguousarray(array.transpose(self._axes(array.shape)))
+
+  def _axes(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+    return {'matrix': (1, 0), 'convolution': (3, 2, 0, 1)}.get(
+      self.kind, tuple(range(len(ours)))
+    )
+
+
+def layout(family: str, model: vit.ViT) -> dict[str, tuple[_Part, ...]]:
+  """Every parameter's path and the tensors it is made of."""
+  table = dict(_dinov2(model) if family == 'dinov2' else _clip(family, model))
+  if model.embedding_dim and family != 'mlcd':
+    table['projection/kernel'] = (_Part(PROJECTION, 'matrix'),)
+  return table
+
+
+def _clip(family: str, model: vit.ViT) -> Iterator[tuple[str, Any]]:
+  """The names of CLIP's, MLCD's and SigLIP's towers."""
+  yield from _linear(
+    'patches',
+    'embeddings.patch_embedding',
+    kind='convolution',
+    bias=model.patch_bias,
+  )
+  if model.has_class_token:
+    yield 'class_token', (_Part('embeddings.class_embedding'),)
+  if model.position == 'learned':
+    yield 'positions', (_Part('embeddings.position_embedding.weight'),)
+  elif model.has_class_token:
+    yield 'class_position', (_Part('class_pos_emb'),)
+  if model.pre_norm:
+    yield from _norm('pre_norm', 'pre_layrnorm')  # Their typing error.
+  yield from _norm('post_norm', 'post_layernorm')
+  for i in range(model.depth):
+    ours, theirs = f'block_{i:02d}', f'encoder.layers.{i}'
+    yield from _norm(f'{ours}/attention_norm', f'{theirs}.layer_norm1')
+    yield from _norm(f'{ours}/mlp_norm', f'{theirs}.layer_norm2')
+    attention = f'{theirs}.self_attn'
+    yield from _linear(
+      f'{ours}/attention/qkv', *(f'{attention}.{n}_proj' for n in 'qkv')
+    )
+    yield from _linear(f'{ours}/attention/out', f'{attention}.out_proj')
+    yield from _linear(f'{ours}/mlp_in', f'{theirs}.mlp.fc1')
+    yield from _linear(f'{ours}/mlp_out', f'{theirs}.mlp.fc2')
+  if family == 'siglip':
+    yield from _siglip_head()
+
+
+def _siglip_head() -> Iterator[tuple[str, Any]]:
+  yield 'pool/probe', (_Part('head.probe'),)
+  packed = 'head.attention.in_proj'
+  for name, thirds in (('query', (0,)), ('key_value', (1, 2))):
+    yield (
+      f'pool/{name}/kernel',
+      tuple(_Part(f'{packed}_weight', 'matrix', third) for third in thirds),
+    )
+    yield (
+      f'pool/{name}/bias',
+      tuple(_Part(f'{packed}_bias', third=third) for third in thirds),
+    )
+  yield from _linear('pool/out', 'head.attention.out_proj')
+  yield from _norm('pool/norm', 'head.layernorm')
+  yield from _linear('pool/mlp_in', 'head.mlp.fc1')
+  yield from _linear('pool/mlp_out', 'head.mlp.fc2')
+
+
+def _dinov2(model: vit.ViT) -> Iterator[tuple[str, Any]]:
+  yield from _linear(
+    'patches', 'embeddings.patch_embeddings.projection', kind='convolution'
+  )
+  yield 'class_token', (_Part('embeddings.cls_token'),)
+  yield 'positions', (_Part('embeddings.position_embeddings'),)
+  if model.registers:
+    yield 'registers', (_Part('embeddings.register_tokens'),)
+  yield from _norm('post_norm', 'layernorm')
+  gated = model.activation == 'swiglu'
+  mlp = ('weights_in', 'weights_out') if gated else ('fc1', 'fc2')
+  for i in range(model.depth):
+    ours, theirs = f'block_{i:02d}', f'encoder.layer.{i}'
+    yield from _norm(f'{ours}/attention_norm', f'{theirs}.norm1')
+    yield from _norm(f'{ours}/mlp_norm', f'{theirs}.norm2')
+    attention = f'{theirs}.attention'
+    yield from _linear(
+      f'{ours}/attention/qkv',
+      *(f'{attention}.attention.{n}' for n in ('query', 'key', 'value')),
+    )
+    yield from _linear(f'{ours}/attention/out', f'{attention}.output.dense')
+    yield from _linear(f'{ours}/mlp_in', f'{theirs}.mlp.{mlp[0]}')
+    yield from _linear(f'{ours}/mlp_out', f'{theirs}.mlp.{mlp[1]}')
+    for name, n in (('attention', 1), ('mlp', 2)):
+      scale = f'{theirs}.layer_scale{n}.lambda1'
+      yield f'{ours}/{name}_scale', (_Part(scale),)
+
+
+def _linear(ours: str, *theirs: str, kind: str = 'matrix', bias: bool = True):
+  yield f'{ours}/kernel', tuple(_Part(f'{t}.weight', kind) for t in theirs)
+  if bias:
+    yield f'{ours}/bias', tuple(_Part(f'{t}.bias') for t in theirs)
+
+
+def _norm(ours: str, theirs: str):
+  yield f'{ours}/scale', (_Part(f'{theirs}.weight'),)
+  yield f'{ours}/bias', (_Part(f'{theirs}.bias'),)
+
+
+class Reader:
+  """The tensors of a folder's safetensors files, one at a time."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Opens the files.
+
+    Raises:
+      UserError: there are none, or one is missing or damaged.
+    """
+    self.paths = safetensors_files(folder)
+    self._where = {}
+    for path in self.paths:
+      try:
+        handle = safetensors.safe_open(path, framework='flax')
+      except (OSError, safetensors.SafetensorError) as e:
+        raise errors.UserError(
+          f'{path}: cannot be read as safetensors ({e}); get it again'
+        ) from e
+      for name in handle.keys():
+        self._where[_canonical(name)] = handle, name
+
+  def names(self) -> set[str]:
+    """Names of the tower's tensors, without prefixes."""
+    return {
+      name
+      for name in self._where
+      if not name.startswith(_OTHERS) and not name.endswith(_NO_WEIGHTS)
+    }
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Returns a tensor's shape without reading it."""
+    handle, stored = self._where[name]
+    return tuple(handle.get_slice(stored).get_shape())
+
+  def read(self, name: str) -> np.ndarray:
+    """Returns a tensor as float32."""
+    handle, stored = self._where[name]
+    return np.asarray(handle.get_tensor(stored)).astype(np.float32, copy=False)
+
+
+def read(
+  reader: Reader,
+  table: Mapping[str, tuple[_Part, ...]],
+  shapes: Mapping[str, tuple[int, ...]],
+  folder: pathlib.Path,
+) -> dict[str, Any]:
+  """Reads all parameters, tensor by tensor.
+
+  Args:
+    reader: of the folder.
+    table: see `layout`.
+    shapes: of every parameter, by path.
+    folder: named in errors.
+
+  Returns:
+    A nested dict of float32 arrays.
+
+  Raises:
+    UserError: lists tensors that are missing, extra or misshapen.
+  """
+  _check(reader, table, shapes, folder)
+  params = {}
+  for path, parts in table.items():
+    ours = _part_shape(shapes[path], len(parts))
+    array = np.empty(shapes[path], np.float32)
+    for i, part in enumerate(parts):
+      columns = slice(i * ours[-1], (i + 1) * ours[-1])
+      array[..., columns] = part.to_ours(reader.read(part.name), ours)
+    params[tuple(path.split('/'))] = jnp.asarray(array)
+  return flax.traverse_util.unflatten_dict(params)
+
+
+def write(
+  table: Mapping[str, tuple[_Part, ...]], params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+  """The reverse of `read`: tensors by name, for CLIP's and MLCD's towers."""
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  tensors = {}
+  for path, parts in table.items():
+    array = np.asarray(jax.device_get(flat[path]), np.float32)
+    if path in ('class_token', 'positions'):
+      array = array.reshape(array.shape[-2:])  # [L, D].
+      array = array[0] if path == 'class_token' else array
+    for part, piece in zip(parts, np.split(array, len(parts), axis=-1)):
+      prefix = '' if part.name == PROJECTION else _PREFIXES[0]
+      tensors[prefix + part.name] = part.to_theirs(piece)
+  return tensors
+
+
+def _check(reader, table, shapes, folder):
+  """Raises UserError unless the tensors are those of the table."""
+  wanted = {}
+  for path, parts in table.items():
+    for part in parts:
+      ours = _part_shape(shapes[path], len(parts))
+      wanted[part.name] = part.shape(ours)
+  found = reader.names()
+  wrong = [
+    f'{name} {list(reader.shape(name))} instead of {list(shape)}'
+    for name, shape in wanted.items()
+    if name in found and _bare(reader.shape(name)) != _bare(shape)
+  ]
+  said = [
+    f'{what}: {_listed(names)}'
+    for what, names in (
+      ('missing', sorted(set(wanted) - found)),
+      ('extra', sorted(found - set(wanted))),
+      ('misshapen', wrong),
+    )
+    if names
+  ]
+  if said:
+    raise errors.UserError(
+      f'{folder}: the tensors are not those its config.json describes; '
+      + '; '.join(said)
+    )
+
+
+def _listed(names: list[str]) -> str:
+  more = len(names) - _SHOWN
+  return ', '.join(names[:_SHOWN]) + (f' and {more} more' if more > 0 else '')
+
+
+def _part_shape(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+  return (*shape[:-1], shape[-1] // parts)
+
+
+def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Without leading ones, which tokens and positions have or have not."""
+  while len(shape) > 1 and shape[0] == 1:
+    shape = shape[1:]
+  return tuple(shape)
+
+
+def _canonical(name: str) -> str:
+  """A tensor's name without prefix, as transformers 5 has it."""
+  for prefix in _PREFIXES:
+    name = name.removeprefix(prefix)
+  return name.replace('pre_layernorm.', 'pre_layrnorm.')
+
+
+def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files with a folder's weights: one, or those an index names.
+
+  Raises:
+    UserError: there are none, or one is missing.
+  """
+  whole = folder / 'model.safetensors'
+  index = folder / 'model.safetensors.index.json'
+  if whole.is_file():
+    return [whole]
+  if index.is_file():
+    content = files.read_json(index)
+    names = content.get('weight_map', {}).values()
+    paths = [folder / pathlib.Path(name).name for name in sorted(set(names))]
+  else:
+    paths = sorted(folder.glob('*.safetensors'))
+  if not paths:
+    raise errors.UserError(
+      f'{folder}: no *.safetensors; pickled weights are not read, save them '
+      'anew with safe_serialization=True'
+    )
+  for path in paths:
+    if not path.is_file():
+      raise errors.UserError(
+        f'{path}: missing, but {index.name} names it; get it again'
+      )
+  return paths

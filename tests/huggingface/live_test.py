@@ -1,0 +1,86 @@
+"""Parity with transformers itself, where it and torch are installed."""
+
+import jax
+import numpy as np
+import oracles
+import pytest
+
+from mlcd_jax import config as config_lib
+from mlcd_jax import convert
+from mlcd_jax import encoders
+from mlcd_jax import models
+
+pytest.importorskip('torch', reason='torch is not installed')
+pytest.importorskip('transformers', reason='transformers is not installed')
+
+# Sizes other than the goldens have: odd widths of heads, deeper, other grids.
+OTHERS = {
+  'clip': dict(hidden_size=33, num_attention_heads=3, image_size=35),
+  'clip_bf16': dict(num_hidden_layers=4, patch_size=5, image_size=16),
+  'mlcd': dict(hidden_size=32, num_attention_heads=2, image_size=35),
+  'siglip': dict(hidden_size=45, num_attention_heads=3, image_size=23),
+  'dinov2': dict(hidden_size=21, num_attention_heads=3, patch_size=3),
+  'dinov2_registers': dict(num_register_tokens=1, image_size=14),
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_same_features(name, tmp_path):
+  model = oracles.make(name, seed=7, **OTHERS[name])
+  oracles.save(name, model, tmp_path)
+  ours, variables = convert.from_huggingface(tmp_path)
+  last = 'hidden' if name.startswith(('clip', 'mlcd')) else 'tokens'
+  names = {'pooler_output': 'pooled', 'image_embeds': 'embedding'}
+  names['last_hidden_state'] = last
+  own = (ours.image_size,) * 2
+  for size in (own, (28, 42), (42, 35)):
+    images = oracles.images(size)
+    out = jax.jit(ours.apply)(variables, images)
+    expected = oracles.outputs(name, model, images)
+    assert len(expected) == 2
+    for key, value in expected.items():
+      error = np.abs(out[names[key]] - value).max() / np.abs(value).max()
+      assert error < 1e-5, (size, key)
+
+
+@pytest.mark.parametrize('position', ['learned', 'rope2d'])
+def test_exported_folder_gives_the_same_features(position, tmp_path, capfd):
+  import torch
+  import transformers
+
+  config = config_lib.default().model
+  config.update(
+    variant='Nano/7', image_size=21, embedding_dim=16, dtype='float32'
+  )
+  config.position = position
+  model = models.make(config)
+  images = oracles.images((21, 21))
+  variables = model.init(jax.random.key(0), images)
+  encoders.to_huggingface(tmp_path, model, variables)
+  expected = model.apply(variables, images)
+  classes = {
+    'learned': transformers.CLIPVisionModelWithProjection,
+    'rope2d': transformers.MLCDVisionModel,
+  }
+  theirs, loading = classes[position].from_pretrained(
+    tmp_path, output_loading_info=True
+  )
+  assert not any(
+    loading[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')
+  )
+  process = transformers.AutoImageProcessor.from_pretrained(
+    tmp_path, use_fast=False
+  )
+  pixels = process(list(images), return_tensors='pt')['pixel_values']
+  with torch.no_grad():
+    out = theirs.eval()(pixels)
+  pairs = [(out.last_hidden_state, expected['hidden'])]
+  if position == 'learned':
+    pairs.append((out.image_embeds, expected['embedding']))
+  else:
+    pairs.append((out.pooler_output, expected['pooled']))
+  for found, value in pairs:
+    error = np.abs(found.numpy() - value).max() / np.abs(value).max()
+    assert error < 1e-5
+  said = capfd.readouterr().err
+  assert 'newly initialized' not in said and 'not used' not in said
