@@ -178,9 +178,7 @@ def test_names_are_looked_up_in_the_hubs_cache(tmp_path, monkeypatch, caplog):
   (cached / 'refs').mkdir()
   (cached / 'refs/main').write_text(commit)
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-  monkeypatch.setattr(
-    constants, 'HF_HUB_CACHE', str(tmp_path)
-  )
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
   with caplog.at_level('INFO', 'mlcd_jax'):
     found = folders.resolve('org/name', 'embed.path')
   assert found.name == commit
