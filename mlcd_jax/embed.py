@@ -170,7 +170,8 @@ def _embed_shard(
   def collect():
     count, out, done = submitted.popleft()
     rows.append(np.asarray(out)[:count])
-    progress.update(done)
+    if done < records.stop:  # The whole shard counts once it is written.
+      progress.update(done)
 
   for stop, decoded in _decoded(embedder, source, records):
     images = []

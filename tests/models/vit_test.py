@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from mlcd_jax import config as config_lib
+from mlcd_jax import errors
 from mlcd_jax import models
 from mlcd_jax import products
+from mlcd_jax.models import vit
 
 
 def make(**fields):
@@ -84,3 +86,36 @@ def test_products_accumulate_in_float32_both_ways():
   np.testing.assert_allclose(
     y_bar, np.float64(x).T @ rounded, rtol=1e-4, atol=1e-3
   )
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    dict(position='rope2d', scan_layers=True, remat='dots'),
+    dict(pooling='attention', activation='gelu_tanh'),
+  ],
+)
+def test_every_parameter_has_a_gradient(fields):
+  model = make(**fields)
+  params = model.init(jax.random.key(0), IMAGES)['params']
+  target = jax.random.normal(jax.random.key(1), (3, 16))
+  gradients = jax.grad(
+    lambda p: jnp.sum(model.apply({'params': p}, IMAGES)['embedding'] * target)
+  )(params)
+  for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+    assert jnp.isfinite(gradient).all() and gradient.any(), path
+
+
+def test_images_of_another_size_and_shape():
+  model = make()
+  variables = model.init(jax.random.key(0), IMAGES)
+  images = np.zeros((2, 21, 30, 3), np.uint8)  # Two columns are left over.
+  assert model.apply(variables, images)['tokens'].shape == (2, 13, 96)
+
+
+def test_rotary_positions_need_heads_that_four_divides(monkeypatch):
+  odd = dict(width=18, depth=1, heads=3, mlp_dim=8)
+  monkeypatch.setitem(vit.VARIANTS, 'odd', odd)
+  assert make(variant='odd/7').width == 18
+  with pytest.raises(errors.UserError, match='model.position=rope2d'):
+    make(variant='odd/7', position='rope2d')
