@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from mlcd_jax import checkpoint
+from mlcd_jax import distributed
 from mlcd_jax import embeddings
 from mlcd_jax import errors
 from mlcd_jax import hardware
@@ -104,12 +105,14 @@ def _loop(program, state, batches, checkpointer, log, last, interrupted):
   fetched, since one that is not finite must not replace a good one.
   """
   every = program.config.train.checkpoint_every_steps
+  # A signal to one process stops all, after the same step.
+  any_process = distributed.any_process(program.mesh)
   step = int(state.step)
   while step < last:
     state, metrics = program.step(state, next(batches))
     step += 1
     log.add(step, metrics, batches.seconds_waited)
-    stopped = interrupted()
+    stopped = any_process(interrupted())
     if stopped or step == last or step % every == 0:
       log.flush(last=stopped or step == last)
       checkpointer.save(step, state)
