@@ -1,15 +1,19 @@
-# make demo | test | lint | lock
+# make demo | test | test-slow | lint | audit | lock
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test lint lock
+.PHONY: demo test test-slow lint audit lock
 
 demo: .venv/installed
 	@launch/demo.sh $(SEED)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -rs
+
+# Whole runs, killed and stopped, in one process and two.
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -q -rs -m slow
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -89,29 +89,30 @@ def shutdown() -> None:
     jax.distributed.shutdown()
 
 
-def any_process(mesh: Mesh) -> Callable[[bool], bool]:
+def agreement(mesh: Mesh) -> Callable[[int], int]:
   """Returns a question that all processes ask together, again and again.
 
-  With several processes an answer is that to the question before: so nobody
-  waits for it, and everybody has the same.
+  The answer is the greatest number that any process brings. With several
+  processes it is that to the question before: so nobody waits for it, and
+  everybody has the same.
 
   Args:
     mesh: of all devices.
   """
   if jax.process_count() == 1:
-    return lambda yes: yes
+    return lambda number: number
   everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-  answer = jax.jit(
+  greatest = jax.jit(
     lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
   )
-  pending = []
+  asked = []
 
-  def ask(yes: bool) -> bool:
-    asked = jax.make_array_from_callback(
-      (mesh.size,), everywhere, lambda _: np.array([yes], np.int32)
+  def ask(number: int) -> int:
+    numbers = jax.make_array_from_callback(
+      (mesh.size,), everywhere, lambda _: np.array([number], np.int32)
     )
-    pending.append(answer(asked))
-    return len(pending) > 1 and bool(pending.pop(0))
+    asked.append(greatest(numbers))
+    return int(asked.pop(0)) if len(asked) > 1 else 0
 
   return ask
 
