@@ -119,18 +119,20 @@ def _loop(program, state, batches, checkpointer, log, last, interrupted):
   # all save.
   agree = distributed.agreement(program.mesh)
   step = int(state.step)
-  saved_at = time.monotonic()
+  saved_step, saved_at = step, time.monotonic()
   while step < last:
     state, metrics = program.step(state, next(batches))
     step += 1
     log.add(step, metrics, batches.seconds_waited)
     late = seconds and time.monotonic() - saved_at > seconds
     wish = agree(_STOP if interrupted() else _SAVE if late else 0)
+    if wish == _SAVE and step == saved_step + 1 and jax.process_count() > 1:
+      wish = 0  # The answer to what was asked before the save.
     stopped = wish == _STOP
     if wish or step == last or step % every == 0:
       log.flush(last=stopped or step == last)
       checkpointer.save(step, state)
-      saved_at = time.monotonic()
+      saved_step, saved_at = step, time.monotonic()
     if stopped:
       checkpointer.close()
       raise errors.Stopped(

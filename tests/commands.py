@@ -69,14 +69,14 @@ def free_port():
     return s.getsockname()[1]
 
 
-def wait_until(condition, *processes, timeout=240):
+def wait_until(condition, *processes, timeout=240, pause=0.05):
   """Waits for a condition, while all processes run."""
   deadline = time.monotonic() + timeout
   while not condition():
     for process in processes:
       assert process.poll() is None, process.communicate()[1][-3000:]
     assert time.monotonic() < deadline, 'nothing happens'
-    time.sleep(0.05)
+    time.sleep(pause)
 
 
 def num_lines(path):
