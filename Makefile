@@ -19,6 +19,12 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Known vulnerabilities of the pinned packages.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --no-deps --disable-pip -r requirements.txt
+
 # Writes requirements.txt anew from pyproject.toml.
 lock:
 	{ echo '# What pyproject.toml asks for, locked for Python 3.11 to 3.13 (`make lock`).'; \

@@ -94,7 +94,8 @@ class Checkpointer:
       UserError: all are damaged, or one is of another model.
     """
     latest_step(self._folder)  # Refuses what is no folder of checkpoints.
-    steps = sorted(self._manager.all_steps(read=True), reverse=True)
+    self._manager.reload()
+    steps = sorted(self._manager.all_steps(), reverse=True)
     damaged = []
     for step in steps:
       try:

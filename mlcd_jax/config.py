@@ -277,6 +277,11 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
       f'train.steps={c.train.steps} and train.epochs={c.train.epochs}: '
       'set one of them and leave the other 0'
     )
+  if c.data.source == 'embedded' and c.data.path not in ('', 'digits'):
+    raise errors.UserError(
+      f'data.path={c.data.path}: data.source=embedded has only digits; name '
+      'the source of your files with --config.data.source'
+    )
   if c.loss.num_positives > c.cluster.num_labels:
     raise errors.UserError(
       f'loss.num_positives={c.loss.num_positives} is more than '

@@ -269,6 +269,7 @@ def test_saves_by_the_clock(start, tmp_path):
   assert saved == {'manifest.json', *map(str, range(1, 13))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sample_rate', [1.0, 0.1])
 def test_goes_on_with_other_devices(start, tmp_path, sample_rate):
   """8 devices, then 4, 2 and 1 in other splits, against 8 all the way."""
