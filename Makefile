@@ -1,9 +1,9 @@
-# make demo | test | lint | lock
+# make demo | test | test-slow | lint | audit | lock
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test lint lock
+.PHONY: demo test test-slow lint audit lock
 
 demo: .venv/installed
 	@launch/demo.sh $(SEED)
@@ -11,9 +11,19 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -rs
 
+# Whole runs, killed and stopped, in one process and two.
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -q -rs -m slow
+
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Known vulnerabilities of the pinned packages.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --no-deps --disable-pip -r requirements.txt
 
 # Writes requirements.txt anew from pyproject.toml.
 lock:

@@ -1,6 +1,9 @@
 """Checkpoints of the train state, by Orbax."""
 
 from collections.abc import Sequence
+from concurrent import futures
+import json
+import logging
 import pathlib
 from typing import Any
 
@@ -8,32 +11,59 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from mlcd_jax import distributed
 from mlcd_jax import errors
+from mlcd_jax import files
 
-# Checkpoints that are kept; the last ones.
-_MAX_TO_KEEP = 2
+_log = logging.getLogger(__name__)
+
+# In each checkpoint: its files' digests. Orbax notices a file that is cut
+# short or gone, but restores changed bytes as if nothing were.
+_DIGESTS = 'sha256.json'
+
+_FULL = ('No space left', 'Disk quota exceeded', 'File too large')
 
 
 class Checkpointer:
   """Saves and restores train states under a folder, one folder a step."""
 
-  def __init__(self, folder: pathlib.Path):
-    """Opens the folder, or makes it."""
+  def __init__(
+    self, folder: pathlib.Path, *, keep: int = 2, keep_every_steps: int = 0
+  ):
+    """Opens the folder, or makes it.
+
+    Args:
+      folder: of the checkpoints.
+      keep: the last so many stay.
+      keep_every_steps: and those of multiples of it; 0 = none.
+    """
     self._folder = folder
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
+      item_handlers=ocp.StandardCheckpointHandler(),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=_MAX_TO_KEEP,
+        max_to_keep=keep,
+        keep_period=keep_every_steps or None,
         cleanup_tmp_directories=True,
         # When to save is the training loop's decision.
         save_interval_steps=1,
       ),
     )
+    self._sealing = futures.ThreadPoolExecutor(1, 'seal')
+    self._unsealed = None  # A step whose digests are not written yet.
 
   def save(self, step: int, state: Any) -> None:
-    """Writes in the background, unless the step is there already."""
-    if step != self._manager.latest_step():
+    """Writes in the background, unless the step is there already.
+
+    Raises:
+      RunError: this one or the one before cannot be written.
+    """
+    if step == self._manager.latest_step():
+      return
+    with self._explained():
+      self._finish_last()
       self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+      self._unsealed = step
 
   def restore(self, step: int, abstract_state: Any) -> Any:
     """Reads a state onto any mesh.
@@ -46,20 +76,109 @@ class Checkpointer:
       UserError: the checkpoint is damaged or of another model.
     """
     try:
+      return self._restore(step, abstract_state)
+    except _Damaged as e:
+      raise errors.UserError(
+        f'{self._folder / str(step)}: cannot be restored ({e}); delete it to '
+        'go on from the checkpoint before'
+      ) from e
+
+  def restore_latest(self, abstract_state: Any) -> tuple[Any, int] | None:
+    """Reads the last state that is whole; damaged ones are moved aside.
+
+    Args:
+      abstract_state: as for `restore`.
+
+    Returns:
+      The state and its step, or None where there is no checkpoint.
+
+    Raises:
+      UserError: all are damaged, or one is of another model.
+    """
+    latest_step(self._folder)  # Refuses what is no folder of checkpoints.
+    self._manager.reload()
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    damaged = []
+    for step in steps:
+      try:
+        state = self._restore(step, abstract_state)
+      except _Damaged as e:
+        _log.warning('train: checkpoint %d is damaged and skipped: %s', step, e)
+        damaged.append(step)
+        continue
+      self._set_aside(damaged)
+      return state, step
+    if damaged:
+      raise errors.UserError(
+        f'{self._folder}: none of the checkpoints {damaged} can be restored; '
+        'delete the folder to train anew'
+      )
+    return None
+
+  def close(self) -> None:
+    """Waits for what is being written.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    with self._explained():
+      self._finish_last()
+      self._sealing.shutdown()
+      self._manager.close()
+
+  def _finish_last(self) -> None:
+    self._manager.wait_until_finished()
+    step, self._unsealed = self._unsealed, None
+    if step is not None and distributed.is_main():
+      self._sealing.submit(_seal, self._folder / str(step))
+
+  def _explained(self) -> '_Explained':
+    return _Explained(self._folder)
+
+  def _restore(self, step: int, abstract_state: Any) -> Any:
+    """As `restore`, raises _Damaged."""
+    _check_digests(self._folder / str(step))
+    try:
+      saved = self._manager.item_metadata(step)
+      self._check_same_model(step, saved, abstract_state)
       return self._manager.restore(
         step, args=ocp.args.StandardRestore(abstract_state)
       )
+    except errors.UserError:
+      raise
     except Exception as e:  # Orbax and TensorStore raise all kinds.
-      raise errors.UserError(
-        f'{self._folder / str(step)}: cannot be restored '
-        f'({str(e).strip().splitlines()[0]}); delete it to go on from the '
-        'checkpoint before'
-      ) from e
+      said = (str(e).strip() or type(e).__name__).splitlines()[0]
+      raise _Damaged(said[:200]) from e
 
-  def close(self) -> None:
-    """Waits for what is being written."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+  def _check_same_model(self, step: int, saved: Any, wanted: Any) -> None:
+    saved, wanted = _shapes(saved), _shapes(wanted)
+    differences = [
+      f'{name} is {saved.get(name, "missing")} there and '
+      f'{wanted.get(name, "missing")} here'
+      for name in sorted(saved.keys() | wanted.keys())
+      if saved.get(name) != wanted.get(name)
+    ]
+    if differences:
+      more = len(differences) - 3
+      raise errors.UserError(
+        f'{self._folder / str(step)} is of another model: '
+        + '; '.join(differences[:3])
+        + f' and {more} more' * (more > 0)
+        + '; set the model back, or use another --workdir'
+      )
+
+  def _set_aside(self, steps: list[int]) -> None:
+    """Moves damaged checkpoints away, so that their steps can be saved."""
+    if steps and distributed.is_main():
+      aside = self._folder / 'damaged'
+      aside.mkdir(exist_ok=True)
+      for step in steps:
+        target = aside / str(step)
+        while target.exists():
+          target = target.with_name(target.name + '_before')
+        (self._folder / str(step)).rename(target)
+    distributed.barrier('damaged checkpoints')
+    self._manager.reload()
 
 
 def restore_part(folder: pathlib.Path, step: int, abstract: Any) -> Any:
@@ -78,6 +197,7 @@ def restore_part(folder: pathlib.Path, step: int, abstract: Any) -> Any:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
   )
   try:
+    _check_digests(folder / str(step))
     found = _metadata(folder, step)
     for path, x in jax.tree_util.tree_leaves_with_path(abstract):
       names = [key.key for key in path]
@@ -142,3 +262,84 @@ def latest_step(folder: pathlib.Path) -> int | None:
       f'{folder}: not a folder of checkpoints ({e}); delete what does not '
       'belong there'
     ) from e
+
+
+class _Damaged(Exception):
+  """A checkpoint that cannot be used; says why."""
+
+
+class _Explained:
+  """Turns what goes wrong in writing into one line."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._folder = folder
+
+  def __enter__(self) -> None:
+    pass
+
+  def __exit__(self, kind, e, traceback) -> None:
+    if e is None or not isinstance(e, Exception):
+      return
+    said = str(e)
+    last = f'the last good checkpoint is {latest_step(self._folder)}'
+    if any(text in said for text in _FULL):
+      raise errors.RunError(
+        f'{self._folder}: no space left on the disk; {last}; make space and '
+        'run the same command to continue'
+      ) from e
+    if isinstance(e, OSError):
+      raise errors.RunError(
+        f'{self._folder}: cannot be written ({e.strerror}); {last}'
+      ) from e
+
+
+def _seal(folder: pathlib.Path) -> None:
+  """Writes the digests of a finished checkpoint's files."""
+  try:
+    digests = {
+      str(p.relative_to(folder)): files.sha256(p)
+      for p in sorted(folder.rglob('*'))
+      if p.is_file()
+    }
+    if folder.exists():
+      files.write_json(folder / _DIGESTS, digests)
+  except OSError as e:  # Deleted meanwhile, or no space: it is whole anyway.
+    _log.info('train: %s has no digests: %s', folder, e)
+
+
+def _check_digests(folder: pathlib.Path) -> None:
+  """Raises _Damaged naming a file that is not as it was written.
+
+  A process that is killed just after a save has not written them yet; then
+  Orbax's own checks must do.
+  """
+  path = folder / _DIGESTS
+  if not path.exists():
+    return
+  try:
+    digests = json.loads(path.read_text())
+  except ValueError as e:
+    raise _Damaged(f'{_DIGESTS} is broken') from e
+  for name, digest in digests.items():
+    if not files.unchanged(folder, {name: digest}):
+      raise _Damaged(f'{name} is missing or changed')
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+  """Path -> type and shape of every array."""
+  paths = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=lambda x: hasattr(x, 'shape')
+  )
+  return {
+    '/'.join(_name(key) for key in path): f'{x.dtype}{list(x.shape)}'
+    for path, x in paths
+    if hasattr(x, 'shape')
+  }
+
+
+def _name(key: Any) -> str:
+  """One part of a path, the same for attributes, keys and places."""
+  for attribute in ('key', 'name', 'idx'):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)

@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import app
 from absl import flags
@@ -14,6 +15,7 @@ from absl import logging as absl_logging
 
 from mlcd_jax import errors
 from mlcd_jax import interrupt
+from mlcd_jax import peers
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -49,6 +51,14 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
     full = e.errno in _DISK_FULL
     kind = errors.RunError if full else errors.UserError
     _exit(kind(f'{e.filename or "the disk"}: {e.strerror}'))
+  except Exception as e:
+    if not peers.started():
+      raise
+    if isinstance(e, RuntimeError):
+      peers.wait()  # A lost process breaks connections: it gets the blame.
+    traceback.print_exc()
+    peers.tell(1, f'ended by a bug ({type(e).__name__}); see its output')
+    os._exit(1)
 
 
 def _exit(e: BaseException) -> None:
@@ -56,6 +66,7 @@ def _exit(e: BaseException) -> None:
   line = ' '.join(str(e).split())
   print(f'error: {line}', file=sys.stderr, flush=True)
   sys.stdout.flush()
+  peers.tell(e.exit_code, line)
   # Threads and processes of a broken run must not hold the exit up.
   os._exit(e.exit_code)
 

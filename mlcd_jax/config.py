@@ -113,6 +113,12 @@ def default() -> ml_collections.ConfigDict:
   c.train.accumulate_steps = 1  # Parts of a batch, one after the other.
   c.train.ema_decay = 0.0  # Of an average of the encoder, then used; 0 = off.
   c.train.checkpoint_every_steps = 1_000
+  c.train.checkpoint_every_minutes = 0.0  # Of these as well; 0 = off.
+  c.train.keep_checkpoints = 2  # The last ones.
+  c.train.keep_every_steps = 0  # And for good those of multiples; 0 = none.
+  # Batches with a loss or gradient that is not finite, left out in this
+  # invocation before the run stops.
+  c.train.max_skipped_steps = 0
   c.train.log_every_steps = 50
   c.train.stop_after_steps = 0  # Steps in this invocation; 0 = to the end.
 
@@ -268,6 +274,10 @@ _RANGES = (
   ('train.accumulate_steps', 1, _MOST),
   ('train.ema_decay', 0, 1),
   ('train.checkpoint_every_steps', 1, _MOST),
+  ('train.checkpoint_every_minutes', 0, 1e6),
+  ('train.keep_checkpoints', 1, 1_000_000),
+  ('train.keep_every_steps', 0, _MOST),
+  ('train.max_skipped_steps', 0, _MOST),
   ('train.log_every_steps', 1, _MOST),
   ('train.stop_after_steps', 0, _MOST),
   ('evaluate.batch_size', 1, _MOST),
@@ -290,6 +300,11 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       'model.init_classifier=kept needs model.init_from, a workdir whose '
       'classifier is kept'
+    )
+  if c.data.source == 'embedded' and c.data.path not in ('', 'digits'):
+    raise errors.UserError(
+      f'data.path={c.data.path}: data.source=embedded has only digits; name '
+      'the source of your files with --config.data.source'
     )
   if c.loss.num_positives > c.cluster.num_labels:
     raise errors.UserError(

@@ -1,14 +1,30 @@
 """Several processes: finding each other, and waiting for each other."""
 
+from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import functools
 import logging
 import os
 import pathlib
+import re
+import socket
+import tempfile
 
 import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
 
 from mlcd_jax import errors
+from mlcd_jax import peers
 
 _log = logging.getLogger(__name__)
+
+
+# How much later than `peers` jaxlib gives a process up, by aborting.
+_JAXLIB_PATIENCE = 2
 
 
 def initialize(
@@ -17,6 +33,7 @@ def initialize(
   num_processes: int | None = None,
   process_id: int | None = None,
   init_timeout: int = 300,
+  heartbeat_timeout: int = 100,
 ) -> None:
   """Joins the run's processes; call before any other use of jax.
 
@@ -28,33 +45,173 @@ def initialize(
     num_processes: how many there are.
     process_id: which one this is.
     init_timeout: seconds to wait for the others.
+    heartbeat_timeout: seconds without a sign of life after which a process is
+      lost.
 
   Raises:
-    UserError: the arguments are incomplete.
+    UserError: the arguments are incomplete or wrong.
     RunError: the others did not come in time.
   """
-  given = (coordinator_address, num_processes, process_id)
-  if any(x is not None for x in given) and None in given:
+  _check(coordinator_address, num_processes, process_id)
+  _check_seconds('init_timeout', init_timeout)
+  _check_seconds('heartbeat_timeout', heartbeat_timeout)
+  if coordinator_address is None and not launched_together(os.environ):
+    return
+  # SIGTERM is `interrupt`'s; jax's service would take it away.
+  jax.config.update('jax_enable_preemption_service', False)
+  said = []
+  try:
+    with _informative_jaxlib(init_timeout), _stderr_copied_to(said):
+      jax.distributed.initialize(
+        coordinator_address,
+        num_processes,
+        process_id,
+        # Longer than process 0 waits, so that its answer comes.
+        initialization_timeout=init_timeout + 5,
+        heartbeat_timeout_seconds=_JAXLIB_PATIENCE * heartbeat_timeout,
+      )
+  except (RuntimeError, ValueError) as e:
+    raise errors.RunError(_why_not_joined(init_timeout, said, e)) from e
+  peers.start(
+    jax._src.distributed.global_state.client,
+    jax.process_index(),
+    jax.process_count(),
+    heartbeat_timeout,
+  )
+  _log.info('process %d of %d', jax.process_index(), jax.process_count())
+
+
+def shutdown() -> None:
+  """Leaves the other processes, when all are done."""
+  if jax.distributed.is_initialized():
+    barrier('done')
+    peers.stop()
+    jax.distributed.shutdown()
+
+
+def agreement(mesh: Mesh) -> Callable[[int], int]:
+  """Returns a question that all processes ask together, again and again.
+
+  The answer is the greatest number that any process brings. With several
+  processes it is that to the question before: so nobody waits for it, and
+  everybody has the same.
+
+  Args:
+    mesh: of all devices.
+  """
+  if jax.process_count() == 1:
+    return lambda number: number
+  everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  greatest = jax.jit(
+    lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
+  )
+  asked = []
+
+  def ask(number: int) -> int:
+    numbers = jax.make_array_from_callback(
+      (mesh.size,), everywhere, lambda _: np.array([number], np.int32)
+    )
+    asked.append(greatest(numbers))
+    return int(asked.pop(0)) if len(asked) > 1 else 0
+
+  return ask
+
+
+def _check(
+  address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+  """Raises UserError naming the flag that cannot be used."""
+  given = (address, num_processes, process_id)
+  if given == (None, None, None):
+    return
+  if None in given:
     raise errors.UserError(
       '--coordinator_address, --num_processes, --process_id: give all three '
       'or none'
     )
-  if coordinator_address is None and not launched_together(os.environ):
-    return
-  try:
-    jax.distributed.initialize(
-      coordinator_address,
-      num_processes,
-      process_id,
-      initialization_timeout=init_timeout,
+  host, _, port = address.rpartition(':')
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise errors.UserError(
+      f'--coordinator_address={address}: needs HOST:PORT, such as '
+      '10.0.0.1:12345'
     )
-  except (RuntimeError, ValueError) as e:
-    reason = str(e).strip().splitlines()[0]
-    raise errors.RunError(
-      f'not all processes joined within --init_timeout={init_timeout} s: '
-      f'{reason}'
+  if num_processes < 1:
+    raise errors.UserError(f'--num_processes={num_processes}: use at least 1')
+  if not 0 <= process_id < num_processes:
+    raise errors.UserError(
+      f'--process_id={process_id}: with --num_processes={num_processes} use '
+      f'0 to {num_processes - 1}'
+    )
+  try:
+    socket.getaddrinfo(host.strip('[]'), int(port))
+  except OSError as e:
+    raise errors.UserError(
+      f'--coordinator_address={address}: {host} is unknown here '
+      f'({e.strerror}); name the host of process 0, or give its IP address'
     ) from e
-  _log.info('process %d of %d', jax.process_index(), jax.process_count())
+
+
+def _check_seconds(flag: str, value: int) -> None:
+  if value < 1:
+    raise errors.UserError(f'--{flag}={value}: use at least 1 second')
+
+
+@contextlib.contextmanager
+def _informative_jaxlib(init_timeout: int) -> Iterator[None]:
+  """Sets what jax.distributed.initialize has no arguments for.
+
+  Process 0 gives up first and knows who is absent, instead of after an hour;
+  and a lost connection ends in SIGABRT, which `peers` handles, without a
+  stack trace: jaxlib cannot pass its status to any Python function.
+  """
+  lib = jax._src.distributed._jax
+  service = lib.get_distributed_runtime_service
+  client = lib.get_distributed_runtime_client
+  lib.get_distributed_runtime_service = functools.partial(
+    service, cluster_register_timeout=init_timeout
+  )
+  lib.get_distributed_runtime_client = functools.partial(
+    client, missed_heartbeat_callback=lambda status: None
+  )
+  try:
+    yield
+  finally:
+    lib.get_distributed_runtime_service = service
+    lib.get_distributed_runtime_client = client
+
+
+@contextlib.contextmanager
+def _stderr_copied_to(said: list[str]) -> Iterator[None]:
+  """Appends what is written to stderr inside, jaxlib's lines too."""
+  with tempfile.TemporaryFile() as held:
+    before = os.dup(2)
+    os.dup2(held.fileno(), 2)
+    try:
+      yield
+    finally:
+      os.dup2(before, 2)
+      os.close(before)
+      held.seek(0)
+      said.append(held.read().decode('utf-8', 'replace'))
+      os.write(2, said[0].encode())
+
+
+def _why_not_joined(init_timeout: int, said: list[str], e: Exception) -> str:
+  """One line, with the absent processes where jaxlib said which."""
+  if 'Failed to start RPC server' in str(e):
+    return (
+      'the port of --coordinator_address is in use on this host; choose '
+      'another one'
+    )
+  line = f'not all processes joined within --init_timeout={init_timeout} s: '
+  absent = re.search(r'timed out task names:\s*([\d\s,]+)', ''.join(said))
+  if absent:
+    indices = sorted({int(i) for i in re.findall(r'\d+', absent[1])})
+    return line + 'absent: process ' + ', '.join(map(str, indices))
+  return line + (
+    'process 0 did not answer, or waited for others in vain; its own error '
+    'says for which'
+  )
 
 
 def launched_together(env) -> bool:

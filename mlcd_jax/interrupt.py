@@ -7,6 +7,7 @@ import os
 import signal
 
 from mlcd_jax import errors
+from mlcd_jax import peers
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -22,9 +23,11 @@ def exiting() -> Iterator[None]:
 
   def handle(number, frame):
     del frame
+    _restore_defaults()
     name = signal.Signals(number).name
-    line = f'error: stopped by {name}; run the same command to continue\n'
-    os.write(2, line.encode())
+    line = f'stopped by {name}; run the same command to continue'
+    os.write(2, f'error: {line}\n'.encode())
+    peers.tell(errors.Stopped.exit_code, line)
     os._exit(errors.Stopped.exit_code)
 
   with _handled_by(handle):

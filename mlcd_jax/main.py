@@ -28,6 +28,9 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which one this is.')
 _INIT_TIMEOUT = flags.DEFINE_integer(
   'init_timeout', 300, 'Seconds to wait for the other processes.'
 )
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+  'heartbeat_timeout', 100, 'Seconds until a silent process counts as lost.'
+)
 
 
 def main(rest: list[str]) -> None:
@@ -43,12 +46,14 @@ def main(rest: list[str]) -> None:
     num_processes=_NUM_PROCESSES.value,
     process_id=_PROCESS_ID.value,
     init_timeout=_INIT_TIMEOUT.value,
+    heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
   )
   stages.run(
     _CONFIG.value,
     pathlib.Path(_WORKDIR.value),
     stages.STAGES if _STAGES.value is None else _STAGES.value,
   )
+  distributed.shutdown()
 
 
 if __name__ == '__main__':

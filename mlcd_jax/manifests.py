@@ -111,8 +111,11 @@ def open_for(
   found = load(folder)
   if distributed.is_main():
     files.remove_leftovers(folder)
+  unexplained = not found and folder.exists() and any(folder.iterdir())
+  # All processes have looked before one of them writes.
+  distributed.barrier(f'opened {stage}')
   if found is None:
-    if folder.exists() and any(folder.iterdir()):
+    if unexplained:
       raise errors.UserError(
         f'{folder} has files but no {NAME} that says what they were made '
         'from; delete it to make that stage again'

@@ -1,5 +1,6 @@
 """The train stage: data, step and loop."""
 
+from collections.abc import Callable
 import functools
 import logging
 import math
@@ -12,8 +13,10 @@ import ml_collections
 import numpy as np
 
 from mlcd_jax import checkpoint
+from mlcd_jax import distributed
 from mlcd_jax import embeddings
 from mlcd_jax import errors
+from mlcd_jax import files
 from mlcd_jax import hardware
 from mlcd_jax import initial
 from mlcd_jax import interrupt
@@ -27,6 +30,11 @@ from mlcd_jax.data import sources
 from mlcd_jax.huggingface import folders
 
 _log = logging.getLogger(__name__)
+
+_MUST_BE_FINITE = ('train/loss', 'train/gradient_norm')
+
+# What a process wishes for at the end of a step; the greatest is done.
+_SAVE, _STOP = 1, 2
 
 
 def run(
@@ -66,13 +74,12 @@ def run(
     steps=num_steps(config, len(source)),
     mesh=mesh,
   )
-  checkpointer = checkpoint.Checkpointer(manifest.folder)
-  state, first = _restore_or_init(
-    program,
-    checkpointer,
-    checkpoint.latest_step(manifest.folder),
-    clusters=labels.folder,
+  checkpointer = checkpoint.Checkpointer(
+    manifest.folder,
+    keep=config.train.keep_checkpoints,
+    keep_every_steps=config.train.keep_every_steps,
   )
+  state, first = _restore_or_init(program, checkpointer, clusters=labels.folder)
   last = program.steps
   if config.train.stop_after_steps:
     last = min(last, first + config.train.stop_after_steps)
@@ -93,7 +100,7 @@ def run(
   batches = pipelines.Prefetched(
     batches, functools.partial(sharding.put_batch, mesh)
   )
-  log = _Log(program, workdir, first)
+  log = _Log(program, workdir, first, functools.partial(_keys, config, source))
   try:
     with interrupt.noted() as interrupted:
       _loop(program, state, batches, checkpointer, log, last, interrupted)
@@ -113,15 +120,25 @@ def _loop(program, state, batches, checkpointer, log, last, interrupted):
   fetched, since one that is not finite must not replace a good one.
   """
   every = program.config.train.checkpoint_every_steps
+  seconds = 60 * program.config.train.checkpoint_every_minutes
+  # A signal to one process stops all after the same step, and its clock makes
+  # all save.
+  agree = distributed.agreement(program.mesh)
   step = int(state.step)
+  saved_step, saved_at = step, time.monotonic()
   while step < last:
     state, metrics = program.step(state, next(batches))
     step += 1
     log.add(step, metrics, batches.seconds_waited)
-    stopped = interrupted()
-    if stopped or step == last or step % every == 0:
+    late = seconds and time.monotonic() - saved_at > seconds
+    wish = agree(_STOP if interrupted() else _SAVE if late else 0)
+    if wish == _SAVE and step == saved_step + 1 and jax.process_count() > 1:
+      wish = 0  # The answer to what was asked before the save.
+    stopped = wish == _STOP
+    if wish or step == last or step % every == 0:
       log.flush(last=stopped or step == last)
       checkpointer.save(step, state)
+      saved_step, saved_at = step, time.monotonic()
     if stopped:
       checkpointer.close()
       raise errors.Stopped(
@@ -171,25 +188,44 @@ def _label_rows(
   return rows
 
 
+def _keys(
+  config: ml_collections.ConfigDict, source: sources.Source, step: int
+) -> list[str]:
+  """The keys of the batch that step number `step`, from 1, is made with."""
+  first = (step - 1) * config.train.batch_size
+  places = range(first, first + config.train.batch_size)
+  keys = source.keys()
+  return [
+    keys[pipelines.record_at(place, len(source), config.seed)].decode(
+      'utf-8', 'replace'
+    )
+    for place in places
+  ]
+
+
 def _restore_or_init(
   program: train_step.Program,
   checkpointer: checkpoint.Checkpointer,
-  step: int | None,
   *,
   clusters: pathlib.Path,
 ) -> tuple[train_step.TrainState, int]:
   """The state to go on from, and its step."""
-  if step is None:
+  restored = checkpointer.restore_latest(program.abstract_state)
+  if restored is None:
     return initial.make(program, clusters=clusters), 0
-  _log.info('train: continuing from step %d', step)
-  return checkpointer.restore(step, program.abstract_state), step
+  _log.info('train: continuing from step %d', restored[1])
+  return restored
 
 
 class _Log:
   """Writes metrics every so many steps, one step late."""
 
   def __init__(
-    self, program: train_step.Program, workdir: pathlib.Path, first: int
+    self,
+    program: train_step.Program,
+    workdir: pathlib.Path,
+    first: int,
+    keys: Callable[[int], list[str]],
   ):
     self._schedule = program.schedule
     self._every = program.config.train.log_every_steps
@@ -202,6 +238,10 @@ class _Log:
     self._progress = metrics_lib.Progress(
       'train', program.steps, unit='steps', done=first
     )
+    self._workdir = workdir
+    self._keys = keys  # Of a step's batch.
+    self._skipped = 0
+    self._max_skipped = program.config.train.max_skipped_steps
     self._pending = None
     self._timed_from = None  # (step, time, wait) rates count from.
 
@@ -229,17 +269,14 @@ class _Log:
     step, metrics, waited = self._pending
     self._pending = None
     values = {k: float(v) for k, v in metrics.items()}
-    for name in ('train/loss', 'train/gradient_norm'):
-      if not math.isfinite(values[name]):
-        raise errors.RunError(
-          f'{name} is {values[name]} at step {step}; lower '
-          'optimizer.learning_rate and run again in another --workdir'
-        )
+    self._check_finite(step, values)
     now = time.monotonic()
     if self._timed_from is None:  # Compiling is not counted.
       self._timed_from = step, now, waited
     if not (last or step == 1 or step % self._every == 0):
       return
+    if self._max_skipped:
+      values['train/skipped_steps'] = float(self._skipped)
     values['train/learning_rate'] = float(self._schedule(step - 1))
     from_step, since, waited_before = self._timed_from
     if step > from_step:
@@ -262,6 +299,30 @@ class _Log:
         if f'train/{name}' in values
       },
     )
+
+  def _check_finite(self, step: int, values: dict[str, float]) -> None:
+    """Counts a step that is not finite, or raises RunError."""
+    broken = [n for n in _MUST_BE_FINITE if not math.isfinite(values[n])]
+    if not broken:
+      return
+    keys = self._keys(step)
+    path = self._workdir / f'not_finite_{step}.txt'
+    if distributed.is_main():
+      with files.atomic(path) as temporary:
+        temporary.write_text(''.join(f'{key}\n' for key in keys))
+    says = (
+      f'{broken[0]} is {values[broken[0]]} at step {step}, on a batch with '
+      + ', '.join(keys[:3])
+      + f' and {len(keys) - 3} more (all in {path})' * (len(keys) > 3)
+    )
+    self._skipped += 1
+    if self._skipped > self._max_skipped:
+      raise errors.RunError(
+        f'{says}; lower optimizer.learning_rate and run again in another '
+        f'--workdir, or allow more than train.max_skipped_steps='
+        f'{self._max_skipped}'
+      )
+    _log.warning('train: skipped: %s', says)
 
   def close(self) -> None:
     """Flushes the files."""

@@ -155,13 +155,17 @@ class Program:
       'train/gradient_norm': optax.tree.norm(gradients),
       'train/images_without_labels': jnp.sum(1 - batch['weight']),
     }
-    state = TrainState(
+    new = TrainState(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
       ema=self._average(state, params['encoder']),
     )
-    return state, metrics
+    if self.config.train.max_skipped_steps:
+      finite = jnp.isfinite(loss) & jnp.isfinite(metrics['train/gradient_norm'])
+      kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+      new = kept.replace(step=new.step)
+    return new, metrics
 
   def _with_chosen_labels(self, batch, step):
     """The batch with as many labels as the loss uses, or fewer."""

@@ -26,3 +26,25 @@ def test_launched_together(env, expected):
 def test_flags_come_together():
   with pytest.raises(errors.UserError, match='all three'):
     distributed.initialize(num_processes=2)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'says'),
+  [
+    (('nowhere', 2, 0), '--coordinator_address=nowhere: needs HOST:PORT'),
+    (('host:', 2, 0), '--coordinator_address=host:: needs HOST:PORT'),
+    (('host:99999', 2, 0), '--coordinator_address=host:99999: needs'),
+    (('no-such-host.invalid:1234', 2, 0), 'is unknown here'),
+    (('127.0.0.1:1234', 0, 0), '--num_processes=0: use at least 1'),
+    (('127.0.0.1:1234', 2, 2), '--process_id=2: .*use 0 to 1'),
+    (('127.0.0.1:1234', 2, -1), '--process_id=-1: .*use 0 to 1'),
+  ],
+)
+def test_flags_that_cannot_be(flags, says):
+  address, num_processes, process_id = flags
+  with pytest.raises(errors.UserError, match=says):
+    distributed.initialize(
+      coordinator_address=address,
+      num_processes=num_processes,
+      process_id=process_id,
+    )

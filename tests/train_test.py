@@ -16,6 +16,8 @@ from mlcd_jax import sharding
 from mlcd_jax import stages
 from mlcd_jax import train
 from mlcd_jax import train_step
+from mlcd_jax.data import pipelines
+from mlcd_jax.data import sources
 
 
 @pytest.fixture(scope='module', name='clustered')
@@ -180,6 +182,128 @@ def test_non_finite_loss_stops(start, tmp_path):
     with pytest.raises(errors.RunError, match='train/.* is nan at step 2'):
       start(tmp_path, **broken)
     assert checkpoint.latest_step(tmp_path / 'checkpoints') == 1
+
+
+class Poisoned:
+  """A step that gets NaN as the classifier's input where it is told to."""
+
+  def __init__(self, monkeypatch, *steps):
+    loss = train_step.classifier.loss
+
+    def poisoned(w, x, labels, *, key, **options):
+      # The key is folded from the step, so that it tells which one it is.
+      keys = [
+        jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 2), step - 1)
+        for step in steps
+      ]
+      bad = sum(
+        jax.numpy.all(jax.random.key_data(k) == jax.random.key_data(key))
+        for k in keys
+      )
+      x = jax.numpy.where(bad > 0, float('nan'), x)
+      return loss(w, x, labels, key=key, **options)
+
+    monkeypatch.setattr(train_step.classifier, 'loss', poisoned)
+
+
+def test_a_batch_that_is_not_finite_is_named(
+  start, tmp_path, monkeypatch, tiny_config
+):
+  Poisoned(monkeypatch, 3)
+  with pytest.raises(errors.RunError, match='nan at step 3, on a batch with'):
+    start(tmp_path)
+  named = (tmp_path / 'not_finite_3.txt').read_text().splitlines()
+  # What the pipeline itself reads in that step.
+  read = []
+  source = sources.make(tiny_config.data)
+
+  class Recorded:
+    def __len__(self):
+      return len(source)
+
+    def __getitem__(self, i):
+      read.append(source[i]['key'])
+      return source[i]
+
+    def keys(self):
+      return source.keys()
+
+  next(
+    pipelines.train_batches(
+      Recorded(),
+      np.arange(len(source)),
+      np.zeros((len(source), 1), np.int32),
+      num_positives=1,
+      batch_size=32,
+      image_size=28,
+      crop_area=(0.5, 1.0),
+      flip=False,
+      seed=tiny_config.seed,
+      start_step=2,
+      host=(0, 1),
+    )
+  )
+  assert read[:32] == named
+
+
+def test_batches_that_are_not_finite_are_skipped(
+  start, tmp_path, monkeypatch, tiny_config
+):
+  Poisoned(monkeypatch, 3, 5)
+  assert start(tmp_path / 'a', **{'train.max_skipped_steps': 2}).complete
+  lines = (tmp_path / 'a/metrics.jsonl').read_text().splitlines()
+  skipped = [json.loads(line)['train/skipped_steps'] for line in lines]
+  assert skipped == [0, 0, 1, 1] + [2] * 8
+  params = final_params(tmp_path / 'a', tiny_config)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+  with pytest.raises(errors.RunError, match='step 5.*max_skipped_steps=1'):
+    start(tmp_path / 'b', **{'train.max_skipped_steps': 1})
+
+
+def test_skipping_changes_nothing_else(start, tmp_path):
+  start(tmp_path / 'a')
+  start(tmp_path / 'b', **{'train.max_skipped_steps': 3})
+  np.testing.assert_allclose(
+    list(losses(tmp_path / 'a').values()),
+    list(losses(tmp_path / 'b').values()),
+    rtol=1e-6,
+  )
+
+
+def test_saves_by_the_clock(start, tmp_path):
+  start(
+    tmp_path,
+    **{
+      'train.checkpoint_every_minutes': 1e-9,
+      'train.checkpoint_every_steps': 1000,
+      'train.keep_checkpoints': 100,
+    },
+  )
+  saved = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
+  assert saved == {'manifest.json', *map(str, range(1, 13))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sample_rate', [1.0, 0.1])
+def test_goes_on_with_other_devices(start, tmp_path, sample_rate):
+  """8 devices, then 4, 2 and 1 in other splits, against 8 all the way."""
+  changes = {
+    'train.steps': 50,
+    'loss.sample_rate': sample_rate,
+    'optimizer.learning_rate': 1e-4,
+  }
+  start(tmp_path / 'whole', sharding.make_mesh(4, 2), **changes)
+  for devices, shape in ((8, (4, 2)), (4, (1, 4)), (2, (2, 1)), (1, (1, 1))):
+    start(
+      tmp_path / 'moved',
+      sharding.make_mesh(*shape, devices=jax.devices()[:devices]),
+      **changes | {'train.stop_after_steps': 10 if devices > 1 else 0},
+    )
+  whole, moved = losses(tmp_path / 'whole'), losses(tmp_path / 'moved')
+  assert list(whole) == list(moved) == list(range(1, 51))
+  np.testing.assert_allclose(
+    list(moved.values()), list(whole.values()), rtol=1e-5
+  )
 
 
 def test_epochs_become_steps(tiny_config):

@@ -131,6 +131,17 @@ def ordered_batches(
   return _reported(batches, source, 'data', max_bad_fraction=1.0)
 
 
+def record_at(place: int, num_records: int, seed: int) -> int:
+  """Returns which record is at a place of the endless stream of epochs."""
+  epoch, index = divmod(place, num_records)
+  return grain.experimental.index_shuffle(
+    index,
+    max_index=num_records - 1,
+    seed=_epoch_seed(seed, epoch),
+    rounds=4,
+  )
+
+
 class Prefetched:
   """Batches put on the devices ahead of time, in a thread.
 
@@ -210,13 +221,7 @@ class _TrainRows:
     self, place: int, draws: Sequence[float], image: np.ndarray
   ) -> dict[str, Any]:
     """See `_Rows`."""
-    epoch, index = divmod(place, len(self.source))
-    record = grain.experimental.index_shuffle(
-      index,
-      max_index=len(self.source) - 1,
-      seed=_epoch_seed(self.seed, epoch),
-      rounds=4,
-    )
+    record = record_at(place, len(self.source), self.seed)
     row = int(self.label_rows[record])
     labels = np.full(self.num_positives, -1, np.int32)
     bad = 0

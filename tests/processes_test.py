@@ -1,0 +1,153 @@
+"""Two processes of four devices each: the same run, stopped, lost, absent."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from mlcd_jax import checkpoint
+from tests import commands
+
+_TIMEOUT = 8  # Seconds until a silent process counts as lost.
+
+
+def start(workdir, *arguments, indices=(0, 1), count=2):
+  port = commands.free_port()
+  return [
+    commands.start(
+      *commands.TINY,
+      f'--workdir={workdir}',
+      f'--coordinator_address=127.0.0.1:{port}',
+      f'--num_processes={count}',
+      f'--process_id={i}',
+      f'--heartbeat_timeout={_TIMEOUT}',
+      *arguments,
+      devices=4,
+    )
+    for i in indices
+  ]
+
+
+def finish(processes):
+  return [commands.finish(process) for process in processes]
+
+
+def last_line(err):
+  return err.splitlines()[-1]
+
+
+def losses(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return {r['step']: r['train/loss'] for r in map(json.loads, lines)}
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  mesh = (
+    '--config.mesh.data=4',
+    '--config.mesh.fsdp=2',
+    '--config.train.steps=8',
+    "--config.evaluate.tasks=('knn',)",
+  )
+  processes = start(two, *mesh)
+  code, out_of_one, err = commands.run(
+    *commands.TINY, f'--workdir={one}', *mesh, devices=8
+  )
+  assert code == 0, err
+  table = [line for line in out_of_one.splitlines() if line.startswith('|')]
+  for (code, out, err), printed in zip(finish(processes), (table, [])):
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if line.startswith('|')]
+    assert len(lines) == len(printed)  # Only the first process prints.
+
+  def load(workdir, name):
+    return np.load(workdir / name)
+
+  for shard in range(3):
+    name = f'embeddings/img_emb/img_emb_{shard:05d}.npy'
+    np.testing.assert_array_equal(load(one, name), load(two, name))
+    name = f'clusters/labels_{shard:05d}.npy'
+    np.testing.assert_array_equal(load(one, name), load(two, name))
+  name = 'clusters/centers.npy'
+  np.testing.assert_allclose(load(one, name), load(two, name), atol=1e-6)
+  assert list(losses(one)) == list(losses(two)) == list(range(1, 9))
+  np.testing.assert_allclose(
+    list(losses(two).values()), list(losses(one).values()), rtol=1e-5
+  )
+  results = [
+    json.loads((workdir / 'results.json').read_text()) for workdir in (one, two)
+  ]
+  assert results[0].keys() == results[1].keys()
+  for name, value in results[0].items():
+    # Of 100 images some few may fall on the other side.
+    assert results[1][name] == pytest.approx(value, abs=0.05), name
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_after_saving(tmp_path):
+  arguments = ('--config.train.steps=100000', '--stages=embed,cluster,train')
+  processes = start(tmp_path, *arguments)
+  metrics = tmp_path / 'metrics.jsonl'
+  commands.wait_until(lambda: commands.num_lines(metrics) > 4, *processes)
+  processes[1].send_signal(signal.SIGTERM)
+  ends = finish(processes)
+  for code, _, err in ends:
+    assert code == 75, err
+    assert 'after saving; run the same command' in last_line(err)
+    assert 'Traceback' not in err
+  saved = checkpoint.latest_step(tmp_path / 'checkpoints')
+  assert f'stopped at step {saved} ' in last_line(ends[0][2])
+
+  more = '--config.train.stop_after_steps=3'
+  for code, _, err in finish(start(tmp_path, *arguments, more)):
+    assert code == 0, err
+    assert f'continuing from step {saved}' in err
+  assert list(losses(tmp_path)) == list(range(1, saved + 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_killed_process_is_named(tmp_path, index):
+  processes = start(tmp_path, '--config.train.steps=100000')
+  metrics = tmp_path / 'metrics.jsonl'
+  commands.wait_until(lambda: commands.num_lines(metrics) > 4, *processes)
+  processes[index].kill()
+  code, _, err = commands.finish(processes[1 - index], timeout=_TIMEOUT + 20)
+  commands.finish(processes[index])
+  assert code == 3, err
+  assert last_line(err).startswith(f'error: process {index}: lost')
+  assert 'Traceback' not in err
+
+
+@pytest.mark.slow
+def test_a_signal_before_training_ends_both(tmp_path):
+  processes = start(tmp_path, '--config.cluster.iterations=1000000')
+  manifest = tmp_path / 'clusters/manifest.json'
+  commands.wait_until(manifest.exists, *processes)
+  processes[1].send_signal(signal.SIGTERM)
+  for (code, _, err), says in zip(
+    finish(processes), ('error: process 1: stopped by', 'error: stopped by')
+  ):
+    assert code == 75, err
+    assert last_line(err).startswith(says)
+
+
+def test_an_absent_process_is_named(tmp_path):
+  for (code, _, err), says in zip(
+    finish(start(tmp_path, '--init_timeout=12', indices=(0, 2), count=4)),
+    ('absent: process 1, 3', 'its own error says for which'),
+  ):
+    assert code == 3, err
+    assert 'within --init_timeout=12 s: ' in last_line(err)
+    assert last_line(err).endswith(says)
+    assert 'Traceback' not in err
+
+
+def test_a_mistake_of_one_ends_both(tmp_path):
+  (tmp_path / 'embeddings').mkdir()
+  (tmp_path / 'embeddings/manifest.json').write_text('{')
+  for code, _, err in finish(start(tmp_path)):
+    assert code == 2, err
+    assert 'manifest.json: cannot be read as JSON' in last_line(err)
