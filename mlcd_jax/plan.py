@@ -34,15 +34,6 @@ from ml_collections import config_flags
 from mlcd_jax import cli
 from mlcd_jax import errors
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
-_TOPOLOGY = flags.DEFINE_string(
-  'topology', None, 'TPU slice, such as v5e:16x16; one of mesh.slices.'
-)
-_JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
-_UTILISATION = flags.DEFINE_float(
-  'utilisation', 0.5, 'Share of the peak FLOP/s that products reach.'
-)
-
 # Run as a command this module is __main__.
 _log = logging.getLogger('mlcd_jax.plan')
 
@@ -52,12 +43,12 @@ def main(rest: list[str]) -> None:
   if rest:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
   plan = make(
-    _CONFIG.value,
+    flags.FLAGS.config,
     name=_config_name(sys.argv),
-    topology=_TOPOLOGY.value,
-    utilisation=_UTILISATION.value,
+    topology=flags.FLAGS.topology,
+    utilisation=flags.FLAGS.utilisation,
   )
-  print(json.dumps(plan) if _JSON.value else table(plan))
+  print(json.dumps(plan) if flags.FLAGS.json else table(plan))
 
 
 def _config_name(argv: list[str]) -> str:
@@ -338,5 +329,18 @@ def _gigabytes(size: float | None) -> str:
   return f'{size / 2**30:.2f} GiB'
 
 
+def _define_flags() -> None:
+  """The command's flags, which other commands have too."""
+  config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
+  flags.DEFINE_string(
+    'topology', None, 'TPU slice, such as v5e:16x16; one of mesh.slices.'
+  )
+  flags.DEFINE_bool('json', False, 'Print one JSON object.')
+  flags.DEFINE_float(
+    'utilisation', 0.5, 'Share of the peak FLOP/s that products reach.'
+  )
+
+
 if __name__ == '__main__':
+  _define_flags()
   cli.run(main, required=('config', 'topology'))
