@@ -276,8 +276,12 @@ def test_embedding_has_no_row_for_a_bad_image(tmp_path):
   config = config_lib.default()
   config.data = _data(tmp_path / 'bad')
   config.embed.shard_rows = 16
+  fields = ('embedder', 'image_size', 'batch_size')
   manifest = manifests.Manifest(
-    'embed', tmp_path / 'embeddings', config={'embed.image_size': 0}, inputs={}
+    'embed',
+    tmp_path / 'embeddings',
+    config={f'embed.{name}': config.embed[name] for name in fields},
+    inputs={},
   )
   embed.run(config, manifest)
   good = [f'{i:04d}' for i in range(40) if i not in _BAD]
