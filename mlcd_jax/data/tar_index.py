@@ -93,6 +93,7 @@ def load(file: storage.File, members: Members, cache_dir: str) -> Index:
     numbers=index.numbers,
     problems=np.array(json.dumps(index.problems)),
     made_from=np.array(_made_from(file, members)),
+    allow_pickle=False,
   )
   beside, cached = _places(file, cache_dir)
   try:
