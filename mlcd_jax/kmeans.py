@@ -92,7 +92,9 @@ def fit(
   mesh = mesh or sharding.make_mesh()
   num_points = embeddings.shape[0]
   if num_centers > num_points:
-    raise ValueError(f'{num_centers} centers from {num_points} rows')
+    raise ValueError(
+      f'{num_centers} centers need as many rows; there are {num_points}'
+    )
   tile = nearest.tile_shape(mesh)
   chunks = points.Points(embeddings, mesh, tile=tile[0], hold=True)
   programs = _Programs(mesh, num_centers, jnp.dtype(score_dtype))
