@@ -76,23 +76,34 @@ class Manifest:
 
 
 def load(folder: pathlib.Path) -> Manifest | None:
-  """Reads a folder's manifest, in all processes; None where there is none.
+  """Reads a folder's manifest, in all processes.
+
+  Returns:
+    The manifest, or None where there is none, or where the stage was begun and
+    made nothing, so that a mistake that stopped it leaves nothing to undo.
 
   Raises:
     UserError: the file is there and is no manifest.
   """
   path = folder / NAME
   content = files.read_json(path, folder) if path.exists() else None
+  made_nothing = content is not None and not _other_files(folder)
   # All processes see the same before one of them writes.
   distributed.barrier(f'read {path}')
   if content is None:
     return None
   try:
-    return Manifest(content.pop('stage'), folder, **content)
+    found = Manifest(content.pop('stage'), folder, **content)
   except (AttributeError, KeyError, TypeError) as e:
     raise errors.UserError(
       f'{path}: not a manifest; delete {folder} to make that stage again'
     ) from e
+  return None if made_nothing and not found.complete else found
+
+
+def _other_files(folder: pathlib.Path) -> bool:
+  """Whether there is anything beside the manifest."""
+  return folder.exists() and any(p.name != NAME for p in folder.iterdir())
 
 
 def open_for(
@@ -111,7 +122,7 @@ def open_for(
   found = load(folder)
   if distributed.is_main():
     files.remove_leftovers(folder)
-  unexplained = not found and folder.exists() and any(folder.iterdir())
+  unexplained = not found and _other_files(folder)
   # All processes have looked before one of them writes.
   distributed.barrier(f'opened {stage}')
   if found is None:

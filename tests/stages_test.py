@@ -13,6 +13,7 @@ from mlcd_jax import embeddings
 from mlcd_jax import encoders
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax import report
 from mlcd_jax import stages
@@ -116,6 +117,17 @@ def test_another_config_is_refused(
   with pytest.raises(errors.UserError, match=f'{folder_named}.*{field}'):
     stages.run(tiny_config, done)
   assert snapshot(done) == before
+
+
+def test_a_mistake_that_made_nothing_leaves_nothing(tiny_config, tmp_path):
+  mistaken = tiny_config.copy_and_resolve_references()
+  mistaken.data.source = 'folder'
+  mistaken.data.path = str(tmp_path / 'photos')
+  with pytest.raises(errors.UserError, match='no such folder'):
+    stages.run(mistaken, tmp_path / 'run', ('embed',))
+  stages.run(tiny_config, tmp_path / 'run', ('embed',))
+  found = manifests.load(tmp_path / 'run/embeddings')
+  assert found.complete and found.config['data.source'] == 'embedded'
 
 
 def test_how_a_run_is_executed_may_change(done, tiny_config):
