@@ -10,7 +10,7 @@ from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax.models import vit
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
   'gelu': 'gelu',
   'quick_gelu': 'quick_gelu',
   'gelu_pytorch_tanh': 'gelu_tanh',
@@ -122,10 +122,10 @@ def read(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
     raise errors.UserError(
       f'{path}: rope_theta={rope["rope_theta"]} is not supported, only 10000'
     )
-  if config['hidden_act'] not in _ACTIVATIONS:
+  if config['hidden_act'] not in ACTIVATIONS:
     raise errors.UserError(
       f'{path}: hidden_act={config["hidden_act"]!r} is unknown; use one of: '
-      + ', '.join(_ACTIVATIONS)
+      + ', '.join(ACTIVATIONS)
     )
   return family, config
 
@@ -157,7 +157,7 @@ def to_model(
     mlp_dim = int(width * config['mlp_ratio'])
   else:
     mlp_dim = config['intermediate_size']
-  activation = _ACTIVATIONS[activation]
+  activation = ACTIVATIONS[activation]
   if config.get('use_swiglu_ffn'):  # Rounded as in DINOv2's code.
     mlp_dim = (int(mlp_dim * 2 / 3) + 7) // 8 * 8
     activation = 'swiglu'
@@ -195,7 +195,7 @@ def from_model(model: vit.ViT) -> tuple[str, dict[str, Any]]:
         f'model.{field}={getattr(model, field)}: exported are models with '
         f'{value} only, since transformers has no class for others'
       )
-  names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+  names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
   config = dict(
     architectures=['CLIPVisionModelWithProjection'],
     model_type='clip_vision_model',

@@ -17,16 +17,18 @@ import safetensors
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.models import text as text_lib
 from mlcd_jax.models import vit
 
 PROJECTION = 'visual_projection.weight'
+TEXT_PROJECTION = 'text_projection.weight'
 
 # Prefixes of the tower inside of larger models.
 _PREFIXES = ('vision_model.', 'dinov2.', 'dinov2_with_registers.')
 # What other parts of those models are called, and what is no weight.
+_TEXT = ('text_model.', 'text_projection.')
 _OTHERS = (
-  'text_model.',
-  'text_projection.',
+  *_TEXT,
   'logit_scale',
   'logit_bias',
   'classifier.',
@@ -100,8 +102,28 @@ def _clip(family: str, model: vit.ViT) -> Iterator[tuple[str, Any]]:
   if model.pre_norm:
     yield from _norm('pre_norm', 'pre_layrnorm')  # Their typing error.
   yield from _norm('post_norm', 'post_layernorm')
-  for i in range(model.depth):
-    ours, theirs = f'block_{i:02d}', f'encoder.layers.{i}'
+  yield from _clip_blocks(model.depth)
+  if family == 'siglip':
+    yield from _siglip_head()
+
+
+def text_layout(model: text_lib.TextTower) -> dict[str, tuple[_Part, ...]]:
+  """The same of CLIP's text tower."""
+  prefix = _TEXT[0]
+  table = {
+    'embedding': (_Part(f'{prefix}embeddings.token_embedding.weight'),),
+    'positions': (_Part(f'{prefix}embeddings.position_embedding.weight'),),
+    **dict(_norm('post_norm', f'{prefix}final_layer_norm')),
+    **dict(_clip_blocks(model.depth, prefix)),
+  }
+  if model.embedding_dim:
+    table['projection/kernel'] = (_Part(TEXT_PROJECTION, 'matrix'),)
+  return table
+
+
+def _clip_blocks(depth: int, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for i in range(depth):
+    ours, theirs = f'block_{i:02d}', f'{prefix}encoder.layers.{i}'
     yield from _norm(f'{ours}/attention_norm', f'{theirs}.layer_norm1')
     yield from _norm(f'{ours}/mlp_norm', f'{theirs}.layer_norm2')
     attention = f'{theirs}.self_attn'
@@ -111,8 +133,6 @@ def _clip(family: str, model: vit.ViT) -> Iterator[tuple[str, Any]]:
     yield from _linear(f'{ours}/attention/out', f'{attention}.out_proj')
     yield from _linear(f'{ours}/mlp_in', f'{theirs}.mlp.fc1')
     yield from _linear(f'{ours}/mlp_out', f'{theirs}.mlp.fc2')
-  if family == 'siglip':
-    yield from _siglip_head()
 
 
 def _siglip_head() -> Iterator[tuple[str, Any]]:
@@ -173,15 +193,20 @@ def _norm(ours: str, theirs: str):
 
 
 class Reader:
-  """The tensors of a folder's safetensors files, one at a time."""
+  """One tower's tensors in a folder's safetensors files, one at a time."""
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, *, text: bool = False):
     """Opens the files.
+
+    Args:
+      folder: of the checkpoint.
+      text: CLIP's text tower instead of the vision tower.
 
     Raises:
       UserError: there are none, or one is missing or damaged.
     """
     self.paths = safetensors_files(folder)
+    self._text = text
     self._where = {}
     for path in self.paths:
       try:
@@ -194,11 +219,14 @@ class Reader:
         self._where[_canonical(name)] = handle, name
 
   def names(self) -> set[str]:
-    """Names of the tower's tensors, without prefixes."""
+    """Names of the tower's tensors, a vision tower's without prefixes."""
     return {
       name
       for name in self._where
-      if not name.startswith(_OTHERS) and not name.endswith(_NO_WEIGHTS)
+      if not name.endswith(_NO_WEIGHTS)
+      and (
+        name.startswith(_TEXT) if self._text else not name.startswith(_OTHERS)
+      )
     }
 
   def shape(self, name: str) -> tuple[int, ...]:

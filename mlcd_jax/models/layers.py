@@ -34,6 +34,7 @@ class Block(nn.Module):
   activation: str = 'gelu'
   layer_scale: bool = False
   norm_epsilon: float = 1e-5
+  causal: bool = False
 
   @nn.compact
   def __call__(
@@ -50,7 +51,7 @@ class Block(nn.Module):
       rotation: cosines and sines [L, K] of rotary positions.
     """
     y_BLD = norm(self.norm_epsilon, 'attention_norm')(x_BLD)
-    attention = Attention(self.heads, self.dtype, name='attention')
+    attention = Attention(self.heads, self.dtype, self.causal, name='attention')
     y_BLD = self._scaled('attention_scale', attention(y_BLD, rotation))
     x_BLD = x_BLD + (y_BLD if weights is None else weights[0] * y_BLD)
     y_BLD = norm(self.norm_epsilon, 'mlp_norm')(x_BLD)
@@ -67,10 +68,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention."""
+  """Multi-head self-attention; of a causal one no token sees later ones."""
 
   heads: int
   dtype: jnp.dtype
+  causal: bool = False
 
   @nn.compact
   def __call__(
@@ -88,7 +90,7 @@ class Attention(nn.Module):
     if rotation is not None:
       q_BNLK = positions.rotate(q_BNLK, rotation)
       k_BNLK = positions.rotate(k_BNLK, rotation)
-    y_BNLK = _attend(q_BNLK, k_BNLK, v_BNLK, self.dtype)
+    y_BNLK = _attend(q_BNLK, k_BNLK, v_BNLK, self.dtype, self.causal)
     y_BLD = y_BNLK.transpose(0, 2, 1, 3).reshape(x_BLD.shape)
     return Dense(width, self.dtype, name='out')(y_BLD)
 
@@ -193,7 +195,11 @@ def norm(epsilon: float, name: str) -> nn.LayerNorm:
 
 
 def _attend(
-  q_BNLK: jax.Array, k_BNMK: jax.Array, v_BNMK: jax.Array, dtype: jnp.dtype
+  q_BNLK: jax.Array,
+  k_BNMK: jax.Array,
+  v_BNMK: jax.Array,
+  dtype: jnp.dtype,
+  causal: bool = False,
 ) -> jax.Array:
   """Softmax attention, [B, N, L, K]; scores and softmax in float32."""
   scores = jnp.einsum(
@@ -202,6 +208,9 @@ def _attend(
     k_BNMK,
     preferred_element_type=jnp.float32,
   )
+  if causal:
+    seen_LM = jnp.tri(*scores.shape[-2:], dtype=bool)
+    scores = jnp.where(seen_LM[None, None], scores, -jnp.inf)
   weights = jax.nn.softmax(scores * q_BNLK.shape[-1] ** -0.5, axis=-1)
   return jnp.einsum('BNLM,BNMK->BNLK', weights.astype(dtype), v_BNMK)
 

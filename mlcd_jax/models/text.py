@@ -1,0 +1,86 @@
+"""CLIP's text tower (Radford et al. 2021) in Linen.
+
+Shapes: B texts, L tokens, D width.
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from mlcd_jax.models import layers
+
+
+class TextTower(nn.Module):
+  """Token ids to tokens, pooled features and an embedding.
+
+  Attributes:
+    vocab_size: number of token ids.
+    context: tokens of the longest text; the table of positions has so many.
+    width: D.
+    depth: number of blocks.
+    heads: their number in a block.
+    mlp_dim: hidden width of a block's MLP.
+    embedding_dim: width of the projected output; 0 = pooled is the output.
+    dtype: of the products; weights, norms and softmax stay float32.
+    end_token: the id at whose first place a text is pooled; -1 = at its
+      highest id, which is the end in CLIP's own vocabulary.
+    activation: one of layers.ACTIVATIONS.
+    norm_epsilon: of all norms.
+  """
+
+  vocab_size: int
+  context: int
+  width: int
+  depth: int
+  heads: int
+  mlp_dim: int
+  embedding_dim: int
+  dtype: jnp.dtype
+  end_token: int = -1
+  activation: str = 'quick_gelu'
+  norm_epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, tokens_BL: jax.Array) -> dict[str, jax.Array]:
+    """Encodes texts.
+
+    Args:
+      tokens_BL: int ids, [B, L] with L at most `context`. What follows the
+        end of a text has no influence.
+
+    Returns:
+      tokens [B, L, D] after the last norm, pooled [B, D] and embedding
+      [B, embedding_dim], all float32.
+    """
+    table_VD = self.param(
+      'embedding', layers.normal, (self.vocab_size, self.width)
+    )
+    positions_LD = self.param(
+      'positions', nn.initializers.normal(0.01), (self.context, self.width)
+    )
+    x_BLD = table_VD[tokens_BL] + positions_LD[None, : tokens_BL.shape[1]]
+    for i in range(self.depth):
+      x_BLD = layers.Block(
+        self.heads,
+        self.mlp_dim,
+        self.dtype,
+        self.activation,
+        norm_epsilon=self.norm_epsilon,
+        causal=True,
+        name=f'block_{i:02d}',
+      )(x_BLD)
+    x_BLD = layers.norm(self.norm_epsilon, 'post_norm')(x_BLD)
+    end_B = jnp.argmax(
+      tokens_BL if self.end_token < 0 else tokens_BL == self.end_token, axis=1
+    )
+    pooled_BD = x_BLD[jnp.arange(len(x_BLD)), end_B]
+    embedding = pooled_BD
+    if self.embedding_dim:
+      embedding = layers.Dense(
+        self.embedding_dim,
+        self.dtype,
+        use_bias=False,
+        kernel_init=nn.initializers.normal(self.width**-0.5),
+        name='projection',
+      )(pooled_BD)
+    return {'tokens': x_BLD, 'pooled': pooled_BD, 'embedding': embedding}
