@@ -150,6 +150,17 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
   }
 
 
+def put(mesh: Mesh, spec: PartitionSpec, arrays: Any) -> Any:
+  """Makes global arrays of what every host has whole."""
+  sharding = NamedSharding(mesh, spec)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      np.shape(x), sharding, lambda index: np.asarray(x)[index]
+    ),
+    arrays,
+  )
+
+
 def _spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
   """The table: first rule that matches the name wins."""
   if re.search(r'classifier/weight$', name):

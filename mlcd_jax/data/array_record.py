@@ -29,6 +29,8 @@ from mlcd_jax.data import storage
 class ArrayRecordSource:
   """See `sources.Source`; a key is the file's name and the place in it."""
 
+  class_names = ()
+
   def __init__(
     self,
     paths: list[str],
@@ -55,7 +57,10 @@ class ArrayRecordSource:
       'key': self._keys[index].decode(),
       'image': _bytes(features[self._image_key]),
       'label': label[0] if label else -1,
-      'caption': _bytes(features[self._caption_key]).decode('utf-8', 'replace'),
+      'caption': '\n'.join(
+        caption.decode('utf-8', 'replace')
+        for caption in features[self._caption_key].bytes_list.value
+      ),
     }
 
   @functools.cached_property

@@ -34,6 +34,7 @@ class FolderSource:
       np.array([number.get(k.partition('/')[0], -1) for k in keys], np.int32)
     )
     self.num_classes = len(classes)
+    self.class_names = classes
 
   def __len__(self) -> int:
     return len(self._keys)

@@ -41,6 +41,8 @@ class ParquetSource:
   the row in it.
   """
 
+  class_names = ()
+
   def __init__(self, paths: list[str]):
     """Takes the copies' paths."""
     self._paths = paths
@@ -175,9 +177,11 @@ def _labels(batch: pa.RecordBatch, name: str) -> pa.Array:
 
 
 def _captions(batch: pa.RecordBatch, name: str) -> pa.Array:
-  """UTF-8 or what is meant to be, empty where there is none."""
+  """UTF-8 or what is meant to be, empty where there is none; lists as lines."""
   if name in batch.schema.names:
     kind = batch[name].type
+    if pa.types.is_list(kind) and pa.types.is_string(kind.value_type):
+      return pc.binary_join(batch[name], '\n').cast(pa.binary()).fill_null(b'')
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
       return batch[name].cast(pa.binary()).fill_null(b'')
   return pa.array([b''] * len(batch), pa.binary())

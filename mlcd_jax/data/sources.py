@@ -2,9 +2,10 @@
 
 Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
 that is unique in the source, the encoded image's bytes, the class (-1 where
-there is none) and the caption ('' where there is none).
+there is none) and the caption ('' where there is none; several are lines).
 """
 
+from collections.abc import Sequence
 import dataclasses
 import importlib
 import logging
@@ -38,6 +39,7 @@ class Source(Protocol):
   """What the stages need of a data set."""
 
   num_classes: int  # 0 where there are no labels.
+  class_names: Sequence[str]  # Empty where they are not known.
 
   def __len__(self) -> int: ...
 
@@ -96,6 +98,10 @@ class _Subset:
   @property
   def num_classes(self) -> int:
     return self.source.num_classes
+
+  @property
+  def class_names(self) -> Sequence[str]:
+    return self.source.class_names
 
   def __len__(self) -> int:
     return len(self.rows)

@@ -1,6 +1,7 @@
 """TFDS data sets prepared as ArrayRecord, read without TensorFlow."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import fcntl
@@ -25,7 +26,7 @@ class TfdsSource:
     image_key: feature with the image.
     label_key: feature with the class, ignored where the data set has none.
     caption_key: feature with the caption, ignored likewise.
-    num_classes: number of classes of `label_key`.
+    class_names: of `label_key`, in the order of their numbers.
   """
 
   data: Any
@@ -33,19 +34,23 @@ class TfdsSource:
   image_key: str
   label_key: str
   caption_key: str
-  num_classes: int
+  class_names: Sequence[str]
+
+  @property
+  def num_classes(self) -> int:
+    """0 where there are no labels."""
+    return len(self.class_names)
 
   def __len__(self) -> int:
     return len(self.data)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self.data[int(index)]
-    caption = record.get(self.caption_key, b'')
     return {
       'key': self._key(index),
       'image': record[self.image_key],
       'label': int(record.get(self.label_key, -1)),
-      'caption': caption.decode('utf-8', 'replace'),
+      'caption': _caption(record.get(self.caption_key, b'')),
     }
 
   def keys(self) -> np.ndarray:
@@ -124,15 +129,25 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
     image_key=image_key,
     label_key=data.label_key,
     caption_key=data.get('caption_key', ''),
-    num_classes=_num_classes(features, data.label_key),
+    class_names=_class_names(features, data.label_key),
   )
 
 
-def _num_classes(features, label_key: str) -> int:
-  """0 where the feature is missing or no class label."""
-  if label_key not in features:
-    return 0
-  return getattr(features[label_key], 'num_classes', None) or 0
+def _class_names(features, label_key: str) -> Sequence[str]:
+  """Empty where the feature is missing or no class label."""
+  feature = features[label_key] if label_key in features else None
+  if not getattr(feature, 'num_classes', None):
+    return ()
+  return feature.names or [str(i) for i in range(feature.num_classes)]
+
+
+def _caption(found: Any) -> str:
+  """A text, several as lines, or those in a feature such as COCO's."""
+  if isinstance(found, dict):
+    found = found.get('text', b'')
+  if isinstance(found, bytes):
+    return found.decode('utf-8', 'replace')
+  return '\n'.join(map(_caption, found))
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ _BYTES_PER_PROCESS = 2 * 2**30
 class TarSource:
   """See `sources.Source`; a record is one read of the tar."""
 
+  class_names = ()
+
   def __init__(self, paths: list[str], indices: list[tar_index.Index]):
     """Takes the tars' paths and indices, in the same order."""
     self._paths = paths

@@ -1,0 +1,276 @@
+"""A text tower for a locked image encoder: its own, or one tuned to it.
+
+Locked-image tuning (LiT, Zhai et al. 2022): the features of captioned images
+are extracted once, and a text tower is trained to match them. Ours: features
+are centered by the captioned images' mean, since a cosine says little where
+all features share a large one.
+
+Shapes: B pairs, N images, M texts, L tokens, D features.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+import optax
+
+from mlcd_jax import contrastive
+from mlcd_jax import errors
+from mlcd_jax import metrics
+from mlcd_jax import nearest
+from mlcd_jax import optimizer
+from mlcd_jax import points
+from mlcd_jax import sharding
+from mlcd_jax import tokenizer
+from mlcd_jax.data import pipelines
+from mlcd_jax.data import sources
+from mlcd_jax.evaluate import features as features_lib
+from mlcd_jax.huggingface import text as huggingface_text
+from mlcd_jax.models import text
+
+# Scale and bias at the first step, of CLIP's and of SigLIP's papers, and
+# CLIP's bound of the scale.
+_FIRST = {'softmax': (1 / 0.07, 0.0), 'sigmoid': (10.0, -10.0)}
+_LARGEST_SCALE = 100.0
+
+_HEAD_WIDTH = 64  # CLIP's.
+_TEXTS_PER_DEVICE = 64  # Of a call that encodes.
+
+
+@dataclasses.dataclass(frozen=True)
+class Towers:
+  """Images and texts in one space.
+
+  Attributes:
+    images: features float32 [N, D] of the encoder -> unit rows [N, E].
+    texts: M texts -> unit rows [M, E].
+  """
+
+  images: Callable[[np.ndarray], np.ndarray]
+  texts: Callable[[Sequence[str]], np.ndarray]
+
+
+def towers(
+  data: features_lib.Data, config: ml_collections.ConfigDict
+) -> Towers:
+  """Returns the towers of an encoder; they are made once for all tasks.
+
+  Args:
+    data: of the task that asks.
+    config: of the run.
+
+  Raises:
+    UserError: a tower must be tuned, and `data` has no captions.
+  """
+  if 'towers' not in data.shared:
+    made = _released if data.encoder.text_path else _tuned
+    data.shared['towers'] = made(data, config)
+  return data.shared['towers']
+
+
+def captions(split: features_lib.Split) -> list[list[str]]:
+  """Every image's captions; a source gives several as lines of one."""
+  return [
+    [line.strip() for line in found.splitlines() if line.strip()]
+    for found in split.values('caption')
+  ]
+
+
+def _released(
+  data: features_lib.Data, config: ml_collections.ConfigDict
+) -> Towers:
+  """The towers of a CLIP checkpoint, as they are."""
+  path, field = data.encoder.text_path, 'evaluate.encoder'
+  model, variables = huggingface_text.load(path, field=field)
+  words = huggingface_text.load_tokenizer(path, model, field=field)
+  projection = np.asarray(data.encoder.params['projection']['kernel'])
+  return Towers(
+    lambda rows: points.unit_rows(rows @ projection),
+    _text_encoder(model, variables['params'], words, data.mesh),
+  )
+
+
+def _tuned(
+  data: features_lib.Data, config: ml_collections.ConfigDict
+) -> Towers:
+  """A text tower trained on the images and captions of config.data."""
+  split = data.extract(sources.make(config.data), 'captions')
+  told = captions(split)
+  rows = np.flatnonzero([len(found) > 0 for found in told])
+  if not len(rows):
+    raise errors.UserError(
+      f'data.caption_key={config.data.caption_key}: no captions there, on '
+      'which evaluate.tasks zero_shot and retrieval tune a text tower; name '
+      'the key that has them, or leave those tasks out'
+    )
+  mean = split.features[rows].mean(axis=0)
+  model, words = _make_tower(config.lit, split.features.shape[1])
+  params = train(
+    model,
+    words,
+    points.unit_rows(split.features[rows] - mean),
+    [told[row] for row in rows],
+    config=config,
+    mesh=data.mesh,
+  )
+  return Towers(
+    lambda rows: points.unit_rows(rows - mean),
+    _text_encoder(model, params, words, data.mesh),
+  )
+
+
+def _make_tower(
+  config: ml_collections.ConfigDict, embedding_dim: int
+) -> tuple[text.TextTower, tokenizer.Tokenizer]:
+  words = tokenizer.clip(config.context)
+  model = text.TextTower(
+    vocab_size=words.vocab_size,
+    context=config.context,
+    width=config.width,
+    depth=config.depth,
+    heads=max(1, config.width // _HEAD_WIDTH),
+    mlp_dim=4 * config.width,
+    embedding_dim=embedding_dim,
+    dtype=jnp.dtype(config.dtype),
+  )
+  return model, words
+
+
+def train(
+  model: text.TextTower,
+  words: tokenizer.Tokenizer,
+  images_ND: np.ndarray,
+  told: Sequence[Sequence[str]],
+  *,
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+) -> dict[str, Any]:
+  """Trains a text tower to match images.
+
+  Args:
+    model: of the tower.
+    words: its tokenizer.
+    images_ND: unit rows.
+    told: captions of every image; a step takes one of them.
+    config: of the run; the fields of `lit`, and `optimizer` but for the
+      learning rate.
+    mesh: whose devices split a batch.
+
+  Returns:
+    The tower's parameters, on every device.
+
+  Raises:
+    UserError: the devices do not divide lit.batch_size.
+  """
+  if config.lit.batch_size % mesh.size:
+    raise errors.UserError(
+      f'lit.batch_size={config.lit.batch_size} is not divisible by the '
+      f'{mesh.size} devices'
+    )
+  scale, bias = _FIRST[config.lit.loss]
+  tokens = words([''])
+  params = {
+    'tower': model.init(jax.random.key(config.seed), tokens)['params'],
+    'log_scale': jnp.float32(math.log(scale)),
+    'bias': jnp.float32(bias),
+  }
+  params = sharding.put(mesh, sharding.REPLICATED, jax.device_get(params))
+  step, state = _make_step(model, params, config, mesh)
+  progress = metrics.Progress('text tower', config.lit.steps, unit='steps')
+  for i in range(config.lit.steps):
+    rows = _rows_of(i, len(images_ND), config)
+    rng = np.random.default_rng((config.seed, i))
+    chosen = rng.integers(0, 2**31, config.lit.batch_size)[_own(rows)]
+    texts = [
+      told[row][n % len(told[row])] for row, n in zip(rows[_own(rows)], chosen)
+    ]
+    batch = {'images': images_ND[rows[_own(rows)]], 'tokens': words(texts)}
+    state, loss = step(state, sharding.put_batch(mesh, batch))
+    if (i + 1) % config.train.log_every_steps == 0 or i + 1 == config.lit.steps:
+      progress.update(i + 1, loss=float(loss))
+  return state[0]['tower']
+
+
+def _rows_of(
+  step: int, num_pairs: int, config: ml_collections.ConfigDict
+) -> np.ndarray:
+  """Rows of a global batch, in an order that is another each epoch."""
+  first = step * config.lit.batch_size
+  return np.array(
+    [
+      pipelines.record_at(place, num_pairs, config.seed)
+      for place in range(first, first + config.lit.batch_size)
+    ]
+  )
+
+
+def _own(rows: np.ndarray) -> slice:
+  """This host's part of a global batch."""
+  size = len(rows) // jax.process_count()
+  return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+
+
+def _make_step(model, params, config, mesh):
+  """Returns (state, batch) -> (state, loss), and the first state."""
+  loss = contrastive.make(config.lit.loss, mesh)
+  fields = config.optimizer.copy_and_resolve_references()
+  fields.update(
+    learning_rate=config.lit.learning_rate, multipliers=(), head_update='dense'
+  )
+  tx = optimizer.make(fields, optimizer.make_schedule(fields, config.lit.steps))
+
+  def objective(params, batch):
+    out = model.apply({'params': params['tower']}, batch['tokens'])
+    log_scale = jnp.minimum(params['log_scale'], math.log(_LARGEST_SCALE))
+    return loss(
+      batch['images'],
+      _unit(out['embedding']),
+      jnp.exp(log_scale),
+      params['bias'],
+    )
+
+  def step(state, batch):
+    params, moments = state
+    value, gradients = jax.value_and_grad(objective)(params, batch)
+    updates, moments = tx.update(gradients, moments, params)
+    return (optax.apply_updates(params, updates), moments), value
+
+  return jax.jit(step, donate_argnums=0), (params, jax.jit(tx.init)(params))
+
+
+def _text_encoder(
+  model: text.TextTower,
+  params: Any,
+  words: tokenizer.Tokenizer,
+  mesh: Mesh,
+) -> Callable[[Sequence[str]], np.ndarray]:
+  """Texts to unit rows, in batches of one shape."""
+  batch_size = _TEXTS_PER_DEVICE * mesh.size
+  params = sharding.put(mesh, sharding.REPLICATED, jax.device_get(params))
+
+  @jax.jit
+  def encode(params, tokens):
+    return _unit(model.apply({'params': params}, tokens)['embedding'])
+
+  def texts(found: Sequence[str]) -> np.ndarray:
+    rows = []
+    for i in range(0, len(found), batch_size):
+      part = list(found[i : i + batch_size])
+      tokens = words(part + [''] * (batch_size - len(part)))
+      tokens = sharding.put(mesh, sharding.BATCH, tokens)
+      rows.append(nearest.to_host(encode(params, tokens))[: len(part)])
+    return np.concatenate(rows)
+
+  return texts
+
+
+def _unit(rows: jax.Array) -> jax.Array:
+  norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+  return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
