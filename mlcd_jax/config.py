@@ -1,5 +1,6 @@
 """Every config field with its default, and the checks a config must pass."""
 
+from collections.abc import Sequence
 import pathlib
 from typing import Any
 
@@ -17,7 +18,12 @@ SOURCES = (
 )
 EMBEDDERS = ('hog', 'huggingface')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
-TASKS = ('linear', 'knn', 'few_shot')
+# In the order of the table; evaluate/stage.py has their functions.
+TASKS = (
+  'linear',
+  'knn',
+  'few_shot',
+)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -128,7 +134,11 @@ def default() -> ml_collections.ConfigDict:
   c.mesh.slices = 1  # Of TPU chips, or hosts of GPUs, that mesh.data spans.
 
   c.evaluate = ml_collections.ConfigDict()
-  c.evaluate.tasks = TASKS
+  c.evaluate.tasks = ('linear', 'knn', 'few_shot')  # Of TASKS, or all.
+  # A workdir, a folder of `convert import` or of transformers, or
+  # ORG/NAME[@REVISION], scored without any earlier stage; '' = this run's.
+  c.evaluate.encoder = ''
+  c.evaluate.every_steps = 0  # Of training, into metrics.jsonl; 0 = never.
   c.evaluate.batch_size = 256  # Images a call, over all devices.
   c.evaluate.datasets = ml_collections.ConfigDict()
   return c
@@ -140,11 +150,25 @@ def add_dataset(
   *,
   train_split: str = 'train',
   test_split: str = 'test',
+  validation_split: str = '',
   **data: Any,
 ) -> None:
-  """Adds a labelled data set to evaluate on; `data` overrides data.* fields."""
+  """Adds a labelled data set to evaluate on.
+
+  Args:
+    config: to add to.
+    name: in results.json.
+    train_split: for fitting.
+    test_split: for scoring.
+    validation_split: for choosing a penalty; '' = a part of train_split.
+    **data: override the fields of config.data.
+  """
   dataset = ml_collections.ConfigDict(
-    dict(train_split=train_split, test_split=test_split)
+    dict(
+      train_split=train_split,
+      test_split=test_split,
+      validation_split=validation_split,
+    )
   )
   for field in (
     'source',
@@ -159,6 +183,12 @@ def add_dataset(
   if data:
     raise ValueError(f'unknown data fields: {sorted(data)}')
   config.evaluate.datasets[name] = dataset
+
+
+def tasks(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Returns the tasks to evaluate, in the order of TASKS."""
+  wanted = _split(config.evaluate.tasks)
+  return tuple(t for t in TASKS if t in wanted or 'all' in wanted)
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -281,6 +311,7 @@ _RANGES = (
   ('train.log_every_steps', 1, _MOST),
   ('train.stop_after_steps', 0, _MOST),
   ('evaluate.batch_size', 1, _MOST),
+  ('evaluate.every_steps', 0, _MOST),
 )
 
 
@@ -330,10 +361,11 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'data.crop_area={area}: needs (low, high) with 0 < low <= high <= 1'
     )
-  for task in c.evaluate.tasks:
-    if task not in TASKS:
+  for task in _split(c.evaluate.tasks):
+    if task not in (*TASKS, 'all'):
       raise errors.UserError(
-        f'evaluate.tasks: {task!r} is unknown; use any of: ' + ', '.join(TASKS)
+        f'evaluate.tasks: {task!r} is unknown; use any of: '
+        + ', '.join((*TASKS, 'all'))
       )
   for name, dataset in c.evaluate.datasets.items():
     if dataset.source not in SOURCES:
@@ -356,6 +388,11 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
       f'cluster.path={c.cluster.path}: no such folder; name a workdir whose '
       'cluster stage is done'
     )
+
+
+def _split(names: Sequence[str]) -> list[str]:
+  """The names; on the command line a,b comes as one."""
+  return [n.strip() for part in names for n in str(part).split(',')]
 
 
 def _get(config: ml_collections.ConfigDict, field: str) -> Any:

@@ -9,6 +9,7 @@ import pathlib
 from mlcd_jax import cli
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.evaluate import table as evaluate_table
 
 _HEADINGS = {
   'linear': 'linear probe',
@@ -42,12 +43,16 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
     results = files.read_json(path)
     config = files.read_json(path.with_name('config.json'))
     datasets = list(dict.fromkeys(k.split('/')[1] for k in results))
+    found = {k.split('/')[0] for k in results}
     for encoder, shown in _ENCODERS.items():
+      if encoder not in found:
+        continue
       if i and encoder != 'trained':
         continue
       if encoder == 'trained':
         labels = config['loss']['num_positives']
         shown = f'{shown}, {labels} label{"s" * (labels > 1)} an image'
+        shown = config['evaluate'].get('encoder') or shown
       for dataset in datasets:
         rows.append(
           (
@@ -58,14 +63,14 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
           )
         )
   # Runs first, baselines after them.
-  rows.sort(key=lambda row: not row[1].startswith(_ENCODERS['trained']))
+  rows.sort(key=lambda row: row[1] in _ENCODERS.values())
   tasks = [t for t in _HEADINGS if any(row[3][t] for row in rows)]
   lines = [('features', 'data', *(_HEADINGS[t] for t in tasks))]
   lines += [
     (shown, dataset, *(cells[t] or '' for t in tasks))
     for _, shown, dataset, cells in rows
   ]
-  return _align(lines)
+  return evaluate_table.align(lines)
 
 
 def _cell(results: dict[str, float], prefix: str) -> str:
@@ -75,17 +80,6 @@ def _cell(results: dict[str, float], prefix: str) -> str:
     return ''
   low, high = (results[f'{prefix}/accuracy_{end}'] for end in ('low', 'high'))
   return f'{100 * accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})'
-
-
-def _align(lines: Sequence[Sequence[str]]) -> str:
-  """A Markdown table with padded columns."""
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  rows = [
-    '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths)) + ' |'
-    for line in lines
-  ]
-  rule = '|' + '|'.join('-' * (w + 2) for w in widths) + '|'
-  return '\n'.join([rows[0], rule, *rows[1:]])
 
 
 def main(workdirs: Sequence[str]) -> None:

@@ -25,12 +25,13 @@ from mlcd_jax import files
 from mlcd_jax import labels
 from mlcd_jax import manifests
 from mlcd_jax import models
-from mlcd_jax import report
 from mlcd_jax import sharding
 from mlcd_jax import train
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
+from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.evaluate import stage as evaluate
+from mlcd_jax.evaluate import table
 
 _log = logging.getLogger(__name__)
 
@@ -112,6 +113,8 @@ def run(
   models.make(config.model)
   if 'evaluate' in stages:
     evaluate.open_sources(config)
+    if config.evaluate.encoder:
+      evaluate_encoders.identity(config.evaluate.encoder)
   with _locked(workdir):
     run_ = _Run(config, workdir, mesh)
     if distributed.is_main():
@@ -120,7 +123,7 @@ def run(
       if stage in stages:
         getattr(run_, stage)()
   if 'evaluate' in stages and distributed.is_main():
-    print(report.table([workdir]))
+    print(table.table(files.read_json(workdir / 'results.json')))
 
 
 class _Run:
@@ -180,19 +183,30 @@ class _Run:
           made, min_similarity=self._config.loss.min_similarity
         ),
         mesh=self._mesh,
+        evaluate=evaluate.inside_training(self._config)
+        if self._config.evaluate.every_steps
+        else None,
       )
 
   def evaluate(self) -> None:
-    """checkpoints/ -> results.json."""
+    """checkpoints/, or what evaluate.encoder names -> results.json."""
+    path = self._config.evaluate.encoder
+    if path:
+      manifest = self._open_evaluation(evaluate_encoders.identity(path))
+      if not manifest.complete:
+        self._score(manifest, evaluate.of_path(path, self._mesh))
+      return
     checkpoints = self._workdir / _FOLDERS['train']
     step = checkpoint.latest_step(checkpoints)
     if step is None:
       raise errors.UserError(
         f'{checkpoints}: nothing is trained yet; add train to --stages'
       )
-    manifest = self._open_evaluation(step)
+    trained = manifests.load(checkpoints)
+    manifest = self._open_evaluation(
+      {'step': step, 'train': trained and trained.fingerprint()}
+    )
     if manifest.complete:
-      _log.info('evaluate: done')
       return
     source = sources.make(self._config.data)
     program = train_step.Program(
@@ -201,14 +215,16 @@ class _Run:
       steps=train.num_steps(self._config, len(source)),
       mesh=self._mesh,
     )
+    embedder = embed.load_embedder(self._done('embed'))
+    self._score(manifest, evaluate.of_run(program, checkpoints, step, embedder))
+
+  def _score(self, manifest, scored) -> None:
     evaluate.run(
       self._config,
       manifest,
       workdir=self._workdir,
-      program=program,
-      checkpoints=checkpoints,
-      step=step,
-      embedder=embed.load_embedder(self._done('embed')),
+      scored=scored,
+      mesh=self._mesh,
     )
 
   def _folder(self, stage: str) -> pathlib.Path:
@@ -229,19 +245,18 @@ class _Run:
     _log.info('%s: %s', stage, 'done' if manifest.complete else 'running')
     return manifest
 
-  def _open_evaluation(self, step: int) -> manifests.Manifest:
-    """As `_open`; a later checkpoint or other tasks score anew."""
+  def _open_evaluation(self, inputs: dict[str, Any]) -> manifests.Manifest:
+    """As `_open`; another encoder or other tasks score anew."""
     folder = self._folder('evaluate')
-    trained = manifests.load(self._folder('train'))
-    inputs = {'step': step, 'train': trained and trained.fingerprint()}
     config = self._fields('evaluate')
     found = manifests.load(folder)
     if found and found.complete:
       if (found.config, found.inputs) == (config, inputs) and files.unchanged(
         self._workdir, found.result['sha256']
       ):
+        _log.info('evaluate: done')
         return found
-      _log.info('evaluate: scored before, now again at step %d', step)
+      _log.info('evaluate: scored before, now again')
     manifest = manifests.Manifest(
       'evaluate', folder, config=config, inputs=inputs
     )

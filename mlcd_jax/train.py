@@ -1,11 +1,13 @@
 """The train stage: data, step and loop."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import functools
 import logging
 import math
 import pathlib
 import time
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -33,6 +35,9 @@ _log = logging.getLogger(__name__)
 
 _MUST_BE_FINITE = ('train/loss', 'train/gradient_norm')
 
+# (program, parameters of the encoder) -> scores by name.
+Evaluate = Callable[[train_step.Program, Any], Mapping[str, float | None]]
+
 # What a process wishes for at the end of a step; the greatest is done.
 _SAVE, _STOP = 1, 2
 
@@ -45,6 +50,7 @@ def run(
   embedded: manifests.Manifest,
   labels: labels_lib.Labels,
   mesh: Mesh,
+  evaluate: Evaluate | None = None,
 ) -> None:
   """Trains to the end, or as far as this invocation may.
 
@@ -55,6 +61,7 @@ def run(
     embedded: manifest of the embed stage, whose rows the labels are of.
     labels: of those rows.
     mesh: of all devices.
+    evaluate: scores the encoder every evaluate.every_steps.
 
   Raises:
     UserError: the images and labels do not fit, or the batch and the mesh.
@@ -103,7 +110,9 @@ def run(
   log = _Log(program, workdir, first, functools.partial(_keys, config, source))
   try:
     with interrupt.noted() as interrupted:
-      _loop(program, state, batches, checkpointer, log, last, interrupted)
+      _loop(
+        program, state, batches, checkpointer, log, last, interrupted, evaluate
+      )
   finally:
     batches.close()
     log.close()
@@ -112,7 +121,9 @@ def run(
     manifest.finish(step=last)
 
 
-def _loop(program, state, batches, checkpointer, log, last, interrupted):
+def _loop(
+  program, state, batches, checkpointer, log, last, interrupted, evaluate
+):
   """Data, step, log, save, in this order, from the state's step to `last`.
 
   A step's metrics are fetched after the next one was dispatched, so that the
@@ -120,6 +131,7 @@ def _loop(program, state, batches, checkpointer, log, last, interrupted):
   fetched, since one that is not finite must not replace a good one.
   """
   every = program.config.train.checkpoint_every_steps
+  evaluate_every = program.config.evaluate.every_steps
   seconds = 60 * program.config.train.checkpoint_every_minutes
   # A signal to one process stops all after the same step, and its clock makes
   # all save.
@@ -130,6 +142,8 @@ def _loop(program, state, batches, checkpointer, log, last, interrupted):
     state, metrics = program.step(state, next(batches))
     step += 1
     log.add(step, metrics, batches.seconds_waited)
+    if evaluate and step % evaluate_every == 0:
+      log.evaluated(step, evaluate(program, state.encoder))
     late = seconds and time.monotonic() - saved_at > seconds
     wish = agree(_STOP if interrupted() else _SAVE if late else 0)
     if wish == _SAVE and step == saved_step + 1 and jax.process_count() > 1:
@@ -299,6 +313,12 @@ class _Log:
         if f'train/{name}' in values
       },
     )
+
+  def evaluated(self, step: int, values: Mapping[str, float | None]) -> None:
+    """Writes the scores at a step, after its own metrics if these are due."""
+    self.flush(last=False)
+    self._writer.write(step, {k: v for k, v in values.items() if v is not None})
+    self._timed_from = None  # Neither is evaluating.
 
   def _check_finite(self, step: int, values: dict[str, float]) -> None:
     """Counts a step that is not finite, or raises RunError."""

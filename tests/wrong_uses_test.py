@@ -101,6 +101,9 @@ def field(assignment, *says):
     field('optimizer.schedule=step', 'optimizer.schedule', 'cosine'),
     field('optimizer.head_update=lazy', 'optimizer.head_update', 'sparse'),
     field("evaluate.tasks=('probe',)", 'evaluate.tasks', 'linear'),
+    field('evaluate.tasks=linear,probe', 'evaluate.tasks', 'all'),
+    field('evaluate.every_steps=-1', 'every_steps=-1', '0 to'),
+    field('evaluate.encoder=/no/such', 'evaluate.encoder=/no/such', 'folder'),
     field(
       'evaluate.datasets.digits.source=x',
       'evaluate.datasets.digits.source',

@@ -5,138 +5,146 @@ Shapes: N images, D features.
 
 from collections.abc import Callable
 import dataclasses
+import hashlib
+import pathlib
+import re
+from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
+import ml_collections
 import numpy as np
 
-from mlcd_jax import embed
+from mlcd_jax import distributed
+from mlcd_jax import files
 from mlcd_jax import metrics
-from mlcd_jax import sharding
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
-
-# Side that images are brought to before their pixels serve as features.
-_RAW_SIZE = 32
+from mlcd_jax.evaluate import encoders
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
-  """One data set through one encoder; bad images are left out.
+class Split:
+  """One split through one encoder; bad images are left out.
 
   Attributes:
-    train: float32 [N, D].
-    train_labels: int32 [N].
-    test: float32 [M, D].
-    test_labels: int32 [M].
-    num_classes: of the data set.
+    features: float32 [N, D].
+    labels: int32 [N], -1 where there is none.
+    records: int64 [N], each row's place in the source.
+    source: whose records they are.
   """
 
-  train: np.ndarray
-  train_labels: np.ndarray
-  test: np.ndarray
-  test_labels: np.ndarray
+  features: np.ndarray
+  labels: np.ndarray
+  records: np.ndarray | None = None
+  source: sources.Source | None = None
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def values(self, name: str) -> list[Any]:
+    """Returns one value of every record, such as its `caption`."""
+    return [self.source[int(record)][name] for record in self.records]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a task gets: one data set through one encoder.
+
+  Attributes:
+    train: for fitting.
+    test: for scoring.
+    num_classes: of the data set, whether they occur or not.
+    mesh: of all devices.
+    encoder: what made the features.
+    extract: (source, its name) -> Split, of any other images, cached too.
+    validation: for choosing; None where the data set has none.
+    config: the fields of evaluate.datasets.<name>.
+  """
+
+  train: Split
+  test: Split
   num_classes: int
+  mesh: Mesh
+  encoder: encoders.Encoder | None = None
+  extract: Callable[[sources.Source, str], Split] | None = None
+  validation: Split | None = None
+  config: ml_collections.ConfigDict = dataclasses.field(
+    default_factory=ml_collections.ConfigDict
+  )
 
 
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-  """Images in, features out.
+@dataclasses.dataclass
+class Extractor:
+  """Encodes sources, each once, and keeps the features on disk.
+
+  A file is used again if the source has the same keys and the encoder gives
+  the same bits for the first batch; otherwise it is made anew.
 
   Attributes:
-    image_size: pixels of the images it takes.
-    encode: this host's images uint8 [b, S, S, 3] of a global batch ->
-      float32 [B, D] of all of it.
-    prepare: RGB uint8 [H, W, 3] of any size to uint8 [S, S, 3]; shorter side
-      and center where not given.
+    encoder: see `encoders.Encoder`.
+    name: of the encoder, in file names and progress lines.
+    batch_size: images a call, over all hosts.
+    folder: where the files are; None keeps nothing.
   """
 
-  image_size: int
-  encode: Callable[[np.ndarray], np.ndarray]
-  prepare: Callable[[np.ndarray], np.ndarray] | None = None
+  encoder: encoders.Encoder
+  name: str
+  batch_size: int
+  folder: pathlib.Path | None = None
 
+  def __call__(self, source: sources.Source, name: str) -> Split:
+    """Returns the features of the source's images that decode.
 
-def from_model(model, params, image_size: int, mesh: Mesh) -> Encoder:
-  """Pooled features of one of the project's models.
+    Args:
+      source: images, with labels or without.
+      name: of the data set and split.
+    """
+    path = self._path(name)
+    kept = files.read_npz(path) if path and path.exists() else None
+    keys = _digest(source.keys())
+    if kept is not None and kept['keys'].tobytes() != keys:
+      kept = None
+    progress = metrics.Progress(
+      f'features {self.name} {name}', len(source), unit='images'
+    )
+    rows, labels, good = [], [], []
+    for batch in self._batches(source):
+      rows.append(self.encoder.encode(batch['image']))
+      if kept is not None and len(rows) == 1:
+        if np.array_equal(rows[0], kept['first']):
+          return Split(
+            kept['features'], kept['labels'], kept['records'], source
+          )
+      labels.append(encoders.all_hosts(batch['label']))
+      good.append(encoders.all_hosts(batch['weight']) > 0)
+      progress.update(min(len(source), len(rows) * self.batch_size))
+    good = np.concatenate(good)
+    found = {
+      'features': np.concatenate(rows)[good],
+      'labels': np.concatenate(labels)[good],
+      'records': np.flatnonzero(good),
+    }
+    if path:
+      if distributed.is_main():
+        keys = np.frombuffer(keys, np.uint8)
+        files.write_npz(path, keys=keys, first=rows[0], **found)
+      distributed.barrier(f'features {self.name} {name}')
+    return Split(**found, source=source)
 
-  Args:
-    model: returns a dict with `pooled`.
-    params: on the devices.
-    image_size: pixels.
-    mesh: over which a batch is split.
-  """
-
-  @jax.jit
-  def pooled(params, images):
-    out = model.apply({'params': params}, images)['pooled']
-    return jax.lax.with_sharding_constraint(
-      out, NamedSharding(mesh, sharding.REPLICATED)
+  def _batches(self, source):
+    return pipelines.ordered_batches(
+      source,
+      batch_size=self.batch_size,
+      image_size=self.encoder.image_size,
+      prepare=self.encoder.prepare,
     )
 
-  def encode(images):
-    batch = sharding.put_batch(mesh, {'image': images})
-    return np.asarray(pooled(params, batch['image']))
-
-  return Encoder(image_size, encode)
-
-
-def from_embedder(embedder: embed.Embedder) -> Encoder:
-  """The features that were clustered."""
-  return Encoder(
-    embedder.image_size,
-    lambda images: _all_hosts(embedder(images)),
-    embedder.prepare,
-  )
+  def _path(self, name: str) -> pathlib.Path | None:
+    if self.folder is None:
+      return None
+    stem = re.sub(r'[^\w.-]+', '_', f'{self.name} {name}').strip('_')
+    return self.folder / f'{stem}.npz'
 
 
-def raw_pixels() -> Encoder:
-  """Pixels in 0 .. 1, at 32 x 32."""
-  return Encoder(
-    _RAW_SIZE,
-    lambda images: _all_hosts(
-      images.reshape(len(images), -1).astype(np.float32) / 255
-    ),
-  )
-
-
-def extract(
-  encoder: Encoder,
-  source: sources.Source,
-  *,
-  batch_size: int,
-  name: str,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Encodes a whole source.
-
-  Args:
-    encoder: see `Encoder`.
-    source: labelled images.
-    batch_size: images a call, over all hosts.
-    name: shown while it runs.
-
-  Returns:
-    features float32 [N, D] and labels int32 [N] of the images that decode.
-  """
-  progress = metrics.Progress(name, len(source), unit='images')
-  rows, labels, weights = [], [], []
-  for batch in pipelines.ordered_batches(
-    source,
-    batch_size=batch_size,
-    image_size=encoder.image_size,
-    prepare=encoder.prepare,
-  ):
-    rows.append(encoder.encode(batch['image']))
-    labels.append(_all_hosts(batch['label']))
-    weights.append(_all_hosts(batch['weight']))
-    progress.update(min(len(source), len(rows) * batch_size))
-  good = np.concatenate(weights) > 0
-  return np.concatenate(rows)[good], np.concatenate(labels)[good]
-
-
-def _all_hosts(rows: np.ndarray) -> np.ndarray:
-  """Joins every host's rows of a global batch, in order."""
-  if jax.process_count() == 1:
-    return rows
-  return multihost_utils.process_allgather(rows, tiled=True)
+def _digest(keys: np.ndarray) -> bytes:
+  return hashlib.sha256(b'\n'.join(keys.tolist())).digest()

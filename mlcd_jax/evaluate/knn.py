@@ -1,5 +1,6 @@
 """kNN classification, weighted as DINO's (Caron et al. 2021, eval_knn.py)."""
 
+import ml_collections
 import numpy as np
 
 from mlcd_jax import kmeans
@@ -10,23 +11,27 @@ _NEIGHBOURS = (10, 20, 100, 200)
 _TEMPERATURE = 0.07
 
 
-def run(features: features_lib.Features, *, seed: int) -> dict[str, float]:
-  """Returns test accuracy for every k, and as `accuracy` that of k = 10."""
-  most = min(max(_NEIGHBOURS), len(features.train))
+def run(
+  data: features_lib.Data, config: ml_collections.ConfigDict
+) -> dict[str, float]:
+  """Returns test accuracy for every k, and as `accuracy` that of k = 10.
+
+  A k above the number of training images is left out.
+  """
+  most = min(max(_NEIGHBOURS), len(data.train))
   neighbours, cosines = kmeans.nearest_centers(
-    features.test, features.train, most
+    data.test.features, data.train.features, most, mesh=data.mesh
   )
+  votes = np.zeros((len(data.test), data.num_classes))
   out = {}
-  for k in _NEIGHBOURS:
-    if k > most:
+  for k in range(1, most + 1):
+    label = data.train.labels[neighbours[:, k - 1]]
+    weight = np.exp(cosines[:, k - 1] / _TEMPERATURE)
+    votes[np.arange(len(votes)), label] += weight
+    if k not in _NEIGHBOURS:
       continue
-    votes = np.zeros((len(features.test), features.num_classes))
-    for i in range(k):
-      label = features.train_labels[neighbours[:, i]]
-      weight = np.exp(cosines[:, i] / _TEMPERATURE)
-      votes[np.arange(len(votes)), label] += weight
-    right = (votes.argmax(1) == features.test_labels).astype(np.float64)
-    scores = statistics.bootstrap(right, seed=seed)
+    right = (votes.argmax(1) == data.test.labels).astype(np.float64)
+    scores = statistics.bootstrap(right, seed=config.seed)
     name = 'accuracy' if k == _NEIGHBOURS[0] else f'accuracy_k{k}'
     out |= {f'{name}{suffix}': v for suffix, v in scores.items()}
   return out

@@ -9,6 +9,7 @@ Shapes: N rows, D features, C classes.
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 
@@ -24,17 +25,19 @@ _GRADIENT_TOLERANCE = 1e-5
 _HELD_OUT = 0.2
 
 
-def run(features: features_lib.Features, *, seed: int) -> dict[str, float]:
+def run(
+  data: features_lib.Data, config: ml_collections.ConfigDict
+) -> dict[str, float]:
   """Returns test accuracy with its interval."""
   predicted = predict(
-    features.train,
-    features.train_labels,
-    features.test,
-    num_classes=features.num_classes,
-    seed=seed,
+    data.train.features,
+    data.train.labels,
+    data.test.features,
+    num_classes=data.num_classes,
+    seed=config.seed,
   )
-  right = (predicted == features.test_labels).astype(np.float64)
-  scores = statistics.bootstrap(right, seed=seed)
+  right = (predicted == data.test.labels).astype(np.float64)
+  scores = statistics.bootstrap(right, seed=config.seed)
   return {f'accuracy{k}': v for k, v in scores.items()}
 
 

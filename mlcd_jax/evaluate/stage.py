@@ -1,10 +1,22 @@
-"""Which encoders are scored, on what; writes results.json."""
+"""Which encoders are scored, on what, in which tasks; writes results.json.
 
+A task is a file with run(data, config) -> metric -> value. It stands in _TASKS
+here and in config.TASKS. `data` is a features.Data, `config` the whole config.
+Values are floats, None or NaN where undefined; a task that does not apply to
+an encoder or a data set returns {}.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import math
 import pathlib
+from typing import Any
 
+from jax.sharding import Mesh
 import ml_collections
 
 from mlcd_jax import checkpoint
+from mlcd_jax import config as config_lib
 from mlcd_jax import distributed
 from mlcd_jax import embed
 from mlcd_jax import errors
@@ -12,12 +24,21 @@ from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
+from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
 from mlcd_jax.evaluate import knn
 from mlcd_jax.evaluate import linear
 
-_TASKS = {'linear': linear.run, 'knn': knn.run, 'few_shot': few_shot.run}
+_TASKS = {
+  'linear': linear.run,
+  'knn': knn.run,
+  'few_shot': few_shot.run,
+}
+
+_SPLITS = ('train', 'validation', 'test')
+
+Datasets = Mapping[str, Mapping[str, sources.Source]]
 
 
 def run(
@@ -25,27 +46,25 @@ def run(
   manifest: manifests.Manifest,
   *,
   workdir: pathlib.Path,
-  program: train_step.Program,
-  checkpoints: pathlib.Path,
-  step: int,
-  embedder: embed.Embedder,
+  scored: Mapping[str, encoders.Encoder],
+  mesh: Mesh,
 ) -> None:
-  """Scores the trained encoder and the baselines on every data set."""
-  encoders = _encoders(config, program, checkpoints, step, embedder)
+  """Scores encoders on every data set.
+
+  Args:
+    config: of the run.
+    manifest: of this stage; the features are kept in its folder.
+    workdir: where results.json goes.
+    scored: by the name they have in results.json.
+    mesh: of all devices.
+  """
+  datasets = open_sources(config)
   results = {}
-  for name, (train_source, test_source) in open_sources(config).items():
-    for encoder_name, encoder in encoders.items():
-      extracted = _extract(
-        encoder,
-        train_source,
-        test_source,
-        batch_size=config.evaluate.batch_size,
-        name=f'evaluate {name} {encoder_name}',
-      )
-      for task in config.evaluate.tasks:
-        scores = _TASKS[task](extracted, seed=config.seed)
-        for metric, value in scores.items():
-          results[f'{encoder_name}/{name}/{task}/{metric}'] = value
+  for name, encoder in scored.items():
+    found = score(
+      config, encoder, datasets, name=name, mesh=mesh, folder=manifest.folder
+    )
+    results |= {f'{name}/{metric}': value for metric, value in found.items()}
   path = workdir / 'results.json'
   if distributed.is_main():
     files.write_json(path, results)
@@ -53,69 +72,122 @@ def run(
   manifest.finish(sha256={path.name: files.sha256(path)})
 
 
-def open_sources(
+def score(
   config: ml_collections.ConfigDict,
-) -> dict[str, tuple[sources.Source, sources.Source]]:
-  """Opens the train and test split of every data set to evaluate on.
+  encoder: encoders.Encoder,
+  datasets: Datasets,
+  *,
+  name: str,
+  mesh: Mesh,
+  folder: pathlib.Path | None = None,
+) -> dict[str, float | None]:
+  """Scores one encoder in every task on every data set.
+
+  Args:
+    config: of the run.
+    encoder: to be scored.
+    datasets: of `open_sources`.
+    name: of the encoder, in progress lines and names of files.
+    mesh: of all devices.
+    folder: where features are kept; None keeps none.
+
+  Returns:
+    '<data set>/<task>/<metric>' -> value, None where undefined.
+  """
+  extract = features.Extractor(
+    encoder, name, config.evaluate.batch_size, folder
+  )
+  results = {}
+  for dataset, splits in datasets.items():
+    data = features.Data(
+      **{
+        split: extract(source, f'{dataset} {split}')
+        for split, source in splits.items()
+      },
+      num_classes=splits['train'].num_classes,
+      mesh=mesh,
+      encoder=encoder,
+      extract=extract,
+      config=config.evaluate.datasets[dataset],
+    )
+    for task in config_lib.tasks(config):
+      for metric, value in _TASKS[task](data, config).items():
+        defined = value is not None and math.isfinite(value)
+        results[f'{dataset}/{task}/{metric}'] = value if defined else None
+  return results
+
+
+def inside_training(
+  config: ml_collections.ConfigDict,
+) -> Callable[[train_step.Program, Any], dict[str, float | None]]:
+  """What train.run calls every `evaluate.every_steps`.
+
+  Returns:
+    (program, parameters of the encoder) -> names in metrics.jsonl and values.
+  """
+  datasets = open_sources(config)
+
+  def evaluate(program, params):
+    encoder = encoders.from_model(program.model, params, program.mesh)
+    found = score(config, encoder, datasets, name='trained', mesh=program.mesh)
+    return {f'evaluate/{name}': value for name, value in found.items()}
+
+  return evaluate
+
+
+def open_sources(config: ml_collections.ConfigDict) -> Datasets:
+  """Opens the splits of every data set to evaluate on.
+
+  Returns:
+    data set -> train, test, and validation where it is named -> source.
 
   Raises:
     UserError: one of them is not there, or has no labels.
   """
   opened = {}
   for name, dataset in config.evaluate.datasets.items():
+    field = f'evaluate.datasets.{name}'
     try:
-      opened[name] = (
-        sources.make(dataset, dataset.train_split),
-        sources.make(dataset, dataset.test_split),
-      )
+      opened[name] = {
+        split: sources.make(dataset, dataset[f'{split}_split'])
+        for split in _SPLITS
+        if dataset.get(f'{split}_split')
+      }
     except errors.UserError as e:
-      raise errors.UserError(f'evaluate.datasets.{name}: {e}') from e
-    if not opened[name][0].num_classes:
+      raise errors.UserError(f'{field}: {e}') from e
+    if not opened[name]['train'].num_classes:
       raise errors.UserError(
-        f'evaluate.datasets.{name}.label_key={dataset.label_key}: no class '
-        'labels there; name the feature that has them'
+        f'{field}.label_key={dataset.label_key}: no class labels there; name '
+        'the feature that has them'
       )
   return opened
 
 
-def _encoders(
-  config: ml_collections.ConfigDict,
+def of_run(
   program: train_step.Program,
   checkpoints: pathlib.Path,
   step: int,
   embedder: embed.Embedder,
-) -> dict[str, features.Encoder]:
-  """The encoders by the name they have in results.json."""
+) -> dict[str, encoders.Encoder]:
+  """A run's encoder and its baselines, by their names in results.json."""
   checkpointer = checkpoint.Checkpointer(checkpoints)
   state = checkpointer.restore(step, program.abstract_state)
   checkpointer.close()
-  size = config.model.image_size
 
   def model(params):
-    return features.from_model(program.model, params, size, program.mesh)
+    return encoders.from_model(program.model, params, program.mesh)
 
   return {
     'trained': model(state.encoder),
-    'embedder': features.from_embedder(embedder),
+    'embedder': encoders.from_embedder(embedder),
     'random': model(program.init_encoder()),
-    'raw': features.raw_pixels(),
+    'raw': encoders.raw_pixels(),
   }
 
 
-def _extract(
-  encoder: features.Encoder,
-  train_source: sources.Source,
-  test_source: sources.Source,
-  *,
-  batch_size: int,
-  name: str,
-) -> features.Features:
-  x_train, y_train = features.extract(
-    encoder, train_source, batch_size=batch_size, name=f'{name} train'
-  )
-  x_test, y_test = features.extract(
-    encoder, test_source, batch_size=batch_size, name=f'{name} test'
-  )
-  return features.Features(
-    x_train, y_train, x_test, y_test, train_source.num_classes
-  )
+def of_path(path: str, mesh: Mesh) -> dict[str, encoders.Encoder]:
+  """The encoder `evaluate.encoder` names, and raw pixels beside it."""
+  return {
+    'trained': encoders.load(path, mesh),
+    'raw': encoders.raw_pixels(),
+  }

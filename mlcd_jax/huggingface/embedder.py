@@ -100,14 +100,18 @@ class Huggingface:
     return np.concatenate(rows)
 
 
-def pin(path: str) -> dict[str, object]:
+def pin(path: str, field: str = _FIELD) -> dict[str, object]:
   """What says which weights a path stands for now.
+
+  Args:
+    path: a folder, or ORG/NAME[@REVISION].
+    field: what to call it in errors.
 
   Returns:
     path: with its commit if it is a name; weights: digest of every file.
   """
-  path = folders.pinned(path, _FIELD)
-  return {'path': path, 'weights': _digests(folders.resolve(path, _FIELD))}
+  path = folders.pinned(path, field)
+  return {'path': path, 'weights': _digests(folders.resolve(path, field))}
 
 
 def check(pinned: dict[str, object]) -> None:

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import knn
+from tests.evaluate import blobs
 
 
 def test_equals_brute_force():
@@ -11,14 +11,12 @@ def test_equals_brute_force():
   train, test = rng.normal(size=(150, 8)), rng.normal(size=(70, 8))
   train_labels = rng.integers(0, 5, 150)
   test_labels = rng.integers(0, 5, 70)
-  data = features.Features(
-    train.astype(np.float32),
-    train_labels.astype(np.int32),
-    test.astype(np.float32),
-    test_labels.astype(np.int32),
+  found = blobs.run(
+    knn,
+    (train.astype(np.float32), train_labels),
+    (test.astype(np.float32), test_labels),
     5,
   )
-  found = knn.run(data, seed=0)
 
   def unit(x):
     return x / np.linalg.norm(x, axis=1, keepdims=True)

@@ -3,17 +3,9 @@
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
 from mlcd_jax.evaluate import linear
-
-
-def blobs(num_rows, dim=12, num_classes=4, noise=1.5, seed=0):
-  rng = np.random.default_rng(seed)
-  means = np.random.default_rng(99).normal(size=(num_classes, dim))
-  labels = rng.integers(0, num_classes, num_rows).astype(np.int32)
-  rows = means[labels] + noise * rng.normal(size=(num_rows, dim))
-  return rows.astype(np.float32), labels
+from tests.evaluate import blobs
 
 
 def objective(model, x, y, penalty):
@@ -25,7 +17,7 @@ def objective(model, x, y, penalty):
 
 
 def test_fit_equals_scikit_learn():
-  x, y = blobs(300)
+  x, y = blobs.draw(300)
   weight = np.ones(len(x))
   weight[200:] = 0  # Left out, as the held-out rows are.
   penalty = 1e-3
@@ -45,10 +37,10 @@ def test_fit_equals_scikit_learn():
 
 
 def test_probe_finds_what_is_there():
-  x, y = blobs(800)
-  test_x, test_y = blobs(400, seed=1)
-  data = features.Features(x, y, test_x, test_y, 4)
-  found = linear.run(data, seed=0)
+  x, y = blobs.draw(800)
+  test_x, test_y = blobs.draw(400, seed=1)
+  data = (x, y), (test_x, test_y)
+  found = blobs.run(linear, *data)
   theirs = LogisticRegression(max_iter=1_000).fit(x, y).score(test_x, test_y)
   assert abs(found['accuracy'] - theirs) < 0.02
   assert found['accuracy_low'] < found['accuracy'] < found['accuracy_high']
@@ -56,18 +48,18 @@ def test_probe_finds_what_is_there():
 
 
 def test_features_without_information_give_chance():
-  x, _ = blobs(400)
+  x, _ = blobs.draw(400)
   labels = np.random.default_rng(0).integers(0, 4, 400).astype(np.int32)
   test_labels = np.random.default_rng(1).integers(0, 4, 400).astype(np.int32)
-  data = features.Features(x, labels, x[::-1], test_labels, 4)
-  assert abs(linear.run(data, seed=0)['accuracy'] - 0.25) < 0.1
+  data = (x, labels), (x[::-1], test_labels)
+  assert abs(blobs.run(linear, *data)['accuracy'] - 0.25) < 0.1
 
 
 def test_few_shot_draws_and_their_interval():
-  x, y = blobs(800, noise=2.5)
-  test_x, test_y = blobs(400, noise=2.5, seed=1)
-  data = features.Features(x, y, test_x, test_y, 4)
-  few = few_shot.run(data, seed=0)
+  x, y = blobs.draw(800, noise=2.5)
+  test_x, test_y = blobs.draw(400, noise=2.5, seed=1)
+  data = (x, y), (test_x, test_y)
+  few = blobs.run(few_shot, *data)
   assert few['accuracy_count'] == 5
   assert few['accuracy_low'] < few['accuracy'] < few['accuracy_high']
-  assert few['accuracy'] < linear.run(data, seed=0)['accuracy'] + 0.01
+  assert few['accuracy'] < blobs.run(linear, *data)['accuracy'] + 0.01
