@@ -28,7 +28,7 @@ def run(
   program: train_step.Program,
   checkpoints: pathlib.Path,
   step: int,
-  embedder: embed.Embedder,
+  embedder: embed.Embedder | None,
 ) -> None:
   """Scores the trained encoder and the baselines on every data set."""
   encoders = _encoders(config, program, checkpoints, step, embedder)
@@ -83,7 +83,7 @@ def _encoders(
   program: train_step.Program,
   checkpoints: pathlib.Path,
   step: int,
-  embedder: embed.Embedder,
+  embedder: embed.Embedder | None,
 ) -> dict[str, features.Encoder]:
   """The encoders by the name they have in results.json."""
   checkpointer = checkpoint.Checkpointer(checkpoints)
@@ -94,12 +94,14 @@ def _encoders(
   def model(params):
     return features.from_model(program.model, params, size, program.mesh)
 
-  return {
+  encoders = {
     'trained': model(state.encoder),
-    'embedder': features.from_embedder(embedder),
     'random': model(program.init_encoder()),
     'raw': features.raw_pixels(),
   }
+  if embedder:
+    encoders['embedder'] = features.from_embedder(embedder)
+  return encoders
 
 
 def _extract(
