@@ -16,7 +16,7 @@ SOURCES = (
   'array_record',
   'parquet',
 )
-EMBEDDERS = ('hog', 'huggingface')
+EMBEDDERS = ('hog', 'huggingface', 'precomputed', 'checkpoint')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 # In the order of the table; evaluate/stage.py has their functions.
 TASKS = (
@@ -50,10 +50,15 @@ def default() -> ml_collections.ConfigDict:
   c.data.flip = True  # Mirror half of the training crops.
 
   c.embed = ml_collections.ConfigDict()
-  c.embed.embedder = 'hog'  # hog | huggingface
-  # huggingface: a folder as transformers writes it, or ORG/NAME[@REVISION].
+  c.embed.embedder = 'hog'  # One of EMBEDDERS.
+  # huggingface: a folder as transformers writes it, or ORG/NAME[@REVISION];
+  # precomputed: a folder or fsspec URL of embeddings made elsewhere;
+  # checkpoint: a workdir, whose encoder embeds.
   c.embed.path = ''
-  c.embed.dtype = 'float32'  # huggingface: of the products; or bfloat16.
+  # precomputed: the array of an .npz ('' = l14_img), or the column of Parquet.
+  c.embed.column = ''
+  c.embed.text_weight = 0.0  # precomputed: share of the unit text embeddings.
+  c.embed.dtype = 'float32'  # Of a model's products; or bfloat16.
   c.embed.image_size = 0  # Pixels; 0 = the embedder's own.
   c.embed.batch_size = 64  # Images per device and call.
   c.embed.shard_rows = 65_536  # Records per embedding file.
@@ -62,6 +67,10 @@ def default() -> ml_collections.ConfigDict:
   c.cluster.num_centers = 1_000
   c.cluster.iterations = 25
   c.cluster.tolerance = 0.0  # Stop at a smaller relative gain; 0 = never.
+  # (k1, k2): two levels on one machine, k1 coarse centers and k2 in each on
+  # average, so k1 * k2 = num_centers; then so many flat iterations. () = flat.
+  c.cluster.levels = ()
+  c.cluster.repair_iterations = 2
   c.cluster.num_labels = 10  # Nearest centers stored for every image.
   c.cluster.path = ''  # Another workdir whose clusters are read in place.
 
@@ -274,12 +283,14 @@ _RANGES = (
   ('seed', 0, _MOST),
   ('data.num_workers', 0, 1_024),
   ('data.max_bad_fraction', 0, 1),
+  ('embed.text_weight', 0, 1),
   ('embed.image_size', 0, 16_384),
   ('embed.batch_size', 1, _MOST),
   ('embed.shard_rows', 1, _MOST),
   ('cluster.num_centers', 1, _MOST),
   ('cluster.iterations', 1, _MOST),
   ('cluster.tolerance', 0, 1),
+  ('cluster.repair_iterations', 1, _MOST),
   ('cluster.num_labels', 1, 1_024),
   ('model.image_size', 1, 16_384),
   ('model.embedding_dim', 1, 65_536),
@@ -315,6 +326,14 @@ _RANGES = (
 )
 
 
+# What embed.path names, of the embedders that need it.
+_EMBED_PATHS = {
+  'huggingface': 'a folder, or ORG/NAME[@REVISION]',
+  'precomputed': 'a folder or URL with embeddings',
+  'checkpoint': 'a workdir whose encoder is trained',
+}
+
+
 def _check_together(c: ml_collections.ConfigDict) -> None:
   """Checks of more than one field."""
   if bool(c.train.steps) == bool(c.train.epochs):
@@ -322,10 +341,15 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
       f'train.steps={c.train.steps} and train.epochs={c.train.epochs}: '
       'set one of them and leave the other 0'
     )
-  if c.embed.embedder == 'huggingface' and not c.embed.path:
+  needed = _EMBED_PATHS.get(c.embed.embedder)
+  if needed and not c.embed.path:
     raise errors.UserError(
-      'embed.path is empty: embed.embedder=huggingface needs a folder, or '
-      'ORG/NAME[@REVISION]'
+      f'embed.path is empty: embed.embedder={c.embed.embedder} needs {needed}'
+    )
+  if c.embed.text_weight and c.embed.embedder != 'precomputed':
+    raise errors.UserError(
+      f'embed.text_weight={c.embed.text_weight}: embed.embedder='
+      f'{c.embed.embedder} embeds images only; use precomputed, or 0'
     )
   if c.model.init_classifier == 'kept' and not c.model.init_from:
     raise errors.UserError(
@@ -341,6 +365,16 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'loss.num_positives={c.loss.num_positives} is more than '
       f'cluster.num_labels={c.cluster.num_labels}, the labels stored'
+    )
+  levels = tuple(c.cluster.levels)
+  if levels and (
+    len(levels) != 2
+    or not all(isinstance(k, int) and k > 0 for k in levels)
+    or levels[0] * levels[1] != c.cluster.num_centers
+  ):
+    raise errors.UserError(
+      f'cluster.levels={levels}: needs (k1, k2) with k1 * k2 = '
+      f'cluster.num_centers={c.cluster.num_centers}, or () for flat'
     )
   if c.cluster.num_labels > c.cluster.num_centers:
     raise errors.UserError(

@@ -23,6 +23,8 @@ from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax import metrics
+from mlcd_jax import model_embedder
+from mlcd_jax import precomputed
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import problems
 from mlcd_jax.data import sources
@@ -103,9 +105,11 @@ class Hog:
     ).astype(np.float32)
 
 
-def load_embedder(manifest: manifests.Manifest) -> Embedder:
-  """Returns the embedder that made a finished embed stage."""
+def load_embedder(manifest: manifests.Manifest) -> Embedder | None:
+  """The embedder that made a finished embed stage; None if made elsewhere."""
   config = manifest.config
+  if config['embed.embedder'] == 'precomputed':
+    return None
   size, batch_size = config['embed.image_size'], config['embed.batch_size']
   if config['embed.embedder'] == 'huggingface':
     huggingface.check(manifest.notes)
@@ -115,6 +119,11 @@ def load_embedder(manifest: manifests.Manifest) -> Embedder:
       batch_size=batch_size,
       dtype=config['embed.dtype'],
     )
+  if config['embed.embedder'] == 'checkpoint':
+    return model_embedder.from_checkpoint(
+      manifest.notes, image_size=size, batch_size=batch_size,
+      dtype=config['embed.dtype'],
+    )  # fmt: skip
   mean = np.asarray(manifest.notes['mean'], np.float32)
   return Hog(size, mean, batch_size=batch_size)
 
@@ -122,16 +131,21 @@ def load_embedder(manifest: manifests.Manifest) -> Embedder:
 def run(
   config: ml_collections.ConfigDict, manifest: manifests.Manifest
 ) -> None:
-  """Embeds `data.split` into the manifest's folder.
+  """Embeds `data.split` into the manifest's folder, or points elsewhere.
 
   Raises:
     UserError: the data cannot be read, or too much of it is bad.
   """
+  if config.embed.embedder == 'precomputed':
+    manifest.finish(**precomputed.describe(config.embed))
+    return
   source = sources.make(config.data)
   sources.check_bad_keys(config.data.bad_keys, manifest)
   if not {'mean', 'path'} & set(manifest.notes):
     if config.embed.embedder == 'huggingface':
       manifest.notes |= huggingface.pin(config.embed.path)
+    elif config.embed.embedder == 'checkpoint':
+      manifest.notes |= model_embedder.pin(config.embed.path)
     else:
       embedder = Hog(config.embed.image_size)
       manifest.notes['mean'] = _mean_row(embedder, source).tolist()

@@ -4,8 +4,6 @@ img_emb/img_emb_00000.npy holds float16 unit rows [n, D], and
 metadata/metadata_00000.parquet the key and caption of the same rows.
 """
 
-import bisect
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import hashlib
@@ -21,6 +19,8 @@ import pyarrow.parquet as pq
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import manifests
+from mlcd_jax import precomputed
+from mlcd_jax import row_files
 
 
 def row_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
@@ -72,18 +72,19 @@ def write_shard(
 
 def read_notes(folder: pathlib.Path, shard: int) -> dict[str, Any]:
   """Returns what `write_shard` was given as notes, and 'sha256'."""
-  path = metadata_path(folder, shard)
-  schema = _read_parquet(path, pq.read_schema)
+  schema = _read_schema(metadata_path(folder, shard))
   return json.loads(schema.metadata[b'mlcd_jax'])
 
 
-def open_made(manifest: manifests.Manifest) -> 'Embeddings':
-  """Opens what a finished embed stage wrote, checked against its manifest.
+def open_made(manifest: manifests.Manifest) -> row_files.Sharded:
+  """Opens what a finished embed stage wrote or points to, checked against it.
 
   Raises:
     UserError: a shard is missing, has other keys or another number of rows.
   """
   made = manifest.result
+  if 'files' in made:
+    return precomputed.open_made(manifest)
   files.check_sha256(
     manifest.folder,
     {k: v for k, v in made['sha256'].items() if k.startswith('metadata/')},
@@ -100,13 +101,8 @@ def open_made(manifest: manifests.Manifest) -> 'Embeddings':
   return found
 
 
-class Embeddings:
-  """All shards of a folder as one array [N, D], read by slices.
-
-  Attributes:
-    shape: (N, D).
-    shard_rows: rows of each shard.
-  """
+class Embeddings(row_files.Sharded):
+  """All shards of a folder as one array; see `row_files.Sharded`."""
 
   def __init__(self, folder: pathlib.Path, num_shards: int):
     """Opens the shards.
@@ -118,66 +114,17 @@ class Embeddings:
     Raises:
       UserError: one is missing, broken, or does not fit the others.
     """
-    self._folder = folder
-    self._paths = [row_path(folder, shard) for shard in range(num_shards)]
-    shards = [files.read_npy(path) for path in self._paths]
-    self._dtype, dim = shards[0].dtype, shards[0].shape[-1]
-    for path, rows in zip(self._paths, shards):
-      if rows.ndim != 2 or rows.shape[1] != dim:
-        raise errors.UserError(
-          f'{path}: shape {rows.shape}, but {self._paths[0]} has {dim} columns'
-        )
-    self.shard_rows = [len(rows) for rows in shards]
-    self._starts = np.concatenate([[0], np.cumsum(self.shard_rows)]).tolist()
-    self.shape = (self._starts[-1], dim)
-
-  def __getitem__(self, rows: slice) -> np.ndarray:
-    start, stop, _ = rows.indices(self.shape[0])
-    parts = [np.zeros((0, self.shape[1]), self._dtype)]
-    shard = bisect.bisect_right(self._starts, start) - 1
-    while start < stop:
-      first = self._starts[shard]
-      # Mapped anew: what is read through a map counts as this process's
-      # memory for as long as the map lives.
-      part = files.read_npy(self._paths[shard])[start - first : stop - first]
-      parts.append(np.array(part))
-      start += len(part)
-      shard += 1
-    return np.concatenate(parts)
-
-  def locate(self, row: int) -> tuple[pathlib.Path, int]:
-    """Returns the file that holds a row, and the row's place in it."""
-    shard = bisect.bisect_right(self._starts, row) - 1
-    return row_path(self._folder, shard), row - self._starts[shard]
-
-  def keys(self) -> np.ndarray:
-    """Returns the key of every row, [N]."""
-    return self._column('key')
-
-  def captions(self) -> np.ndarray:
-    """Returns the caption of every row, [N]."""
-    return self._column('caption')
-
-  def _column(self, name: str) -> np.ndarray:
-    columns = []
-    for shard, rows in enumerate(self.shard_rows):
-      path = metadata_path(self._folder, shard)
-      column = _read_parquet(path, lambda p: pq.read_table(p, columns=[name]))
-      column = column[name]
-      if len(column) != rows:
-        raise errors.UserError(
-          f'{path}: {len(column)} rows, but '
-          f'{row_path(self._folder, shard)} has {rows}'
-        )
-      columns.append(column.to_numpy(zero_copy_only=False).astype(str))
-    return np.concatenate(columns)
+    shards = range(num_shards)
+    super().__init__(
+      [row_files.Npy(str(row_path(folder, shard))) for shard in shards],
+      [str(metadata_path(folder, shard)) for shard in shards],
+    )
 
 
-def _read_parquet(path: pathlib.Path, read: Callable[[pathlib.Path], Any]):
-  """Reads with pyarrow; raises UserError naming a broken file."""
+def _read_schema(path: pathlib.Path) -> pa.Schema:
   try:
-    return read(path)
-  except (OSError, KeyError, pa.ArrowException) as e:
+    return pq.read_schema(path)
+  except (OSError, pa.ArrowException) as e:
     raise errors.UserError(
       f'{path}: cannot be read as Parquet; delete {path.parent.parent} to '
       'make that stage again'

@@ -6,30 +6,20 @@ of the same number, whose metadata has its key.
 """
 
 import bisect
-import functools
-import logging
 import pathlib
-from typing import Any
 
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
+from mlcd_jax import cluster
 from mlcd_jax import distributed
 from mlcd_jax import embeddings
-from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import kmeans
 from mlcd_jax import manifests
 from mlcd_jax import metrics
-
-_log = logging.getLogger(__name__)
-
-# The clustering after its last whole iteration, until it is finished.
-_STATE = 'unfinished.npz'
-
-# Cosine above which two centers are as good as one.
-_NEAR_DUPLICATE = 0.99
+from mlcd_jax import row_files
 
 
 def run(
@@ -54,18 +44,20 @@ def run(
   rows = embeddings.open_made(embedded)
   folder = manifest.folder
   if not (folder / 'centers.npy').exists():
-    _cluster(config, rows, folder, mesh)
+    cluster.run(config, rows, folder, mesh)
   centers = files.read_npy(folder / 'centers.npy')
   progress = metrics.Progress('label', rows.shape[0], unit='rows')
   start = 0
   for shard, count in enumerate(rows.shard_rows):
     if not label_path(folder, shard).exists():
       labels, scores = kmeans.nearest_centers(
-        rows[start : start + count],
+        _Part(rows, start, start + count),
         centers,
         config.cluster.num_labels,
         mesh=mesh,
       )
+      # A row that is zero or not finite has the cosine 0 to every center.
+      labels[scores[:, 0] == 0] = -1
       if distributed.is_main():
         files.write_npy(score_path(folder, shard), scores.astype(np.float16))
         files.write_npy(label_path(folder, shard), labels)
@@ -79,6 +71,19 @@ def run(
       path.name: files.sha256(path) for path in sorted(folder.glob('*.npy'))
     },
   )
+
+
+class _Part:
+  """Some rows of all, read by slices: a file may not fit in memory."""
+
+  def __init__(self, rows: row_files.Sharded, start: int, stop: int):
+    self._rows = rows
+    self._start = start
+    self.shape = (stop - start, rows.shape[1])
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    start, stop, _ = rows.indices(self.shape[0])
+    return self._rows[self._start + start : self._start + stop]
 
 
 class Labels:
@@ -157,103 +162,3 @@ def label_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
 def score_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
   """The file of a shard's cosines."""
   return folder / f'scores_{shard:05d}.npy'
-
-
-def _cluster(
-  config: ml_collections.ConfigDict,
-  rows: embeddings.Embeddings,
-  folder: pathlib.Path,
-  mesh: Mesh,
-) -> None:
-  """Writes centers.npy and clustering.json; goes on where it was killed."""
-  resume = _read_state(folder / _STATE)
-  done = len(resume.objective) if resume else 0
-  if done:
-    _log.info('cluster: continuing after %d iterations', done)
-  progress = metrics.Progress(
-    'cluster', config.cluster.iterations, unit='it', done=done
-  )
-  try:
-    fit = kmeans.fit(
-      rows,
-      config.cluster.num_centers,
-      iterations=config.cluster.iterations,
-      seed=config.seed,
-      tolerance=config.cluster.tolerance,
-      mesh=mesh,
-      resume=resume,
-      save=functools.partial(_write_state, folder / _STATE),
-      progress=lambda i, objective, empty: progress.update(
-        i + 1, objective=objective, reseeded=empty
-      ),
-    )
-  except ValueError as e:
-    raise errors.UserError(f'cluster.num_centers: {e}') from e
-  if fit.skipped:
-    places = (rows.locate(row) for row in fit.bad_rows)
-    _log.warning(
-      '%d zero or non-finite rows were left out: %s',
-      fit.skipped,
-      ', '.join(f'{path} row {row}' for path, row in places),
-    )
-  summary = _summary(fit, rows.shape, mesh)
-  if distributed.is_main():
-    files.write_json(folder / 'clustering.json', summary)
-    files.write_npy(folder / 'centers.npy', fit.centers)
-    (folder / _STATE).unlink(missing_ok=True)
-  distributed.barrier('centers')
-
-
-def _write_state(path: pathlib.Path, fit: kmeans.Fit) -> None:
-  if distributed.is_main():
-    files.write_npz(
-      path, **{k: np.asarray(v) for k, v in fit._asdict().items()}
-    )
-  distributed.barrier('clustering state')
-
-
-def _read_state(path: pathlib.Path) -> kmeans.Fit | None:
-  if not path.exists():
-    return None
-  found = files.read_npz(path)
-  return kmeans.Fit(
-    centers=found['centers'],
-    objective=found['objective'].tolist(),
-    counts=found['counts'],
-    reseeded=found['reseeded'].tolist(),
-    skipped=int(found['skipped']),
-    bad_rows=found['bad_rows'].astype(int).tolist(),
-  )
-
-
-def _summary(
-  fit: kmeans.Fit, shape: tuple[int, int], mesh: Mesh
-) -> dict[str, Any]:
-  """What clustering.json holds."""
-  counts = fit.counts.astype(np.float64)
-  return {
-    'num_points': shape[0],
-    'dim': shape[1],
-    'num_centers': len(counts),
-    'iterations': len(fit.objective),
-    'objective': fit.objective,
-    'reseeded': fit.reseeded,
-    'skipped_rows': fit.skipped,
-    'near_duplicate_centers': _near_duplicates(fit.centers, mesh),
-    # faiss's imbalance factor: 1 where all clusters have one size.
-    'imbalance': float(
-      len(counts) * np.square(counts).sum() / counts.sum() ** 2
-    ),
-    'size_percentiles': {
-      str(p): float(np.percentile(counts, p))
-      for p in (0, 1, 10, 50, 90, 99, 100)
-    },
-  }
-
-
-def _near_duplicates(centers: np.ndarray, mesh: Mesh) -> int:
-  """Centers with another one closer than a cosine of _NEAR_DUPLICATE."""
-  if len(centers) < 2:
-    return 0
-  _, cosines = kmeans.nearest_centers(centers, centers, 2, mesh=mesh)
-  return int(np.sum(cosines[:, 1] > _NEAR_DUPLICATE))

@@ -57,7 +57,28 @@ class Progress:
   seconds, and at the end.
   """
 
-  def __init__(self, stage: str, total: int, *, unit: str, done: int = 0):
+  def __init__(
+    self,
+    stage: str,
+    total: int,
+    *,
+    unit: str,
+    done: int = 0,
+    flops: float = 0,
+    peak_flops: float | None = None,
+  ):
+    """Begins to count.
+
+    Args:
+      stage: its name.
+      total: of the units.
+      unit: plural.
+      done: units that are there from the start.
+      flops: of one unit, shown a second where it is not 0.
+      peak_flops: a second, of all devices, where it is known.
+    """
+    self._flops = flops
+    self._peak_flops = peak_flops
     self._stage = stage
     self._total = total
     self._unit = unit
@@ -86,7 +107,7 @@ class Progress:
     shown = ' '.join(f'{k} {v:.4g}' for k, v in values.items())
     line = (
       f'{self._stage} {done}/{self._total} {shown}{" " * bool(shown)}'
-      f'{rate:.4g} {self._unit}/s '
+      f'{rate:.4g} {self._unit}/s {self._speed(rate)}'
       + (f'in {now - self._start:.0f} s' if finished else f'ETA {_time(left)}')
     )
     if self._terminal:
@@ -94,6 +115,16 @@ class Progress:
       sys.stderr.flush()
     else:
       _log.info(line)
+
+  def _speed(self, rate: float) -> str:
+    """FLOPs a second, and what share of the peak they are."""
+    if not self._flops:
+      return ''
+    flops = rate * self._flops
+    share = ''
+    if self._peak_flops:
+      share = f' ({flops / self._peak_flops:.0%} of peak)'
+    return f'{flops / 1e12:.3g} TFLOP/s{share} '
 
 
 def _time(seconds: float) -> str:

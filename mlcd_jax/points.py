@@ -102,23 +102,27 @@ class Points:
     """Chunk i as it is stored, padded with zero rows."""
     start, stop = self.rows_of(i)
     shape = (self.chunk, self._rows.shape[1])
+    parts = {}  # Devices with the same rows share one reading of them.
 
     def read(index):
       first, last, _ = index[0].indices(self.chunk)
-      rows = self._rows[
-        start + first : max(start + first, min(start + last, stop))
-      ]
-      rows = np.asarray(rows)
-      if rows.dtype != np.float16:
-        rows = rows.astype(np.float32)
-      if len(rows) == last - first:
-        return rows
-      padding = np.zeros((last - first - len(rows), shape[1]), rows.dtype)
-      return np.concatenate([rows, padding])
+      if first not in parts:
+        parts[first] = self._read(start + first, start + last, stop)
+      return parts[first]
 
     return jax.make_array_from_callback(
       shape, NamedSharding(self._mesh, sharding.POINTS), read
     )
+
+  def _read(self, first: int, last: int, stop: int) -> np.ndarray:
+    """Rows as they are stored; zero from `stop` on."""
+    rows = np.asarray(self._rows[first : max(first, min(last, stop))])
+    if rows.dtype != np.float16:
+      rows = rows.astype(np.float32)
+    if len(rows) == last - first:
+      return rows
+    shape = (last - first - len(rows), rows.shape[1])
+    return np.concatenate([rows, np.zeros(shape, rows.dtype)])
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

@@ -62,6 +62,8 @@ _FIELDS = {
     'cluster.num_centers',
     'cluster.iterations',
     'cluster.tolerance',
+    'cluster.levels',
+    'cluster.repair_iterations',
     'cluster.num_labels',
   ),
   'train': (

@@ -314,7 +314,7 @@ def test_clustering_goes_on_where_it_was_killed(
 
   def killed(path, **arrays):
     write(path, **arrays)
-    if len(arrays['objective']) == 2:
+    if len(arrays['fit_objective']) == 2:
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patched:

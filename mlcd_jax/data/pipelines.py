@@ -238,7 +238,7 @@ class _TrainRows:
         labels = self.labels[row][: self.num_positives]
       except transforms.BadImage as e:
         bad = transforms.REASONS.index(str(e)) + 1
-    good = row >= 0 and not bad
+    good = labels[0] >= 0 and not bad
     return {'labels': labels, 'weight': good, 'bad': bad, 'record': record}
 
 

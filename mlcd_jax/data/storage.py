@@ -67,7 +67,7 @@ def find(pattern: str, suffixes: Sequence[str]) -> list[File]:
     else:
       exact.append(path)
   with futures.ThreadPoolExecutor(16) as pool:
-    for path, file in zip(exact, pool.map(_stat, exact)):
+    for path, file in zip(exact, pool.map(stat, exact)):
       if file is None:
         found += [
           f
@@ -85,13 +85,17 @@ def find(pattern: str, suffixes: Sequence[str]) -> list[File]:
   return sorted(set(found), key=lambda f: f.path)
 
 
-def walk(root: str) -> list[str]:
+def walk(root: str, field: str = 'data.path') -> list[str]:
   """Returns the paths below a folder, relative to it, in order.
+
+  Args:
+    root: the folder.
+    field: what to call it in errors.
 
   Raises:
     UserError: there is no such folder.
   """
-  with reading(root):
+  with reading(root, field):
     if is_url(root):
       filesystem, path = _filesystem(root)
       if not filesystem.isdir(path):
@@ -158,15 +162,13 @@ def write(path: str, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: str) -> Iterator[None]:
+def reading(path: str, field: str = 'data.path') -> Iterator[None]:
   """Turns what can go wrong with a path into a UserError that names it."""
   try:
     yield
   except (OSError, ImportError, ValueError) as e:
     reason = getattr(e, 'strerror', None) or e or type(e).__name__
-    raise errors.UserError(
-      f'data.path={path}: cannot be read ({reason})'
-    ) from e
+    raise errors.UserError(f'{field}={path}: cannot be read ({reason})') from e
 
 
 def cached(file: File, cache_dir: str, suffix: str) -> pathlib.Path:
@@ -229,16 +231,16 @@ def _glob(pattern: str) -> list[File]:
   return [_local_file(p) for p in glob.glob(pattern) if os.path.isfile(p)]
 
 
-def _stat(path: str) -> File | None:
+def stat(path: str, field: str = 'data.path') -> File | None:
   """The file, or None for a folder; raises UserError where neither is."""
   if is_url(path):
-    with reading(path):
+    with reading(path, field):
       filesystem, name = _filesystem(path)
       info = filesystem.info(name)
       if info['type'] == 'directory':
         return None
       return _remote_file(filesystem, name, info)
-  with reading(path):
+  with reading(path, field):
     os.stat(path)
   return None if os.path.isdir(path) else _local_file(path)
 

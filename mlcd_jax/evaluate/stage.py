@@ -167,7 +167,7 @@ def of_run(
   program: train_step.Program,
   checkpoints: pathlib.Path,
   step: int,
-  embedder: embed.Embedder,
+  embedder: embed.Embedder | None,
 ) -> dict[str, encoders.Encoder]:
   """A run's encoder and its baselines, by their names in results.json."""
   checkpointer = checkpoint.Checkpointer(checkpoints)
@@ -177,9 +177,10 @@ def of_run(
   def model(params):
     return encoders.from_model(program.model, params, program.mesh)
 
-  return {
-    'trained': model(state.encoder),
-    'embedder': encoders.from_embedder(embedder),
+  found = {'trained': model(state.encoder)}
+  if embedder:
+    found['embedder'] = encoders.from_embedder(embedder)
+  return found | {
     'random': model(program.init_encoder()),
     'raw': encoders.raw_pixels(),
   }

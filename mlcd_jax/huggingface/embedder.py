@@ -1,20 +1,11 @@
-"""Any vision tower of `convert` as the embedder.
-
-Shapes: B images, S pixels of a side, D features.
-"""
+"""Any vision tower of `convert` as the embedder."""
 
 import pathlib
-
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
-import numpy as np
 
 from mlcd_jax import convert
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import model_embedder
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import preprocessing
@@ -23,18 +14,8 @@ from mlcd_jax.huggingface import tensors
 _FIELD = 'embed.path'
 
 
-class Huggingface:
-  """Unit rows of the projected output, or else of the pooled one.
-
-  A call is cut into batches of one shape, so that it compiles once, and every
-  device of this host runs the same program on its part of them: a row does
-  not depend on how many devices there are.
-
-  Attributes:
-    image_size: S.
-    batch_rows: images of a batch over this host's devices.
-    prepare: RGB uint8 [H, W, 3] of any size to uint8 [S, S, 3].
-  """
+class Huggingface(model_embedder.ModelEmbedder):
+  """Unit rows of the projected output, or else of the pooled one."""
 
   def __init__(
     self, path: str, *, image_size: int, batch_size: int, dtype: str
@@ -52,52 +33,22 @@ class Huggingface:
     """
     folder = folders.resolve(path, _FIELD)
     family, config = configs.read(folder)
-    self.prepare = preprocessing.read(folder, family, config['image_size']).at(
+    prepare = preprocessing.read(folder, family, config['image_size']).at(
       image_size
     )
-    self.image_size = self.prepare.image_size
     model, variables = convert.from_huggingface(folder, dtype=dtype)
-    if self.image_size < model.patch_size:
+    if prepare.image_size < model.patch_size:
       raise errors.UserError(
-        f'embed.image_size={self.image_size} is less than a patch of '
+        f'embed.image_size={prepare.image_size} is less than a patch of '
         f'{_FIELD}={path}, {model.patch_size}'
       )
-    devices = jax.local_devices()
-    self.batch_rows = batch_size * len(devices)
-    mesh = Mesh(np.asarray(devices), ('batch',))
-    self._split = NamedSharding(mesh, PartitionSpec('batch'))
-    self._variables = jax.device_put(
-      variables, NamedSharding(mesh, PartitionSpec())
+    super().__init__(
+      model,
+      variables,
+      prepare,
+      image_size=prepare.image_size,
+      batch_size=batch_size,
     )
-
-    def unit_rows(variables, images):
-      rows = model.apply(variables, images)['embedding']
-      norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-      return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
-
-    self._encode = jax.jit(
-      jax.shard_map(
-        unit_rows,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec('batch')),
-        out_specs=PartitionSpec('batch'),
-      )
-    )
-
-  def submit(self, images: np.ndarray) -> jax.Array:
-    """Starts on up to `batch_rows` images; the rows come padded."""
-    missing = self.batch_rows - len(images)
-    images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
-    return self._encode(self._variables, jax.device_put(images, self._split))
-
-  def __call__(self, images: np.ndarray) -> np.ndarray:
-    """See `embed.Embedder`."""
-    parts = [
-      images[i : i + self.batch_rows]
-      for i in range(0, len(images), self.batch_rows)
-    ]
-    rows = [np.asarray(self.submit(part))[: len(part)] for part in parts]
-    return np.concatenate(rows)
 
 
 def pin(path: str, field: str = _FIELD) -> dict[str, object]:
