@@ -158,6 +158,21 @@ class Embeddings:
     """Returns the caption of every row, [N]."""
     return self._column('caption')
 
+  def metadata(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
+    """Returns keys and captions of some rows, reading only their shards."""
+    shards = np.searchsorted(self._starts, rows, side='right') - 1
+    keys, captions = [''] * len(rows), [''] * len(rows)
+    for shard in np.unique(shards):
+      table = _read_parquet(
+        metadata_path(self._folder, shard),
+        lambda path: pq.read_table(path, columns=['key', 'caption']),
+      )
+      places = np.flatnonzero(shards == shard)
+      taken = table.take(rows[places] - self._starts[shard]).to_pylist()
+      for place, row in zip(places, taken):
+        keys[place], captions[place] = row['key'], row['caption'] or ''
+    return keys, captions
+
   def _column(self, name: str) -> np.ndarray:
     columns = []
     for shard, rows in enumerate(self.shard_rows):

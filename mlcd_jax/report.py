@@ -15,7 +15,7 @@ _HEADINGS = {
   'knn': 'kNN (k = 10)',
   'few_shot': 'few-shot (20 a class)',
 }
-_ENCODERS = {
+ENCODERS = {
   'trained': 'trained encoder',
   'embedder': 'embedder (its teacher)',
   'random': 'random encoder',
@@ -42,7 +42,7 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
     results = files.read_json(path)
     config = files.read_json(path.with_name('config.json'))
     datasets = list(dict.fromkeys(k.split('/')[1] for k in results))
-    for encoder, shown in _ENCODERS.items():
+    for encoder, shown in ENCODERS.items():
       if i and encoder != 'trained':
         continue
       if encoder == 'trained':
@@ -58,7 +58,7 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
           )
         )
   # Runs first, baselines after them.
-  rows.sort(key=lambda row: not row[1].startswith(_ENCODERS['trained']))
+  rows.sort(key=lambda row: not row[1].startswith(ENCODERS['trained']))
   tasks = [t for t in _HEADINGS if any(row[3][t] for row in rows)]
   lines = [('features', 'data', *(_HEADINGS[t] for t in tasks))]
   lines += [

@@ -31,6 +31,7 @@ from mlcd_jax import train
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import stage as evaluate
+from mlcd_jax.page import writer
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +88,8 @@ def run(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   stages: Sequence[str] = STAGES,
+  *,
+  preset: tuple[str, ml_collections.ConfigDict] | None = None,
 ) -> None:
   """Runs the stages that are due, in order.
 
@@ -94,6 +97,8 @@ def run(
     config: see config.default.
     workdir: where everything is written.
     stages: names from STAGES; the ones before must be done.
+    preset: name and fields of what the config was made from, to show what
+      differs; the defaults where not given.
 
   Raises:
     UserError, RunError, Stopped: see `errors`.
@@ -113,7 +118,7 @@ def run(
   if 'evaluate' in stages:
     evaluate.open_sources(config)
   with _locked(workdir):
-    run_ = _Run(config, workdir, mesh)
+    run_ = _Run(config, workdir, mesh, preset)
     if distributed.is_main():
       files.write_json(workdir / 'config.json', config_lib.to_dict(config))
     for stage in STAGES:
@@ -127,7 +132,11 @@ class _Run:
   """One invocation: opens each stage's manifest and hands over to it."""
 
   def __init__(
-    self, config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    preset: tuple[str, ml_collections.ConfigDict] | None,
   ):
     self._config = config
     self._workdir = workdir
@@ -137,6 +146,13 @@ class _Run:
     if self._is_shared:
       self._check_shared()
     self._check_made()
+    self._page = writer.Page(
+      config,
+      workdir,
+      folders={stage: self._folder(stage) for stage in STAGES},
+      mesh=mesh,
+      preset=preset,
+    )
 
   @property
   def _is_shared(self) -> bool:
@@ -149,7 +165,8 @@ class _Run:
       return
     manifest = self._open('embed', {})
     if not manifest.complete:
-      embed.run(self._config, manifest)
+      with self._page.stage('embed'):
+        embed.run(self._config, manifest)
 
   def cluster(self) -> None:
     """embeddings/ -> clusters/."""
@@ -159,28 +176,31 @@ class _Run:
     made = self._done('embed')
     manifest = self._open('cluster', {'embeddings': made.fingerprint()})
     if not manifest.complete:
-      labels.run(
-        self._config,
-        manifest,
-        embedded=made,
-        mesh=self._mesh,
-      )
+      with self._page.stage('cluster'):
+        labels.run(
+          self._config,
+          manifest,
+          embedded=made,
+          mesh=self._mesh,
+        )
 
   def train(self) -> None:
     """Images and clusters/ -> checkpoints/."""
     made = self._done('cluster')
     manifest = self._open('train', {'clusters': made.fingerprint()})
     if not manifest.complete:
-      train.run(
-        self._config,
-        manifest,
-        workdir=self._workdir,
-        embedded=self._done('embed'),
-        labels=labels.Labels(
-          made, min_similarity=self._config.loss.min_similarity
-        ),
-        mesh=self._mesh,
-      )
+      with self._page.stage('train'):
+        train.run(
+          self._config,
+          manifest,
+          workdir=self._workdir,
+          embedded=self._done('embed'),
+          labels=labels.Labels(
+            made, min_similarity=self._config.loss.min_similarity
+          ),
+          mesh=self._mesh,
+          on_log=self._page.refresh,
+        )
 
   def evaluate(self) -> None:
     """checkpoints/ -> results.json."""
@@ -201,15 +221,16 @@ class _Run:
       steps=train.num_steps(self._config, len(source)),
       mesh=self._mesh,
     )
-    evaluate.run(
-      self._config,
-      manifest,
-      workdir=self._workdir,
-      program=program,
-      checkpoints=checkpoints,
-      step=step,
-      embedder=embed.load_embedder(self._done('embed')),
-    )
+    with self._page.stage('evaluate'):
+      evaluate.run(
+        self._config,
+        manifest,
+        workdir=self._workdir,
+        program=program,
+        checkpoints=checkpoints,
+        step=step,
+        embedder=embed.load_embedder(self._done('embed')),
+      )
 
   def _folder(self, stage: str) -> pathlib.Path:
     shared = stage in ('embed', 'cluster')
