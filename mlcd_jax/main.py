@@ -52,8 +52,18 @@ def main(rest: list[str]) -> None:
     _CONFIG.value,
     pathlib.Path(_WORKDIR.value),
     stages.STAGES if _STAGES.value is None else _STAGES.value,
+    preset=_preset(),
   )
   distributed.shutdown()
+
+
+def _preset():
+  """The --config as given, and its fields without the others' overrides."""
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  fresh = flags.FlagValues()
+  preset = config_flags.DEFINE_config_file('config', flag_values=fresh)
+  fresh(['', f'--config={name}'])
+  return name, preset.value
 
 
 if __name__ == '__main__':

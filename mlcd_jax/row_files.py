@@ -255,6 +255,23 @@ class Sharded:
     """Returns the caption of every row, [N]."""
     return self._column(('caption',))
 
+  def metadata(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
+    """Returns keys and captions of some rows, reading only their shards.
+
+    Captions are empty where there are none.
+    """
+    shards = np.searchsorted(self._starts, rows, side='right') - 1
+    keys, captions = [''] * len(rows), [''] * len(rows)
+    for shard in np.unique(shards).tolist():
+      found = (
+        self.shard_keys(shard),
+        self._shard_column(shard, ('caption',), needed=False),
+      )
+      for place in np.flatnonzero(shards == shard).tolist():
+        row = int(rows[place]) - self._starts[shard]
+        keys[place], captions[place] = (str(column[row]) for column in found)
+    return keys, captions
+
   def shard_keys(self, shard: int) -> np.ndarray:
     """Returns the key of every row of one file, [n]."""
     return self._shard_column(shard, _KEYS)
@@ -264,8 +281,10 @@ class Sharded:
       [self._shard_column(shard, names) for shard in range(len(self._shards))]
     )
 
-  def _shard_column(self, shard: int, names: Sequence[str]) -> np.ndarray:
-    """The first of the columns that there is."""
+  def _shard_column(
+    self, shard: int, names: Sequence[str], *, needed: bool = True
+  ) -> np.ndarray:
+    """The first of the columns that there is; empty text if not needed."""
     rows, path = self._shards[shard], self._metadata[shard]
     if path is None:
       raise errors.UserError(
@@ -275,6 +294,8 @@ class Sharded:
     with storage.reading(path, _FIELD), storage.open_file(path) as f:
       found = pq.read_schema(f).names
       name = next((n for n in names if n in found), None)
+      if name is None and not needed:
+        return np.full(rows.shape[0], '')
       if name is None:
         raise errors.UserError(
           f'{path}: no column {" or ".join(names)}; it has ' + ', '.join(found)
@@ -285,6 +306,8 @@ class Sharded:
       raise errors.UserError(
         f'{path}: {len(column)} rows, but {rows.path} has {rows.shape[0]}'
       )
+    if column.null_count:
+      column = column.cast(pa.string()).fill_null('')
     return column.to_numpy(zero_copy_only=False).astype(str)
 
 

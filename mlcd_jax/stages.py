@@ -32,6 +32,7 @@ from mlcd_jax.data import sources
 from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.evaluate import stage as evaluate
 from mlcd_jax.evaluate import table
+from mlcd_jax.page import writer
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ def run(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   stages: Sequence[str] = STAGES,
+  *,
+  preset: tuple[str, ml_collections.ConfigDict] | None = None,
 ) -> None:
   """Runs the stages that are due, in order.
 
@@ -97,6 +100,8 @@ def run(
     config: see config.default.
     workdir: where everything is written.
     stages: names from STAGES; the ones before must be done.
+    preset: name and fields of what the config was made from, to show what
+      differs; the defaults where not given.
 
   Raises:
     UserError, RunError, Stopped: see `errors`.
@@ -118,7 +123,7 @@ def run(
     if config.evaluate.encoder:
       evaluate_encoders.identity(config.evaluate.encoder)
   with _locked(workdir):
-    run_ = _Run(config, workdir, mesh)
+    run_ = _Run(config, workdir, mesh, preset)
     if distributed.is_main():
       files.write_json(workdir / 'config.json', config_lib.to_dict(config))
     for stage in STAGES:
@@ -132,7 +137,11 @@ class _Run:
   """One invocation: opens each stage's manifest and hands over to it."""
 
   def __init__(
-    self, config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    preset: tuple[str, ml_collections.ConfigDict] | None,
   ):
     self._config = config
     self._workdir = workdir
@@ -142,6 +151,13 @@ class _Run:
     if self._is_shared:
       self._check_shared()
     self._check_made()
+    self._page = writer.Page(
+      config,
+      workdir,
+      folders={stage: self._folder(stage) for stage in STAGES},
+      mesh=mesh,
+      preset=preset,
+    )
 
   @property
   def _is_shared(self) -> bool:
@@ -154,7 +170,8 @@ class _Run:
       return
     manifest = self._open('embed', {})
     if not manifest.complete:
-      embed.run(self._config, manifest)
+      with self._page.stage('embed'):
+        embed.run(self._config, manifest)
 
   def cluster(self) -> None:
     """embeddings/ -> clusters/."""
@@ -164,31 +181,34 @@ class _Run:
     made = self._done('embed')
     manifest = self._open('cluster', {'embeddings': made.fingerprint()})
     if not manifest.complete:
-      labels.run(
-        self._config,
-        manifest,
-        embedded=made,
-        mesh=self._mesh,
-      )
+      with self._page.stage('cluster'):
+        labels.run(
+          self._config,
+          manifest,
+          embedded=made,
+          mesh=self._mesh,
+        )
 
   def train(self) -> None:
     """Images and clusters/ -> checkpoints/."""
     made = self._done('cluster')
     manifest = self._open('train', {'clusters': made.fingerprint()})
     if not manifest.complete:
-      train.run(
-        self._config,
-        manifest,
-        workdir=self._workdir,
-        embedded=self._done('embed'),
-        labels=labels.Labels(
-          made, min_similarity=self._config.loss.min_similarity
-        ),
-        mesh=self._mesh,
-        evaluate=evaluate.inside_training(self._config)
-        if self._config.evaluate.every_steps
-        else None,
-      )
+      with self._page.stage('train'):
+        train.run(
+          self._config,
+          manifest,
+          workdir=self._workdir,
+          embedded=self._done('embed'),
+          labels=labels.Labels(
+            made, min_similarity=self._config.loss.min_similarity
+          ),
+          mesh=self._mesh,
+          evaluate=evaluate.inside_training(self._config)
+          if self._config.evaluate.every_steps
+          else None,
+          on_log=self._page.refresh,
+        )
 
   def evaluate(self) -> None:
     """checkpoints/, or what evaluate.encoder names -> results.json."""
@@ -221,13 +241,14 @@ class _Run:
     self._score(manifest, evaluate.of_run(program, checkpoints, step, embedder))
 
   def _score(self, manifest, scored) -> None:
-    evaluate.run(
-      self._config,
-      manifest,
-      workdir=self._workdir,
-      scored=scored,
-      mesh=self._mesh,
-    )
+    with self._page.stage('evaluate'):
+      evaluate.run(
+        self._config,
+        manifest,
+        workdir=self._workdir,
+        scored=scored,
+        mesh=self._mesh,
+      )
 
   def _folder(self, stage: str) -> pathlib.Path:
     shared = stage in ('embed', 'cluster')

@@ -1,7 +1,9 @@
 """The train stage: data, step and loop."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
+import contextlib
 import functools
 import logging
 import math
@@ -51,6 +53,7 @@ def run(
   labels: labels_lib.Labels,
   mesh: Mesh,
   evaluate: Evaluate | None = None,
+  on_log: Callable[[], None] = lambda: None,
 ) -> None:
   """Trains to the end, or as far as this invocation may.
 
@@ -62,6 +65,7 @@ def run(
     labels: of those rows.
     mesh: of all devices.
     evaluate: scores the encoder every evaluate.every_steps.
+    on_log: called after metrics were written.
 
   Raises:
     UserError: the images and labels do not fit, or the batch and the mesh.
@@ -107,7 +111,13 @@ def run(
   batches = pipelines.Prefetched(
     batches, functools.partial(sharding.put_batch, mesh)
   )
-  log = _Log(program, workdir, first, functools.partial(_keys, config, source))
+  log = _Log(
+    program,
+    workdir,
+    first,
+    keys=functools.partial(_keys, config, source),
+    on_log=on_log,
+  )
   try:
     with interrupt.noted() as interrupted:
       _loop(
@@ -151,7 +161,8 @@ def _loop(
     stopped = wish == _STOP
     if wish or step == last or step % every == 0:
       log.flush(last=stopped or step == last)
-      checkpointer.save(step, state)
+      with log.saving():
+        checkpointer.save(step, state)
       saved_step, saved_at = step, time.monotonic()
     if stopped:
       checkpointer.close()
@@ -239,7 +250,9 @@ class _Log:
     program: train_step.Program,
     workdir: pathlib.Path,
     first: int,
+    *,
     keys: Callable[[int], list[str]],
+    on_log: Callable[[], None],
   ):
     self._schedule = program.schedule
     self._every = program.config.train.log_every_steps
@@ -254,6 +267,8 @@ class _Log:
     )
     self._workdir = workdir
     self._keys = keys  # Of a step's batch.
+    self._on_log = on_log
+    self._saving = 0.0  # Seconds since what was written last.
     self._skipped = 0
     self._max_skipped = program.config.train.max_skipped_steps
     self._pending = None
@@ -300,11 +315,13 @@ class _Log:
       values['train/data_wait_fraction'] = (waited - waited_before) / (
         now - since
       )
+      values['train/save_fraction'] = self._saving / (now - since)
       if self._peak:
         utilisation = rate * self._flops / self._peak
         values['train/model_flop_utilisation'] = utilisation
-      self._timed_from = step, now, waited
+      self._timed_from, self._saving = (step, now, waited), 0.0
     self._writer.write(step, values)
+    self._on_log()
     self._progress.update(
       step,
       **{
@@ -319,6 +336,13 @@ class _Log:
     self.flush(last=False)
     self._writer.write(step, {k: v for k, v in values.items() if v is not None})
     self._timed_from = None  # Neither is evaluating.
+
+  @contextlib.contextmanager
+  def saving(self) -> Iterator[None]:
+    """Counts the time inside as saving."""
+    start = time.monotonic()
+    yield
+    self._saving += time.monotonic() - start
 
   def _check_finite(self, step: int, values: dict[str, float]) -> None:
     """Counts a step that is not finite, or raises RunError."""

@@ -1,0 +1,40 @@
+"""metrics.jsonl as columns for charts."""
+
+import json
+import pathlib
+from typing import Any
+
+_MAX_POINTS = 1_000
+
+
+def read(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns every curve with at most a thousand points.
+
+  A point is what was logged at that step; where there are too many, some are
+  left out, and the last one stays.
+
+  Args:
+    workdir: of the run.
+
+  Returns:
+    `step`: [n]; `values`: name -> [n], None where a step has none.
+  """
+  path = workdir / 'metrics.jsonl'
+  if not path.exists():
+    return {'step': [], 'values': {}}
+  lines = path.read_text().splitlines()
+  every = -(-len(lines) // _MAX_POINTS) or 1
+  kept = lines[(len(lines) - 1) % every :: every] if lines else []
+  rows = []
+  for line in kept:
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError:  # A line cut short by a kill.
+      continue
+    if isinstance(row, dict) and 'step' in row:
+      rows.append(row)
+  names = dict.fromkeys(n for row in rows for n in row if n != 'step')
+  return {
+    'step': [row['step'] for row in rows],
+    'values': {name: [row.get(name) for row in rows] for name in names},
+  }

@@ -1,0 +1,62 @@
+"""Images by key, small enough to lie in a page by the thousand."""
+
+import base64
+from collections.abc import Sequence
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mlcd_jax.data import sources
+from mlcd_jax.data import transforms
+
+SMALL = 72  # Pixels of the longer side.
+LARGE = 224
+_QUALITY = 60
+_LOSSLESS = 32  # Up to this side WebP's losses show and save nothing.
+_CHUNK = 1_000_000  # Keys looked through at a time.
+
+
+def find(source: sources.Source, keys: Sequence[str]) -> dict[str, int]:
+  """Returns the number of each key's record; unknown keys are left out."""
+  wanted = {key.encode() for key in keys}
+  found = {}
+  all_keys = source.keys()
+  for start in range(0, len(all_keys), _CHUNK):
+    chunk = all_keys[start : start + _CHUNK].tolist()
+    if wanted.intersection(chunk):
+      for i, key in enumerate(chunk):
+        if key in wanted:
+          found.setdefault(key.decode('utf-8', 'replace'), start + i)
+  return found
+
+
+def make(record: dict[str, Any], size: int = SMALL) -> str | None:
+  """Returns a record's image as a data URL; None where it cannot be decoded.
+
+  Args:
+    record: of a source.
+    size: pixels of the longer side at most.
+  """
+  try:
+    pixels = transforms.decode(record['image'])
+  except transforms.BadImage:
+    return None
+  return encode(pixels, size)
+
+
+def encode(pixels: np.ndarray, size: int) -> str:
+  """Returns uint8 [H, W, 3] as a data URL, no side longer than `size`."""
+  image = Image.fromarray(pixels)
+  image.thumbnail((size, size))
+  encoded = io.BytesIO()
+  image.save(
+    encoded,
+    'WEBP',
+    quality=_QUALITY,
+    lossless=max(image.size) <= _LOSSLESS,
+  )
+  return 'data:image/webp;base64,' + base64.b64encode(
+    encoded.getvalue()
+  ).decode('ascii')

@@ -1,0 +1,208 @@
+"""Writes report.html beside a run, again whenever there is more to see."""
+
+from collections.abc import Iterator
+from collections.abc import Mapping
+import contextlib
+import logging
+import pathlib
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import ml_collections
+
+from mlcd_jax import config as config_lib
+from mlcd_jax import distributed
+from mlcd_jax import errors
+from mlcd_jax import files
+from mlcd_jax import report
+from mlcd_jax.page import curves
+from mlcd_jax.page import gather
+from mlcd_jax.page import render
+
+_log = logging.getLogger(__name__)
+
+NAME = 'report.html'
+_FOLDER = 'report'  # What is gathered once, beside the page.
+_EVERY_SECONDS = 60.0
+
+
+class Page:
+  """The page of one run, written by one process and read by people."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    folders: Mapping[str, pathlib.Path],
+    mesh: Mesh,
+    preset: tuple[str, ml_collections.ConfigDict] | None,
+  ):
+    """Nothing is written before a stage begins.
+
+    Args:
+      config: of the run.
+      workdir: where the page goes.
+      folders: of the stages by name, in order.
+      mesh: of all devices.
+      preset: name and fields of what the config was made from; the defaults
+        where not given.
+    """
+    self._config = config
+    self._workdir = workdir
+    self._folders = folders
+    self._mesh = mesh
+    self._preset = preset or ('the defaults', config_lib.default())
+    self._kept = workdir / _FOLDER
+    self._running = ''
+    self._failed = ''
+    self._patches = []
+    self._written = -float('inf')
+
+  @contextlib.contextmanager
+  def stage(self, name: str) -> Iterator[None]:
+    """Writes the page before and after a stage, also after one that fails."""
+    start = time.monotonic()
+    self._running = name
+    self.write()
+    try:
+      yield
+    except errors.Stopped as e:
+      self._failed = str(e)
+      raise
+    except BaseException as e:
+      self._failed = f'{name} ended: {str(e) or type(e).__name__}'
+      raise
+    finally:
+      self._running = ''
+      self._add_seconds(name, time.monotonic() - start)
+      self.write()
+
+  def refresh(self) -> None:
+    """Writes the page again if it is more than a minute old."""
+    if time.monotonic() - self._written > _EVERY_SECONDS:
+      self.write()
+
+  def write(self) -> None:
+    """Writes the page; what goes wrong is a warning and no more."""
+    if not distributed.is_main():
+      return
+    try:
+      page = render.render(self._data())
+      with files.atomic(self._workdir / NAME) as temporary:
+        temporary.write_text(page, encoding='utf-8')
+    except Exception as e:  # No run ends because it could not be looked at.
+      _log.warning('%s is not written: %s: %s', NAME, type(e).__name__, e)
+    self._written = time.monotonic()
+
+  def _data(self) -> dict[str, Any]:
+    c, embedded, clustered = (
+      self._config,
+      self._folders['embed'],
+      self._folders['cluster'],
+    )
+    stages = self._stages()
+    read = curves.read(self._workdir)
+    clustering = clustered / 'clustering.json'
+    results = self._workdir / 'results.json'
+    if stages[-1]['state'] == 'done' and not self._patches:
+      self._patches = gather.patch_colours(c, self._workdir)
+    return {
+      'title': f'MLCD: {self._workdir.absolute().name}',
+      'workdir': str(self._workdir),
+      'written': time.time(),
+      'status': self._status(stages, read),
+      'summary': self._summary(read),
+      'stages': stages,
+      'curves': read,
+      'clustering': files.read_json(clustering)
+      if clustering.exists()
+      else None,
+      'clusters': gather.browsers(
+        c,
+        self._kept / 'browsers.json',
+        embedded=embedded,
+        clustered=clustered,
+      ),
+      'results': files.read_json(results) if results.exists() else {},
+      'encoders': report.ENCODERS,
+      'patches': self._patches,
+      'bad': gather.bad_data(
+        self._workdir, embedded=embedded, clustered=clustered
+      ),
+      'preset': self._preset[0],
+      'config': gather.config_fields(c, self._preset[1]),
+    }
+
+  def _stages(self) -> list[dict[str, Any]]:
+    seconds = self._seconds()
+    out = []
+    for name, folder in self._folders.items():
+      found = gather.manifest(folder)
+      state = 'done' if found.get('complete') else 'begun' if found else ''
+      if name == self._running:
+        state = 'running'
+      if folder.parent != self._workdir:
+        state = f'{state}, in {folder.parent}'
+      out.append({'name': name, 'state': state, 'seconds': seconds.get(name)})
+    return out
+
+  def _status(
+    self, stages: list[dict[str, Any]], read: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    done = all(stage['state'].startswith('done') for stage in stages)
+    if self._failed:
+      text = self._failed
+    elif self._running:
+      text = f'{self._running} is running'
+      if self._running == 'train' and read['step']:
+        text += f', step {read["step"][-1]:,}'
+    else:
+      text = 'finished' if done else 'not finished'
+    return {'text': text, 'done': done, 'failed': bool(self._failed)}
+
+  def _summary(self, read: Mapping[str, Any]) -> list[list[Any]]:
+    c = self._config
+    made = gather.manifest(self._folders['embed']).get('result', {})
+    devices = self._mesh.devices.flat
+    rows = [
+      ['model', f'{c.model.variant}, {c.model.image_size} pixels'],
+      ['data', f'{c.data.source} {c.data.path} {c.data.split}'],
+      ['images', made.get('num_records')],
+      ['embedder', f'{c.embed.embedder} {c.embed.path}'],
+      ['clusters', c.cluster.num_centers],
+      ['labels an image', c.loss.num_positives],
+      ['loss', c.loss.name],
+      ['batch size', c.train.batch_size],
+      [
+        'devices',
+        f'{len(devices)} {devices[0].device_kind}, '
+        + ' x '.join(f'{k} {v}' for k, v in self._mesh.shape.items())
+        + f', {jax.process_count()} process'
+        + 'es' * (jax.process_count() > 1),
+      ],
+    ]
+    if read['step']:
+      rows.append(['last step logged', read['step'][-1]])
+      for name in ('loss', 'images_per_second'):
+        values = [
+          v for v in read['values'].get(f'train/{name}', ()) if v is not None
+        ]
+        if values:
+          rows.append([name.replace('_', ' '), values[-1]])
+    return [row for row in rows if row[1] is not None]
+
+  def _seconds(self) -> dict[str, float]:
+    path = self._kept / 'seconds.json'
+    return files.read_json(path) if path.exists() else {}
+
+  def _add_seconds(self, name: str, seconds: float) -> None:
+    """Adds to what earlier invocations took for the stage."""
+    if not distributed.is_main():
+      return
+    with contextlib.suppress(OSError, errors.UserError):
+      kept = self._seconds()
+      kept[name] = round(kept.get(name, 0) + seconds, 3)
+      files.write_json(self._kept / 'seconds.json', kept)
