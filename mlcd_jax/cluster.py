@@ -22,6 +22,7 @@ from mlcd_jax import hardware
 from mlcd_jax import hierarchy
 from mlcd_jax import kmeans
 from mlcd_jax import metrics
+from mlcd_jax import partial_pass
 from mlcd_jax import points
 from mlcd_jax import row_files
 
@@ -266,17 +267,18 @@ def _iterate(
   if config.cluster.levels:
     iterations = config.cluster.repair_iterations
   done = len(state.fit.objective)
-  if done:
+  begun = bool(done or state.fit.part)
+  if begun:
     _log.info('cluster: continuing after %d iterations', done)
   if len(held_out):
     labels, objective = measure(points.unit_rows(state.fit.centers))
-    if not done:
+    if not begun:
       state = state._replace(held_out=[objective])
 
   def save(fit):
     nonlocal state, labels
     state = state._replace(fit=fit)
-    if len(held_out):
+    if len(held_out) and fit.part is None:
       before = labels
       labels, objective = measure(fit.centers)
       state = state._replace(
@@ -297,11 +299,12 @@ def _iterate(
     training,
     num_centers,
     iterations=iterations,
-    init=None if done else state.fit.centers,
+    init=None if begun else state.fit.centers,
     tolerance=config.cluster.tolerance,
     mesh=mesh,
-    resume=state.fit if done else None,
+    resume=state.fit if begun else None,
     save=save,
+    save_every_tiles=config.cluster.checkpoint_every_tiles,
     progress=lambda i, objective, empty: progress.update(
       (i + 1) * num_points, objective=objective, reseeded=empty
     ),
@@ -311,12 +314,15 @@ def _iterate(
 
 def _write_state(path: pathlib.Path, state: _State) -> None:
   if distributed.is_main():
+    fit = state.fit._asdict()
+    part = fit.pop('part')
     files.write_npz(
       path,
       held_out=np.asarray(state.held_out),
       relabelled=np.asarray(state.relabelled),
       levels=np.asarray(json.dumps(state.levels)),
-      **{f'fit_{k}': np.asarray(v) for k, v in state.fit._asdict().items()},
+      **{f'fit_{k}': np.asarray(v) for k, v in fit.items()},
+      **{f'part_{k}': v for k, v in (part._asdict() if part else {}).items()},
     )
   distributed.barrier('clustering state')
 
@@ -326,13 +332,16 @@ def _read_state(path: pathlib.Path) -> _State | None:
     return None
   found = files.read_npz(path)
 
-  def field(name, kind):
-    value = found[f'fit_{name}']
-    return value if kind is np.ndarray else value.tolist()
+  def read(kind, prefix):
+    fields = {}
+    for name, annotation in kind.__annotations__.items():
+      if f'{prefix}_{name}' in found:
+        value = found[f'{prefix}_{name}']
+        fields[name] = value if annotation is np.ndarray else value.tolist()
+    return kind(**fields) if fields else None
 
-  fields = kmeans.Fit.__annotations__.items()
   return _State(
-    kmeans.Fit(**{name: field(name, kind) for name, kind in fields}),
+    read(kmeans.Fit, 'fit')._replace(part=read(partial_pass.Part, 'part')),
     found['held_out'].tolist(),
     found['relabelled'].tolist(),
     json.loads(str(found['levels'])),
