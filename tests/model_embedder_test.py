@@ -20,7 +20,9 @@ def fixture_trained(tmp_path_factory):
 
 
 def train(config, workdir, steps):
+  """Trains so many steps of four; 0 = the rest."""
   config = config.copy_and_resolve_references()
+  config.embed.embedder, config.embed.path = 'hog', ''
   config.cluster.iterations = 2
   config.train.steps, config.train.stop_after_steps = 4, steps
   stages.run(config, workdir, ('embed', 'cluster', 'train'))
@@ -46,14 +48,9 @@ def test_a_run_embeds_for_the_next_one(trained, tiny_config, tmp_path):
   np.testing.assert_allclose(rows[:], expected, atol=2e-3)
 
   # Training goes on: what it would now embed is something else.
-  train(tiny_config_of(tiny_config), trained, 0)
+  train(tiny_config, trained, 0)
   with pytest.raises(errors.UserError, match='checkpoint, 4, is not.*with, 2'):
     embed.load_embedder(manifest)
-
-
-def tiny_config_of(config):
-  config.embed.embedder, config.embed.path = 'hog', ''
-  return config
 
 
 def test_size_and_weights_are_checked(trained, tiny_config, tmp_path):
