@@ -138,12 +138,6 @@ def _iterate(
   mesh: Mesh,
 ) -> _State:
   """Flat iterations, measured on rows; `path` gets the state after each."""
-
-  def measure(centers):
-    labels, cosines = kmeans.nearest_centers(measured, centers, 1, mesh=mesh)
-    usable = cosines[:, 0] != 0
-    return labels[:, 0], float(cosines[usable].mean())
-
   num_points, dim = training.shape
   num_centers = config.cluster.num_centers
   iterations = config.cluster.iterations
@@ -154,7 +148,7 @@ def _iterate(
   if begun:
     _log.info('cluster: continuing after %d iterations', done)
   if len(measured):
-    labels, objective = measure(points.unit_rows(state.fit.centers))
+    labels, objective = _measure(measured, state.fit.centers, mesh)
     if not begun:
       state = state._replace(held_out=[objective])
 
@@ -163,7 +157,7 @@ def _iterate(
     state = state._replace(fit=fit)
     if len(measured) and fit.part is None:
       before = labels
-      labels, objective = measure(fit.centers)
+      labels, objective = _measure(measured, fit.centers, mesh)
       state = state._replace(
         held_out=[*state.held_out, objective],
         relabelled=[*state.relabelled, float(np.mean(labels != before))],
@@ -193,6 +187,15 @@ def _iterate(
     ),
   )
   return state._replace(fit=fit)
+
+
+def _measure(
+  rows: np.ndarray, centers: np.ndarray, mesh: Mesh
+) -> tuple[np.ndarray, float]:
+  """The nearest center of each row, and the mean cosine of the usable ones."""
+  labels, cosines = kmeans.nearest_centers(rows, centers, 1, mesh=mesh)
+  usable = max(1, np.count_nonzero(cosines))
+  return labels[:, 0], float(cosines.sum(dtype=np.float64) / usable)
 
 
 def _write_state(path: pathlib.Path, state: _State) -> None:
