@@ -1,8 +1,4 @@
-"""The cluster stage's first half: embeddings to centers.npy.
-
-Which rows are the first centers, and which are held out to measure by, hangs
-on their keys alone, not on how the rows are cut into files.
-"""
+"""The cluster stage's first half: embeddings to centers.npy."""
 
 import json
 import logging
@@ -19,9 +15,11 @@ from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import hardware
+from mlcd_jax import held_out
 from mlcd_jax import hierarchy
 from mlcd_jax import kmeans
 from mlcd_jax import metrics
+from mlcd_jax import partial_pass
 from mlcd_jax import points
 from mlcd_jax import row_files
 
@@ -35,29 +33,6 @@ _MAX_NAMED = 20
 
 # Cosine above which two centers are as good as one.
 _NEAR_DUPLICATE = 0.99
-
-# One row in so many is held out, and no more than so many rows, whose mean
-# cosine is then known to about 1e-4.
-_HELD_OUT_EVERY = 100
-_MAX_HELD_OUT = 100_000
-
-# Rows that are read for each first center, should some of them be zero.
-_SPARE = 1.05
-
-# Rows for each coarse center that k-means++ chooses among.
-_SAMPLE = 32
-
-
-class _Chosen(NamedTuple):
-  """Rows by the hash of their keys.
-
-  Attributes:
-    first: row numbers in the order in which they become centers.
-    held_out: row numbers, ascending.
-  """
-
-  first: np.ndarray
-  held_out: np.ndarray
 
 
 class _State(NamedTuple):
@@ -94,19 +69,19 @@ def run(
   Raises:
     UserError: there are not as many usable rows as centers.
   """
-  chosen = _choose(rows, config)
-  training = Training(rows, chosen.held_out)
-  held_out = rows.take(chosen.held_out)
+  chosen = held_out.choose(rows, config)
+  training = held_out.Training(rows, chosen.held_out)
+  measured = rows.take(chosen.held_out)
   try:
     state = _read_state(folder / _STATE)
     if state is None:
       state = _start(config, rows, training, chosen, mesh)
       if state.levels:
         _write_state(folder / _STATE, state)
-    state = _iterate(config, state, training, held_out, folder / _STATE, mesh)
+    state = _iterate(config, state, training, measured, folder / _STATE, mesh)
   except ValueError as e:
     raise errors.UserError(f'cluster.num_centers: {e}') from e
-  bad = chosen.held_out[~points.unit_rows(held_out).any(1)].tolist()
+  bad = chosen.held_out[~points.unit_rows(measured).any(1)].tolist()
   fit = state.fit._replace(skipped=state.fit.skipped + len(bad))
   bad = sorted([*bad, *map(training.row, fit.bad_rows)])[:_MAX_NAMED]
   if bad:
@@ -125,102 +100,11 @@ def run(
   distributed.barrier('centers')
 
 
-class Training:
-  """Rows without the held-out ones, read by slices.
-
-  Attributes:
-    shape: (N, D).
-  """
-
-  def __init__(self, rows: points.Rows, held_out: np.ndarray):
-    """Takes all rows, and the numbers of those left out, ascending."""
-    self._rows = rows
-    self._held_out = held_out
-    # Rows that stay and come before each held-out one.
-    self._before = held_out - np.arange(len(held_out))
-    self.shape = (rows.shape[0] - len(held_out), rows.shape[1])
-
-  def row(self, index: int) -> int:
-    """The number among all rows."""
-    return index + int(np.searchsorted(self._before, index, side='right'))
-
-  def __getitem__(self, rows: slice) -> np.ndarray:
-    start, stop, _ = rows.indices(self.shape[0])
-    if start >= stop:
-      return self._rows[0:0]
-    first, last = self.row(start), self.row(stop - 1) + 1
-    a, b = np.searchsorted(self._held_out, (first, last))
-    found = self._rows[first:last]
-    return np.delete(found, self._held_out[a:b] - first, 0) if a < b else found
-
-
-def _choose(
-  rows: row_files.Sharded, config: ml_collections.ConfigDict
-) -> _Chosen:
-  """The rows of the first centers, with spare ones, and those held out."""
-  num_rows, num_centers = rows.shape[0], config.cluster.num_centers
-  hashes = row_hashes(rows, config.seed)
-  held_out = min(num_rows // _HELD_OUT_EVERY, _MAX_HELD_OUT)
-  if num_centers > num_rows - held_out:
-    held_out = 0
-  wanted = int(_SPARE * num_centers) + _HELD_OUT_EVERY
-  if config.cluster.levels:
-    wanted = max(wanted, _SAMPLE * config.cluster.levels[0])
-  wanted = min(wanted, num_rows - held_out)
-  order = np.argpartition(hashes, [wanted - 1, num_rows - held_out - 1])
-  first = order[:wanted]
-  return _Chosen(
-    first[np.argsort(hashes[first], kind='stable')],
-    np.sort(order[num_rows - held_out :]),
-  )
-
-
-def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
-  """A number for every row, by its key, or else its file's name and place.
-
-  Args:
-    rows: N of them.
-    seed: gives other numbers.
-
-  Returns:
-    uint64 [N], evenly spread.
-  """
-  parts = []
-  for shard, count in enumerate(rows.shard_rows):
-    if rows.has_keys:
-      words = _words(rows.shard_keys(shard))
-    else:
-      name = pathlib.PurePosixPath(rows.paths[shard]).name
-      place = np.arange(1, count + 1, dtype=np.uint64)[:, None]
-      words = _words(np.array([name])).repeat(count, axis=0)
-      words = np.concatenate([words, place], axis=1)
-    h = np.full(count, seed, np.uint64)
-    for word in words.T:  # Zero is padding, whatever the width.
-      h = np.where(word == 0, h, _mix(h ^ word))
-    parts.append(_mix(h))
-  return np.concatenate(parts)
-
-
-def _words(keys: np.ndarray) -> np.ndarray:
-  """Text [n] as uint64 [n, words], padded with zeros."""
-  text = np.strings.encode(keys, 'utf-8')
-  width = -(-text.dtype.itemsize // 8) * 8
-  return text.astype(f'S{width}').view(np.uint64).reshape(len(keys), -1)
-
-
-def _mix(h: np.ndarray) -> np.ndarray:
-  """The finalizer of splitmix64 (Steele et al., 2014)."""
-  h = h + np.uint64(0x9E3779B97F4A7C15)
-  h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  return h ^ (h >> np.uint64(31))
-
-
 def _start(
   config: ml_collections.ConfigDict,
   rows: row_files.Sharded,
-  training: Training,
-  chosen: _Chosen,
+  training: held_out.Training,
+  chosen: held_out.Chosen,
   mesh: Mesh,
 ) -> _State:
   """The centers before the first flat iteration."""
@@ -248,37 +132,32 @@ def _start(
 def _iterate(
   config: ml_collections.ConfigDict,
   state: _State,
-  training: Training,
-  held_out: np.ndarray,
+  training: held_out.Training,
+  measured: np.ndarray,
   path: pathlib.Path,
   mesh: Mesh,
 ) -> _State:
-  """Flat iterations; `path` gets the state after each."""
-
-  def measure(centers):
-    labels, cosines = kmeans.nearest_centers(held_out, centers, 1, mesh=mesh)
-    usable = cosines[:, 0] != 0
-    return labels[:, 0], float(cosines[usable].mean())
-
+  """Flat iterations, measured on rows; `path` gets the state after each."""
   num_points, dim = training.shape
   num_centers = config.cluster.num_centers
   iterations = config.cluster.iterations
   if config.cluster.levels:
     iterations = config.cluster.repair_iterations
   done = len(state.fit.objective)
-  if done:
+  begun = bool(done or state.fit.part)
+  if begun:
     _log.info('cluster: continuing after %d iterations', done)
-  if len(held_out):
-    labels, objective = measure(points.unit_rows(state.fit.centers))
-    if not done:
+  if len(measured):
+    labels, objective = _measure(measured, state.fit.centers, mesh)
+    if not begun:
       state = state._replace(held_out=[objective])
 
   def save(fit):
     nonlocal state, labels
     state = state._replace(fit=fit)
-    if len(held_out):
+    if len(measured) and fit.part is None:
       before = labels
-      labels, objective = measure(fit.centers)
+      labels, objective = _measure(measured, fit.centers, mesh)
       state = state._replace(
         held_out=[*state.held_out, objective],
         relabelled=[*state.relabelled, float(np.mean(labels != before))],
@@ -297,11 +176,12 @@ def _iterate(
     training,
     num_centers,
     iterations=iterations,
-    init=None if done else state.fit.centers,
+    init=None if begun else state.fit.centers,
     tolerance=config.cluster.tolerance,
     mesh=mesh,
-    resume=state.fit if done else None,
+    resume=state.fit if begun else None,
     save=save,
+    save_every_tiles=config.cluster.checkpoint_every_tiles,
     progress=lambda i, objective, empty: progress.update(
       (i + 1) * num_points, objective=objective, reseeded=empty
     ),
@@ -309,14 +189,26 @@ def _iterate(
   return state._replace(fit=fit)
 
 
+def _measure(
+  rows: np.ndarray, centers: np.ndarray, mesh: Mesh
+) -> tuple[np.ndarray, float]:
+  """The nearest center of each row, and the mean cosine of the usable ones."""
+  labels, cosines = kmeans.nearest_centers(rows, centers, 1, mesh=mesh)
+  usable = max(1, np.count_nonzero(cosines))
+  return labels[:, 0], float(cosines.sum(dtype=np.float64) / usable)
+
+
 def _write_state(path: pathlib.Path, state: _State) -> None:
   if distributed.is_main():
+    fit = state.fit._asdict()
+    part = fit.pop('part')
     files.write_npz(
       path,
       held_out=np.asarray(state.held_out),
       relabelled=np.asarray(state.relabelled),
       levels=np.asarray(json.dumps(state.levels)),
-      **{f'fit_{k}': np.asarray(v) for k, v in state.fit._asdict().items()},
+      **{f'fit_{k}': np.asarray(v) for k, v in fit.items()},
+      **{f'part_{k}': v for k, v in (part._asdict() if part else {}).items()},
     )
   distributed.barrier('clustering state')
 
@@ -326,13 +218,16 @@ def _read_state(path: pathlib.Path) -> _State | None:
     return None
   found = files.read_npz(path)
 
-  def field(name, kind):
-    value = found[f'fit_{name}']
-    return value if kind is np.ndarray else value.tolist()
+  def read(kind, prefix):
+    fields = {}
+    for name, annotation in kind.__annotations__.items():
+      if f'{prefix}_{name}' in found:
+        value = found[f'{prefix}_{name}']
+        fields[name] = value if annotation is np.ndarray else value.tolist()
+    return kind(**fields) if fields else None
 
-  fields = kmeans.Fit.__annotations__.items()
   return _State(
-    kmeans.Fit(**{name: field(name, kind) for name, kind in fields}),
+    read(kmeans.Fit, 'fit')._replace(part=read(partial_pass.Part, 'part')),
     found['held_out'].tolist(),
     found['relabelled'].tolist(),
     json.loads(str(found['levels'])),

@@ -71,6 +71,9 @@ def default() -> ml_collections.ConfigDict:
   # average, so k1 * k2 = num_centers; then so many flat iterations. () = flat.
   c.cluster.levels = ()
   c.cluster.repair_iterations = 2
+  # Save within an iteration too, after so many tiles of every device (256
+  # points on CPUs, else 4,096), in whole chunks of 128 or 16; 0 = never.
+  c.cluster.checkpoint_every_tiles = 0
   c.cluster.num_labels = 10  # Nearest centers stored for every image.
   c.cluster.path = ''  # Another workdir whose clusters are read in place.
 
@@ -291,6 +294,7 @@ _RANGES = (
   ('cluster.iterations', 1, _MOST),
   ('cluster.tolerance', 0, 1),
   ('cluster.repair_iterations', 1, _MOST),
+  ('cluster.checkpoint_every_tiles', 0, _MOST),
   ('cluster.num_labels', 1, 1_024),
   ('model.image_size', 1, 16_384),
   ('model.embedding_dim', 1, 65_536),

@@ -21,14 +21,12 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from mlcd_jax import nearest
+from mlcd_jax import partial_pass
 from mlcd_jax import points
 from mlcd_jax import sharding
 
 # Empty clusters that can restart in one iteration.
 _MAX_RESEEDED = 1_024
-
-# Each part of the mesh sums its own points; the parts meet once a pass.
-_SUMS = jax.sharding.PartitionSpec('data', 'fsdp')
 
 # Rows left out that are named.
 _MAX_NAMED = 20
@@ -45,6 +43,7 @@ class Fit(NamedTuple):
     reseeded: centers found empty and restarted, one number an iteration.
     skipped: rows left out because they are zero or not finite.
     bad_rows: numbers of the first of these.
+    part: of the iteration that has begun, if one has.
   """
 
   centers: np.ndarray
@@ -53,6 +52,7 @@ class Fit(NamedTuple):
   reseeded: list[int]
   skipped: int
   bad_rows: list[int]
+  part: partial_pass.Part | None = None
 
 
 def fit(
@@ -67,6 +67,7 @@ def fit(
   score_dtype: jnp.dtype = jnp.bfloat16,
   resume: Fit | None = None,
   save: Callable[[Fit], None] | None = None,
+  save_every_tiles: int = 0,
   progress: Callable[[int, float, int], None] | None = None,
 ) -> Fit:
   """Clusters rows by the cosine to their nearest center.
@@ -84,6 +85,9 @@ def fit(
     score_dtype: of the products' operands; they accumulate in float32.
     resume: what `save` got, to go on from with the same bits.
     save: called after each iteration, on every process.
+    save_every_tiles: call it within iterations too, after so many tiles of
+      points on every device, in whole chunks; 0 = never. Sums are then added
+      up there, which can change their last bit.
     progress: called with iteration, objective and reseeded centers.
 
   Raises:
@@ -103,8 +107,11 @@ def fit(
     first = _first_centers(embeddings, num_centers, seed, init)
     done = Fit(first, [], np.zeros(num_centers, np.int32), [], 0, [])
   c_KD = nearest.put_centers(done.centers, mesh)
+  every = -(-save_every_tiles * tile[0] * mesh.shape['data'] // chunks.chunk)
   while len(done.objective) < iterations and not _converged(done, tolerance):
-    c_KD, done = _iterate(c_KD, done, chunks, embeddings, programs)
+    c_KD, done = _iterate(
+      c_KD, done, chunks, embeddings, programs, save if every else None, every
+    )
     if save:
       save(done._replace(centers=nearest.to_host(c_KD)[:num_centers]))
     if progress:
@@ -135,8 +142,8 @@ def abstract_pass(
     jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
     for shape, dtype, spec in (
       ((rows, dim), jnp.float32, sharding.CENTERS),
-      ((parts, rows, dim), jnp.float32, _SUMS),
-      ((parts, rows), jnp.int32, _SUMS),
+      ((parts, rows, dim), jnp.float32, partial_pass.SUMS),
+      ((parts, rows), jnp.int32, partial_pass.SUMS),
       ((chunk, dim), jnp.float32, sharding.POINTS),
     )
   )
@@ -149,23 +156,40 @@ def _converged(done: Fit, tolerance: float) -> bool:
   return after - before < tolerance * before
 
 
-def _iterate(c_KD, done, chunks, embeddings, programs):
+def _iterate(c_KD, done, chunks, embeddings, programs, save, every):
   """One pass over the points, and the new centers."""
   num_centers = len(done.counts)
   first_pass = not done.objective
-  sums, counts = programs.zeros(c_KD.shape[1])
-  scores, bad_rows = [], list(done.bad_rows)
-  for i, x_nD in enumerate(chunks):
-    sums, counts, score_n, num_bad = programs.add(c_KD, sums, counts, x_nD)
-    scores.append(score_n)
+  part = done.part or partial_pass.NOTHING
+  if done.part:
+    sums, counts = partial_pass.to_devices(part, programs.mesh)
+  else:
+    sums, counts = programs.zeros(c_KD.shape[1])
+  scores, bad_rows = {}, list(done.bad_rows)
+  for i, x_nD in enumerate(chunks.after(part.chunks), part.chunks):
+    sums, counts, scores[i], num_bad = programs.add(c_KD, sums, counts, x_nD)
     # No more than two chunks are on their way, and the host looks for bad rows
     # only where there are some.
-    if i:
-      jax.block_until_ready(scores[i - 1])
+    jax.block_until_ready(scores.get(i - 1))
     if first_pass and len(bad_rows) < _MAX_NAMED:
       start, stop = chunks.rows_of(i)
       if int(num_bad) > chunks.chunk - (stop - start):
         bad_rows += chunks.bad_rows(i)
+    if save and (i + 1) % every == 0 and i + 1 < len(chunks):
+      part = partial_pass.Part(
+        i + 1,
+        *partial_pass.to_host(sums, counts, num_centers),
+        *_worst(part, scores, chunks, programs),
+      )
+      sums, counts = partial_pass.to_devices(part, programs.mesh)
+      scores = {}
+      save(
+        done._replace(
+          centers=nearest.to_host(c_KD)[:num_centers],
+          bad_rows=bad_rows[:_MAX_NAMED],
+          part=part,
+        )
+      )
   c_KD, total, counts = programs.update(c_KD, sums, counts)
   counts = nearest.to_host(counts)[:num_centers]
   usable = int(counts.sum())
@@ -176,7 +200,7 @@ def _iterate(c_KD, done, chunks, embeddings, programs):
     )
   empty = np.flatnonzero(counts == 0)
   if len(empty):
-    worst = _worst_rows(scores, chunks, programs, len(empty))
+    worst = _worst(part, scores, chunks, programs)[1][: len(empty)]
     c_KD = programs.replace(c_KD, empty[: len(worst)], embeddings, worst)
   return c_KD, done._replace(
     counts=counts,
@@ -184,23 +208,31 @@ def _iterate(c_KD, done, chunks, embeddings, programs):
     reseeded=[*done.reseeded, len(empty)],
     skipped=embeddings.shape[0] - usable,
     bad_rows=bad_rows[:_MAX_NAMED],
+    part=None,
   )
 
 
-def _worst_rows(scores, chunks, programs, count: int) -> np.ndarray:
-  """Rows farthest from their centers, the farthest first.
+def _worst(part, scores, chunks, programs) -> tuple[np.ndarray, np.ndarray]:
+  """Scores and rows farthest from their centers, the farthest first.
 
   Among equals the lower row comes first; what exceeds the limit waits for the
   next iteration.
+
+  Args:
+    part: has those of its chunks.
+    scores: of the chunks since, by number.
+    chunks: of all points.
+    programs: compiled.
   """
-  found_scores, found_rows = [], []
-  for i, score_n in enumerate(scores):
+  found_scores, found_rows = [part.worst_scores], [part.worst_rows]
+  for i, score_n in scores.items():
     score, place = map(nearest.to_host, programs.worst(score_n))
     usable = np.isfinite(score)  # Padding and bad rows are inf.
     found_scores.append(score[usable])
-    found_rows.append(chunks.rows_of(i)[0] + place[usable])
-  order = np.argsort(np.concatenate(found_scores), kind='stable')
-  return np.concatenate(found_rows)[order][: min(count, _MAX_RESEEDED)]
+    found_rows.append(chunks.rows_of(i)[0] + place[usable].astype(np.int64))
+  found_scores = np.concatenate(found_scores)
+  order = np.argsort(found_scores, kind='stable')[:_MAX_RESEEDED]
+  return found_scores[order], np.concatenate(found_rows)[order]
 
 
 def nearest_centers(
@@ -270,15 +302,15 @@ class _Programs:
   """The compiled parts of an iteration."""
 
   def __init__(self, mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
-    self._mesh = mesh
+    self.mesh = mesh
     self._num_centers = num_centers
     self.add = _make_add(mesh, num_centers, score_dtype)
     self.update = _make_update(mesh)
 
   def zeros(self, dim: int) -> tuple[jax.Array, jax.Array]:
     """Sums [data, K, D] and counts [data, K], padding included."""
-    rows = nearest.padded_centers(self._num_centers, self._mesh)
-    return _make_zeros(self._mesh, rows, dim)()
+    rows = nearest.padded_centers(self._num_centers, self.mesh)
+    return _make_zeros(self.mesh, rows, dim)()
 
   def worst(self, score_n: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The lowest scores of a chunk and their places."""
@@ -297,7 +329,7 @@ class _Programs:
     new = np.zeros((_MAX_RESEEDED, c_KD.shape[1]), np.float32)
     for i, row in enumerate(rows.tolist()):
       new[i] = points.unit_rows(np.asarray(embeddings[row : row + 1]))[0]
-    return _make_replace(self._mesh)(c_KD, ids, new)
+    return _make_replace(self.mesh)(c_KD, ids, new)
 
 
 @functools.cache
@@ -333,8 +365,18 @@ def _make_add(mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
     jax.shard_map(
       add,
       mesh=mesh,
-      in_specs=(sharding.CENTERS, _SUMS, _SUMS, sharding.POINTS),
-      out_specs=(_SUMS, _SUMS, sharding.POINTS, sharding.REPLICATED),
+      in_specs=(
+        sharding.CENTERS,
+        partial_pass.SUMS,
+        partial_pass.SUMS,
+        sharding.POINTS,
+      ),
+      out_specs=(
+        partial_pass.SUMS,
+        partial_pass.SUMS,
+        sharding.POINTS,
+        sharding.REPLICATED,
+      ),
       # Equal on all devices by construction, which types cannot show.
       check_vma=False,
     ),
@@ -358,7 +400,7 @@ def _make_update(mesh: Mesh):
     jax.shard_map(
       update,
       mesh=mesh,
-      in_specs=(sharding.CENTERS, _SUMS, _SUMS),
+      in_specs=(sharding.CENTERS, partial_pass.SUMS, partial_pass.SUMS),
       out_specs=(sharding.CENTERS, sharding.REPLICATED, sharding.CENTERS),
       check_vma=False,
     ),
@@ -374,7 +416,7 @@ def _make_zeros(mesh: Mesh, rows: int, dim: int):
       jnp.zeros((parts, rows, dim), jnp.float32),
       jnp.zeros((parts, rows), jnp.int32),
     ),
-    out_shardings=NamedSharding(mesh, _SUMS),
+    out_shardings=NamedSharding(mesh, partial_pass.SUMS),
   )
 
 

@@ -71,13 +71,17 @@ class Points:
 
   def __iter__(self) -> Iterator[jax.Array]:
     """Yields the chunks in order; the next is read meanwhile."""
+    return self.after(0)
+
+  def after(self, first: int) -> Iterator[jax.Array]:
+    """Yields the chunks from one on; they are held only from the first on."""
     if self._held:
-      yield from self._held
+      yield from self._held[first:]
       return
     chunks = []
     with futures.ThreadPoolExecutor(1) as reader:
-      following = [reader.submit(self._put, 0)] if len(self) else []
-      for i in range(len(self)):
+      following = [reader.submit(self._put, first)] if first < len(self) else []
+      for i in range(first, len(self)):
         raw = following.pop().result()
         if i + 1 < len(self):
           following.append(reader.submit(self._put, i + 1))
@@ -85,7 +89,7 @@ class Points:
         if self._held is not None:
           chunks.append(unit)
         yield unit
-    if self._held is not None:
+    if self._held is not None and not first:
       self._held = chunks
 
   def rows_of(self, i: int) -> tuple[int, int]:

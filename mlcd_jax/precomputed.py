@@ -20,6 +20,7 @@ import numpy as np
 
 from mlcd_jax import errors
 from mlcd_jax import manifests
+from mlcd_jax import parquet_rows
 from mlcd_jax import row_files
 from mlcd_jax.data import storage
 
@@ -156,7 +157,7 @@ def _file(path: str, column: str) -> row_files.RowFile:
     return row_files.Npy(path)
   if path.endswith('.npz'):
     return row_files.Npz(path, column or _NPZ_COLUMN)
-  return row_files.Parquet(path, column)
+  return parquet_rows.Parquet(path, column)
 
 
 def _text_column(column: str) -> str:

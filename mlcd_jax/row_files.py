@@ -1,19 +1,15 @@
 """Files of embeddings, read by ranges of rows where they are.
 
-.npy, a member of an .npz, and a column of lists in Parquet, local or behind
-any fsspec URL; never a pickle. Shapes: n rows of a file, N of all, D
-dimensions.
+.npy and a member of an .npz, local or behind any fsspec URL; never a pickle.
+Parquet: see `parquet_rows`. Shapes: n rows of a file, N of all, D dimensions.
 """
 
 import bisect
 from collections.abc import Sequence
-import functools
-import threading
 from typing import Protocol
 import zipfile
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlcd_jax import errors
@@ -24,14 +20,11 @@ from mlcd_jax.data import storage
 # clip-retrieval always writes, and DataComp's.
 _KEYS = ('key', 'image_path', 'uid')
 
-# Parquet is decoded so many rows at a time.
-_BATCH_ROWS = 4_096
-
 # `take` reads rows that are this near each other at once, so many at most.
 _NEAR = 16
 _TAKEN_AT_ONCE = 8_192
 
-_FIELD = 'embed.path'
+FIELD = 'embed.path'  # Whose files they are.
 
 
 class RowFile(Protocol):
@@ -52,7 +45,7 @@ class Npy:
   def __init__(self, path: str):
     """Reads the header; raises UserError naming a file that does not fit."""
     self.path = path
-    with storage.reading(path, _FIELD), storage.open_file(path) as f:
+    with storage.reading(path, FIELD), storage.open_file(path) as f:
       self.shape, self.dtype, self._offset = _header(f, path)
       end = f.seek(0, 2)
     if end < self._offset + self.shape[0] * self.shape[1] * self.dtype.itemsize:
@@ -72,7 +65,7 @@ class Npy:
         values = np.fromfile(self.path, self.dtype, count, offset=first)
       except OSError as e:
         raise errors.RunError(f'{self.path}: cannot be read ({e})') from e
-    return _whole(values, (stop - start, self.shape[1]), self.path)
+    return whole(values, (stop - start, self.shape[1]), self.path)
 
 
 class Npz:
@@ -82,7 +75,7 @@ class Npz:
     """Reads the header; raises UserError naming a file that does not fit."""
     self.path = path
     self._member = f'{name}.npy'
-    with storage.reading(path, _FIELD), storage.open_file(path) as f:
+    with storage.reading(path, FIELD), storage.open_file(path) as f:
       try:
         with zipfile.ZipFile(f) as z, z.open(self._member) as member:
           self.shape, self.dtype, self._offset = _header(member, path)
@@ -106,41 +99,7 @@ class Npz:
     except (OSError, zipfile.BadZipFile) as e:
       raise errors.RunError(f'{self.path}: cannot be read ({e})') from e
     values = np.frombuffer(content, self.dtype)
-    return _whole(values, (stop - start, self.shape[1]), self.path)
-
-
-class Parquet:
-  """See `RowFile`; a column of lists of D numbers."""
-
-  def __init__(self, path: str, column: str):
-    """Reads the schema; raises UserError naming a file that does not fit.
-
-    Args:
-      path: local or URL.
-      column: its name; '' = the only column of lists of numbers.
-    """
-    self.path = path
-    with storage.reading(path, _FIELD), storage.open_file(path) as f:
-      file = pq.ParquetFile(f)
-      self._column = _list_column(file.schema_arrow, path, column)
-      kind = file.schema_arrow.field(self._column).type
-      if pa.types.is_fixed_size_list(kind):
-        dim = kind.list_size
-      else:
-        first = next(
-          file.iter_batches(1, columns=[self._column]), {self._column: []}
-        )[self._column]
-        dim = len(first[0]) if len(first) and first[0].is_valid else 0
-      self.shape = (file.metadata.num_rows, dim)
-    half = pa.types.is_float16(kind.value_type)
-    self.dtype = np.dtype(np.float16 if half else np.float32)
-    _check_shape(self.shape, path)
-
-  def read(self, start: int, stop: int) -> np.ndarray:
-    """See `RowFile`."""
-    cursor = _cursor(self.path, self._column, self.shape[1])
-    rows = cursor.read(start, stop).astype(self.dtype, copy=False)
-    return _whole(rows, (stop - start, self.shape[1]), self.path)
+    return whole(values, (stop - start, self.shape[1]), self.path)
 
 
 class Mixed:
@@ -291,7 +250,7 @@ class Sharded:
         f'{rows.path}: no Parquet file with its keys, without which labels '
         'find no images; put metadata beside it, with a row for every row'
       )
-    with storage.reading(path, _FIELD), storage.open_file(path) as f:
+    with storage.reading(path, FIELD), storage.open_file(path) as f:
       found = pq.read_schema(f).names
       name = next((n for n in names if n in found), None)
       if name is None and not needed:
@@ -320,7 +279,7 @@ def _header(f, path: str) -> tuple[tuple[int, int], np.dtype, int]:
     else np.lib.format.read_array_header_2_0
   )
   shape, by_columns, dtype = read(f)
-  _check_shape(shape, path)
+  check_shape(shape, path)
   if dtype.kind != 'f' or dtype.itemsize > 4 or by_columns:
     raise errors.UserError(
       f'{path}: {dtype}{", by columns" * by_columns}; rows are float16 or '
@@ -329,102 +288,16 @@ def _header(f, path: str) -> tuple[tuple[int, int], np.dtype, int]:
   return shape, dtype, f.tell()
 
 
-def _check_shape(shape: tuple[int, ...], path: str) -> None:
+def check_shape(shape: tuple[int, ...], path: str) -> None:
+  """Raises UserError naming a file that holds no rows of numbers."""
   if len(shape) != 2 or not shape[1]:
     raise errors.UserError(
       f'{path}: shape {shape}; needs one row of numbers for every image'
     )
 
 
-def _whole(values: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:
+def whole(values: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:
   """The values as rows; raises RunError where the file has lost some."""
   if values.size != shape[0] * shape[1]:
     raise errors.RunError(f'{path}: shorter than it was when it was opened')
   return values.reshape(shape)
-
-
-def _list_column(schema: pa.Schema, path: str, column: str) -> str:
-  """The name of a column of lists of floats."""
-
-  def has_rows(kind):
-    lists = (
-      pa.types.is_fixed_size_list(kind)
-      or pa.types.is_list(kind)
-      or pa.types.is_large_list(kind)
-    )
-    return lists and pa.types.is_floating(kind.value_type)
-
-  found = [field.name for field in schema if has_rows(field.type)]
-  if column in found or (not column and len(found) == 1):
-    return column or found[0]
-  raise errors.UserError(
-    f'embed.column={column!r}: {path} has '
-    + (f'lists of floats in: {", ".join(found)}' if found else
-       'no column with lists of floats')
-  )  # fmt: skip
-
-
-@functools.lru_cache(4)
-def _cursor(path: str, column: str, dim: int) -> '_Cursor':
-  """Few at a time, since each holds an open file and a decoded batch."""
-  return _Cursor(path, column, dim)
-
-
-class _Cursor:
-  """A place in a Parquet column, cheap to move on from and dear to go back.
-
-  A row group is never decoded as a whole: by default it has a million rows.
-  """
-
-  def __init__(self, path: str, column: str, dim: int):
-    self._path, self._column, self._dim = path, column, dim
-    self._lock = threading.Lock()
-    self._batches = iter(())
-    self._first = 0  # Row of the first of `_rows`.
-    self._rows = None
-
-  def read(self, start: int, stop: int) -> np.ndarray:
-    """Returns rows [stop - start, D]."""
-    with self._lock, storage.reading(self._path, _FIELD):
-      if self._rows is None or start < self._first:
-        self._open(start)
-      parts = [np.zeros((0, self._dim), np.float32)]
-      while start < stop:
-        part = self._rows[start - self._first : stop - self._first]
-        parts.append(part)
-        start += len(part)
-        if start < stop:
-          self._first += len(self._rows)
-          self._rows = self._decode(next(self._batches))
-    return np.concatenate(parts[len(parts) > 1 :])
-
-  def _open(self, row: int) -> None:
-    """Begins at the row group that holds a row."""
-    file = pq.ParquetFile(
-      storage.open_file(self._path), buffer_size=1 << 20, pre_buffer=False
-    )
-    groups = range(file.metadata.num_row_groups)
-    sizes = [file.metadata.row_group(g).num_rows for g in groups]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    group = int(np.searchsorted(starts, row, side='right')) - 1
-    self._first = int(starts[group])
-    self._batches = file.iter_batches(
-      _BATCH_ROWS, row_groups=list(groups)[group:], columns=[self._column],
-      use_threads=False,
-    )  # fmt: skip
-    self._rows = self._decode(next(self._batches))
-
-  def _decode(self, batch: pa.RecordBatch) -> np.ndarray:
-    """Rows of a batch; those that are null are zero."""
-    lists = batch[self._column]
-    valid = lists.is_valid().to_numpy(zero_copy_only=False)
-    values = lists.drop_null().flatten().to_numpy(zero_copy_only=False)
-    lengths = lists.drop_null().value_lengths().to_numpy()
-    if np.any(lengths != self._dim):
-      raise errors.UserError(
-        f'{self._path}: lists of {lengths.min()} to {lengths.max()} numbers in '
-        f'{self._column}, {self._dim} in its first row'
-      )
-    rows = np.zeros((len(lists), self._dim), values.dtype)
-    rows[valid] = values.reshape(-1, self._dim)
-    return rows

@@ -29,3 +29,12 @@ def test_continued_run_drops_what_it_writes_again(tmp_path):
 def test_time():
   assert metrics._time(3_725) == '1:02:05'
   assert metrics._time(float('inf')) == '?'
+
+
+def test_speed():
+  def speed(**fields):
+    return metrics.Progress('x', 9, unit='points', **fields)._speed(1_000.0)
+
+  assert speed() == ''
+  assert speed(flops=2e9) == '2 TFLOP/s '
+  assert speed(flops=2e9, peak_flops=1e13) == '2 TFLOP/s (20% of peak) '

@@ -15,6 +15,7 @@ from mlcd_jax import embeddings
 from mlcd_jax import errors
 from mlcd_jax import manifests
 from mlcd_jax import precomputed
+from mlcd_jax import stages
 
 SIZES = (5, 0, 7)
 DIM = 6
@@ -291,3 +292,50 @@ def test_the_manifest_points_to_the_folder(tmp_path, monkeypatch):
   assert content['result']['root'] == str(tmp_path / 'x')
   monkeypatch.chdir('/')  # It is found from any place.
   embeddings.open_made(manifests.load(tmp_path / 'embeddings'))
+
+
+def test_the_whole_job_by_keys(tiny_config, tmp_path):
+  """Rows of our own embedder, moved, reordered and damaged."""
+  tiny_config.evaluate.tasks = ('knn',)
+  stages.run(tiny_config, tmp_path / 'own', ('embed',))
+  own = embeddings.Embeddings(tmp_path / 'own/embeddings', 3)
+  rows, keys = own[:].astype(np.float32), own.keys()
+  order = np.random.default_rng(0).permutation(300)
+  rows, keys = rows[order], keys[order]
+  rows[[3, 200]] = [[0], [np.nan]]
+  folder = tmp_path / 'elsewhere'
+  folder.mkdir()
+  for i, part in enumerate(np.split(np.arange(300), [120])):
+    np.savez(folder / f'{i}.npz', l14_img=rows[part])
+    table = pa.table({'uid': pa.array(keys[part], pa.string())})
+    pq.write_table(table, folder / f'{i}.parquet')
+
+  tiny_config.embed.embedder = 'precomputed'
+  tiny_config.embed.path = str(folder)
+  stages.run(tiny_config, tmp_path / 'run')
+  clusters = tmp_path / 'run/clusters'
+  centers = np.load(clusters / 'centers.npy')
+  labels = [np.load(clusters / f'labels_0000{i}.npy') for i in (0, 1)]
+  assert [len(x) for x in labels] == [120, 180]
+  labels = np.concatenate(labels)
+  bad = [3, 200]
+  assert (labels[bad] == -1).all()
+  good = np.delete(np.arange(300), bad)
+  unit = rows[good] / np.linalg.norm(rows[good], axis=1, keepdims=True)
+  np.testing.assert_array_equal(
+    labels[good, 0], (unit @ centers.T).argmax(axis=1)
+  )
+  figures = json.loads((clusters / 'clustering.json').read_text())
+  assert figures['skipped_rows'] == 2
+  # A trained encoder, and no teacher to compare it with.
+  results = json.loads((tmp_path / 'run/results.json').read_text())
+  assert {name.partition('/')[0] for name in results} == {
+    'trained', 'random', 'raw'
+  }  # fmt: skip
+
+  # Another run reads both in place; a changed file stops it.
+  tiny_config.cluster.path = str(tmp_path / 'run')
+  path = folder / '1.npz'
+  path.write_bytes(path.read_bytes()[:-1] + b'x')
+  with pytest.raises(errors.UserError, match='1.npz: new, missing or changed'):
+    stages.run(tiny_config, tmp_path / 'shared', ('train',))

@@ -1,0 +1,88 @@
+"""A k-means pass over the points, saved some of its way.
+
+Shapes: K centers, D dimensions. Upper case is global, lower case this
+device's part.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+import numpy as np
+
+from mlcd_jax import nearest
+from mlcd_jax import sharding
+
+# Each part of the mesh sums its own points; the parts meet once a pass.
+SUMS = jax.sharding.PartitionSpec('data', 'fsdp')
+
+
+class Part(NamedTuple):
+  """What the chunks of points so far have come to.
+
+  Attributes:
+    chunks: their number.
+    sums: float32 [K, D], of their points, by center.
+    counts: int32 [K].
+    worst_scores: of their worst-served points, ascending.
+    worst_rows: these points' rows.
+  """
+
+  chunks: int
+  sums: np.ndarray
+  counts: np.ndarray
+  worst_scores: np.ndarray
+  worst_rows: np.ndarray
+
+
+# Before the first chunk.
+NOTHING = Part(
+  0,
+  np.zeros((0, 0), np.float32),
+  np.zeros(0, np.int32),
+  np.zeros(0, np.float32),
+  np.zeros(0, np.int64),
+)
+
+
+def to_devices(part: Part, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+  """Sums [data, K, D] and counts [data, K] that go on from a part, padded."""
+  rows = nearest.padded_centers(len(part.counts), mesh)
+
+  def put(x):
+    padded = np.zeros((rows, *x.shape[1:]), x.dtype)
+    padded[: len(x)] = x
+
+    def block(index):  # All of it lies in the first of the mesh's parts.
+      held = padded[index[1:]][None]
+      return held if index[0].indices(rows)[0] == 0 else np.zeros_like(held)
+
+    return jax.make_array_from_callback(
+      (mesh.shape['data'], *padded.shape), NamedSharding(mesh, SUMS), block
+    )
+
+  return put(part.sums), put(part.counts)
+
+
+def to_host(
+  sums: jax.Array, counts: jax.Array, num_centers: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Sums [K, D] and counts [K] over all parts of the mesh, without padding."""
+  total = _make_total(sums.sharding.mesh)(sums, counts)
+  return tuple(nearest.to_host(x)[:num_centers] for x in total)
+
+
+@functools.cache
+def _make_total(mesh: Mesh):
+  return jax.jit(
+    jax.shard_map(
+      lambda sums_1kD, counts_1k: lax.psum((sums_1kD[0], counts_1k[0]), 'data'),
+      mesh=mesh,
+      in_specs=(SUMS, SUMS),
+      out_specs=(sharding.CENTERS, sharding.CENTERS),
+      check_vma=False,
+    )
+  )
