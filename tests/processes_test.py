@@ -1,7 +1,10 @@
 """Two processes of four devices each: the same run, stopped, lost, absent."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +43,41 @@ def last_line(err):
 def losses(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return {r['step']: r['train/loss'] for r in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(
+  ('tasks_per_node', 'visible'), [('1(x2)', 'all'), ('2', 'index')]
+)
+def test_one_task_a_node_gets_all_of_its_gpus(tasks_per_node, visible):
+  script = (
+    'import jax; from mlcd_jax import distributed; distributed.initialize(); '
+    'print(jax.config.jax_cuda_visible_devices)'
+  )
+  port = commands.free_port()
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', script],
+      cwd=commands.ROOT,
+      env=os.environ
+      | {
+        'JAX_COORDINATOR_PORT': str(port),
+        'SLURM_JOB_ID': '1',
+        'SLURM_STEP_NODELIST': 'localhost',
+        'SLURM_NTASKS': '2',
+        'SLURM_STEP_NUM_TASKS': '2',
+        'SLURM_STEP_TASKS_PER_NODE': tasks_per_node,
+        'SLURM_PROCID': str(i),
+        'SLURM_LOCALID': '0' if visible == 'all' else str(i),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  for i, (code, out, err) in enumerate(finish(processes)):
+    assert code == 0, err
+    assert out.strip() == ('all' if visible == 'all' else str(i))
 
 
 @pytest.mark.slow
