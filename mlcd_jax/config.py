@@ -116,6 +116,10 @@ def default() -> ml_collections.ConfigDict:
   c.train.checkpoint_every_minutes = 0.0  # Of these as well; 0 = off.
   c.train.keep_checkpoints = 2  # The last ones.
   c.train.keep_every_steps = 0  # And for good those of multiples; 0 = none.
+  # And the best one by a metric of metrics.jsonl, such as train/loss, as last
+  # logged before a checkpoint; '' = none.
+  c.train.keep_best = ''
+  c.train.best_is = 'lowest'  # lowest | highest
   # Batches with a loss or gradient that is not finite, left out in this
   # invocation before the run stops.
   c.train.max_skipped_steps = 0
@@ -200,6 +204,7 @@ def check(
     'loss.negatives': ('uniform', 'partial_fc'),
     'optimizer.schedule': ('cosine', 'polynomial', 'constant'),
     'optimizer.head_update': ('dense', 'sparse'),
+    'train.best_is': ('lowest', 'highest'),
   }.items():
     if field.partition('.')[0] in skip:
       continue

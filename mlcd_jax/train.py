@@ -78,6 +78,8 @@ def run(
     manifest.folder,
     keep=config.train.keep_checkpoints,
     keep_every_steps=config.train.keep_every_steps,
+    keep_best=config.train.keep_best,
+    best_is=config.train.best_is,
   )
   state, first = _restore_or_init(program, checkpointer, clusters=labels.folder)
   last = program.steps
@@ -137,7 +139,7 @@ def _loop(program, state, batches, checkpointer, log, last, interrupted):
     stopped = wish == _STOP
     if wish or step == last or step % every == 0:
       log.flush(last=stopped or step == last)
-      checkpointer.save(step, state)
+      checkpointer.save(step, state, log.latest())
       saved_step, saved_at = step, time.monotonic()
     if stopped:
       checkpointer.close()
@@ -323,6 +325,10 @@ class _Log:
         f'{self._max_skipped}'
       )
     _log.warning('train: skipped: %s', says)
+
+  def latest(self) -> dict[str, float]:
+    """See metrics.Writer.latest."""
+    return self._writer.latest()
 
   def close(self) -> None:
     """Flushes the files."""

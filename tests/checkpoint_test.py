@@ -135,6 +135,39 @@ def test_retention(tmp_path):
   assert {p.name for p in (tmp_path / 'b').iterdir()} == {'3', '6', '7'}
 
 
+@pytest.mark.parametrize(
+  ('best_is', 'kept'), [('lowest', {'3', '6'}), ('highest', {'2', '6'})]
+)
+def test_the_best_one_stays(tmp_path, best_is, kept, caplog):
+  losses = {1: 5.0, 2: 9.0, 3: 1.0, 4: float('nan'), 5: None, 6: 4.0}
+  options = {'keep': 1, 'keep_best': 'train/loss', 'best_is': best_is}
+  for steps in ((1, 2, 3), (4, 5, 6)):  # Also across restarts.
+    checkpointer = checkpoint.Checkpointer(tmp_path, **options)
+    for step in steps:
+      metrics = {'train/gradient_norm': 1.0, 'train/loss': losses[step]}
+      if losses[step] is None:
+        del metrics['train/loss']
+      checkpointer.save(step, state(step), metrics)
+    best = checkpointer.best_step()
+    checkpointer.close()
+  assert {p.name for p in tmp_path.iterdir()} == kept
+  assert str(best) in kept and best != 6
+  assert 'checkpoint 5 cannot be the best: train.keep_best=train/loss' in (
+    caplog.text
+  )
+  assert_restores(tmp_path, 6)
+
+
+def test_the_best_one_stays_beside_the_last_and_every_so_many(tmp_path):
+  checkpointer = checkpoint.Checkpointer(
+    tmp_path, keep=2, keep_every_steps=4, keep_best='a'
+  )
+  for step in range(1, 11):
+    checkpointer.save(step, state(step), {'a': abs(step - 3)})
+  checkpointer.close()
+  assert {p.name for p in tmp_path.iterdir()} == {'3', '4', '8', '9', '10'}
+
+
 @pytest.fixture(name='small_disk')
 def fixture_small_disk(tmp_path):
   folder = tmp_path / 'disk'

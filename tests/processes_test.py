@@ -15,7 +15,7 @@ from tests import commands
 _TIMEOUT = 8  # Seconds until a silent process counts as lost.
 
 
-def start(workdir, *arguments, indices=(0, 1), count=2):
+def start(workdir, *arguments, indices=(0, 1), count=2, devices=4):
   port = commands.free_port()
   return [
     commands.start(
@@ -26,7 +26,7 @@ def start(workdir, *arguments, indices=(0, 1), count=2):
       f'--process_id={i}',
       f'--heartbeat_timeout={_TIMEOUT}',
       *arguments,
-      devices=4,
+      devices=devices,
     )
     for i in indices
   ]
@@ -50,8 +50,8 @@ def losses(workdir):
 )
 def test_one_task_a_node_gets_all_of_its_gpus(tasks_per_node, visible):
   script = (
-    'import jax; from mlcd_jax import distributed; distributed.initialize(); '
-    'print(jax.config.jax_cuda_visible_devices)'
+    'from jax._src import xla_bridge; from mlcd_jax import distributed; '
+    'distributed.initialize(); print(xla_bridge.CUDA_VISIBLE_DEVICES.value)'
   )
   port = commands.free_port()
   processes = [
@@ -146,9 +146,10 @@ def test_a_signal_to_one_stops_both_after_saving(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('index', [0, 1])
-def test_a_killed_process_is_named(tmp_path, index):
-  processes = start(tmp_path, '--config.train.steps=100000')
+@pytest.mark.parametrize(('index', 'devices'), [(0, 4), (1, 4), (1, 1)])
+def test_a_killed_process_is_named(tmp_path, index, devices):
+  arguments = ('--config.train.steps=100000',)
+  processes = start(tmp_path, *arguments, devices=devices)
   metrics = tmp_path / 'metrics.jsonl'
   commands.wait_until(lambda: commands.num_lines(metrics) > 4, *processes)
   processes[index].kill()

@@ -72,11 +72,12 @@ def fixture_slurm(tmp_path_factory):
   key.write_bytes(os.urandom(128))
   key.chmod(0o400)
   config = folder / 'slurm.conf'
+  user = pathlib.Path('/proc/self').owner()
   config.write_text(
     _CONFIG.format(
       folder=folder,
       host=socket.gethostname().partition('.')[0],
-      user=pathlib.Path('/proc/self').owner(),
+      user=user,
       port=commands.free_port(),
       node_port=commands.free_port(),
     )
@@ -125,7 +126,13 @@ def fixture_slurm(tmp_path_factory):
     )
     yield run
   finally:
-    subprocess.run(['scancel', '--full', '--state=RUNNING'], env=env)
+    # What runs outlives the daemons.
+    subprocess.run(['scancel', '--user', user], env=env)
+    commands.wait_until(
+      lambda: not subprocess.check_output(['squeue', '--noheader'], env=env),
+      timeout=60,
+      pause=0.5,
+    )
     for daemon in reversed(daemons):
       daemon.terminate()
       daemon.wait(timeout=30)
@@ -133,7 +140,7 @@ def fixture_slurm(tmp_path_factory):
 
 def test_killed_and_stopped_tasks_run_again(slurm, tmp_path):
   workdir, log = tmp_path / 'run', tmp_path / 'log'
-  steps = 200
+  steps = 120
   job = slurm(
     'sbatch', '--parsable', f'--output={log}',
     # One node that has neither GPUs nor two minutes to wait.
