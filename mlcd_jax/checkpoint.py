@@ -381,6 +381,8 @@ def _check_digests(folder: pathlib.Path) -> None:
   except ValueError as e:
     raise _Damaged(f'{_DIGESTS} is broken') from e
   for name, digest in digests.items():
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+      raise _Damaged(f'{_DIGESTS} names {name}, which lies elsewhere')
     if not files.unchanged(folder, {name: digest}):
       raise _Damaged(f'{name} is missing or changed')
 

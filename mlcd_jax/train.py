@@ -264,14 +264,14 @@ class _Log:
     """Checks what is pending, and writes it if due or the last.
 
     Raises:
-      RunError: the loss or its gradient is not finite.
+      RunError: the loss or its gradient is not finite, or the loss a spike.
     """
     if self._pending is None:
       return
     step, metrics, waited = self._pending
     self._pending = None
     values = {k: float(v) for k, v in metrics.items()}
-    self._check_finite(step, values)
+    self._check_step(step, values)
     now = time.monotonic()
     if self._timed_from is None:  # Compiling is not counted.
       self._timed_from = step, now, waited
@@ -302,18 +302,23 @@ class _Log:
       },
     )
 
-  def _check_finite(self, step: int, values: dict[str, float]) -> None:
-    """Counts a step that is not finite, or raises RunError."""
+  def _check_step(self, step: int, values: dict[str, float]) -> None:
+    """Counts a step that must not be taken, or raises RunError."""
     broken = [n for n in _MUST_BE_FINITE if not math.isfinite(values[n])]
-    if not broken:
+    if not broken and not values.get('train/spike'):
       return
+    kind, name = (
+      ('not_finite', broken[0]) if broken else ('spike', 'train/loss')
+    )
     keys = self._keys(step)
-    path = self._workdir / f'not_finite_{step}.txt'
+    path = self._workdir / f'{kind}_{step}.txt'
     if distributed.is_main():
       with files.atomic(path) as temporary:
         temporary.write_text(''.join(f'{key}\n' for key in keys))
     says = (
-      f'{broken[0]} is {values[broken[0]]} at step {step}, on a batch with '
+      f'{name} is {values[name]} at step {step}'
+      + ', a spike by train.max_loss_ratio' * (kind == 'spike')
+      + ', on a batch with '
       + ', '.join(keys[:3])
       + f' and {len(keys) - 3} more (all in {path})' * (len(keys) > 3)
     )

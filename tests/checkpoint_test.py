@@ -1,6 +1,9 @@
 """Checkpoints: damage, other models, full disks, retention."""
 
+import json
 import os
+import pathlib
+import pickle
 import re
 import shutil
 import subprocess
@@ -104,6 +107,53 @@ def test_damage_is_found_without_digests(folder, name):
   (folder / '8/sha256.json').unlink()
   path = folder / '8/default' / name
   shutil.rmtree(path) if path.is_dir() else path.unlink()
+  assert_restores(folder, 4)
+
+
+class Evil:
+  """Touches a file when it is unpickled."""
+
+  def __init__(self, path):
+    self._path = path
+
+  def __reduce__(self):
+    return pathlib.Path.touch, (self._path,)
+
+
+def test_no_file_of_a_checkpoint_is_ever_run(tmp_path):
+  owned = tmp_path / 'owned'
+  evil = pickle.dumps(Evil(owned))
+  save(tmp_path / 'good', 4, 8)
+  names = [
+    p.relative_to(tmp_path / 'good/8')
+    for p in sorted((tmp_path / 'good/8').rglob('*'))
+    if p.is_file() and p.name != 'sha256.json'
+  ]
+  assert len(names) > 5
+  for name in names:
+    folder = tmp_path / str(name).replace('/', '_')
+    shutil.copytree(tmp_path / 'good', folder)
+    (folder / '8/sha256.json').unlink()  # Or that would find it first.
+    (folder / '8' / name).write_bytes(evil)
+    _, step = restore_latest(folder)
+    assert step in (4, 8), name
+    wanted = {'params': {'w': abstract(state(0))['params']['w']}}
+    try:
+      checkpoint.restore_part(folder, step, wanted)
+    except errors.UserError:
+      pass
+    assert not owned.exists(), name
+  pickle.loads(evil)
+  assert owned.exists()
+
+
+def test_digests_do_not_lead_out_of_the_folder(folder, tmp_path, caplog):
+  os.mkfifo(tmp_path / 'outside')  # Whoever reads it waits for ever.
+  for name in ('../../outside', str(tmp_path / 'outside')):
+    (folder / '8/sha256.json').write_text(json.dumps({name: '0'}))
+    with caplog.at_level('WARNING', logger='mlcd_jax'):
+      with pytest.raises(errors.UserError, match='which lies elsewhere'):
+        checkpoint.Checkpointer(folder).restore(8, abstract(state(0)))
   assert_restores(folder, 4)
 
 
