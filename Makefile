@@ -19,11 +19,11 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Known vulnerabilities of the pinned packages.
+# Known vulnerabilities of the pinned packages; what cannot be looked up fails.
 audit:
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet pip-audit
-	.venv-audit/bin/pip-audit --no-deps --disable-pip -r requirements.txt
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.txt
 
 # Writes requirements.txt anew from pyproject.toml.
 lock:

@@ -7,13 +7,13 @@
 # Several nodes: on each of them, with a workdir that all of them share,
 #   NUM_NODES=2 NODE_RANK=0 COORDINATOR=node0:12345 launch/multi_gpu.sh ...
 #
-# Under Slurm or Open MPI start python -m mlcd_jax.main itself, once a node:
-# the processes are detected.
+# DRY_RUN=1 prints the command instead. Under Slurm see launch/slurm.sbatch;
+# under Open MPI start python -m mlcd_jax.main itself, once a node.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ $# -eq 0 ]; then
-  sed -n '2,13s/^# \{0,1\}//p' "$0"
+  sed -n '2,11s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 if [ "${NUM_NODES:-1}" -gt 1 ]; then
@@ -24,4 +24,11 @@ if [ "${NUM_NODES:-1}" -gt 1 ]; then
 fi
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+if [ "${DRY_RUN:-0}" = 1 ]; then
+  printf '%q ' "$python" -m mlcd_jax.main "$@"
+  echo
+  exit
+fi
+# shellcheck source=launch/environment.sh
+. launch/environment.sh gpu
 exec "$python" -m mlcd_jax.main "$@"

@@ -53,7 +53,7 @@ on_all() {
 create || exit
 failures=0
 while true; do
-  on_all "cd mlcd_jax && .venv/bin/python -m mlcd_jax.main $(printf '%q ' "$@")"
+  on_all "cd mlcd_jax && . launch/environment.sh tpu && .venv/bin/python -m mlcd_jax.main $(printf '%q ' "$@")"
   code=$?
   case $code in 0 | 1 | 2) exit $code ;; esac
   failures=$((failures + 1))

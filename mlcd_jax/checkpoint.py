@@ -1,19 +1,23 @@
 """Checkpoints of the train state, by Orbax."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
 import json
 import logging
+import math
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import peers
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +32,13 @@ class Checkpointer:
   """Saves and restores train states under a folder, one folder a step."""
 
   def __init__(
-    self, folder: pathlib.Path, *, keep: int = 2, keep_every_steps: int = 0
+    self,
+    folder: pathlib.Path,
+    *,
+    keep: int = 2,
+    keep_every_steps: int = 0,
+    keep_best: str = '',
+    best_is: str = 'lowest',
   ):
     """Opens the folder, or makes it.
 
@@ -36,14 +46,28 @@ class Checkpointer:
       folder: of the checkpoints.
       keep: the last so many stay.
       keep_every_steps: and those of multiples of it; 0 = none.
+      keep_best: and the one that is best by the metric of this name; '' = none.
+      best_is: lowest or highest.
     """
     self._folder = folder
+    self._best = keep_best
+    sign = {'lowest': -1, 'highest': 1}[best_is]
+    best_fn = (lambda metrics: sign * metrics[keep_best]) if keep_best else None
+    policies = [checkpoint_managers.LatestN(keep)]
+    if keep_every_steps:
+      policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+    if keep_best:
+      policies.append(
+        checkpoint_managers.BestN(
+          get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False
+        )
+      )
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
       item_handlers=ocp.StandardCheckpointHandler(),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        keep_period=keep_every_steps or None,
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        best_fn=best_fn,  # Has the metric written beside the state.
         cleanup_tmp_directories=True,
         # When to save is the training loop's decision.
         save_interval_steps=1,
@@ -52,8 +76,16 @@ class Checkpointer:
     self._sealing = futures.ThreadPoolExecutor(1, 'seal')
     self._unsealed = None  # A step whose digests are not written yet.
 
-  def save(self, step: int, state: Any) -> None:
+  def save(
+    self, step: int, state: Any, metrics: Mapping[str, float] | None = None
+  ) -> None:
     """Writes in the background, unless the step is there already.
+
+    Args:
+      step: number.
+      state: of the step.
+      metrics: by name; the checkpoint is never the best one without a finite
+        value of the metric to keep by.
 
     Raises:
       RunError: this one or the one before cannot be written.
@@ -62,7 +94,12 @@ class Checkpointer:
       return
     with self._explained():
       self._finish_last()
-      self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+      self._manager.save(
+        step,
+        args=ocp.args.StandardSave(state),
+        metrics=self._metric(step, metrics or {}),
+        force=True,
+      )
       self._unsealed = step
 
   def restore(self, step: int, abstract_state: Any) -> Any:
@@ -115,6 +152,10 @@ class Checkpointer:
       )
     return None
 
+  def best_step(self) -> int | None:
+    """The best checkpoint by the metric; None where none has it."""
+    return self._manager.best_step() if self._best else None
+
   def close(self) -> None:
     """Waits for what is being written.
 
@@ -132,6 +173,23 @@ class Checkpointer:
     if step is not None and distributed.is_main():
       self._sealing.submit(_seal, self._folder / str(step))
 
+  def _metric(
+    self, step: int, metrics: Mapping[str, float]
+  ) -> dict[str, float] | None:
+    """What is written beside a state, for the choice of the best one."""
+    value = metrics.get(self._best)
+    if value is not None and math.isfinite(value):
+      return {self._best: float(value)}
+    if self._best:
+      _log.warning(
+        'train: checkpoint %d cannot be the best: train.keep_best=%s is not '
+        'among what was logged since the one before: %s',
+        step,
+        self._best,
+        ', '.join(sorted(metrics)),
+      )
+    return None
+
   def _explained(self) -> '_Explained':
     return _Explained(self._folder)
 
@@ -147,6 +205,8 @@ class Checkpointer:
     except errors.UserError:
       raise
     except Exception as e:  # Orbax and TensorStore raise all kinds.
+      if peers.may_be_lost(e):
+        peers.wait()  # Else a good checkpoint would count as damaged.
       said = (str(e).strip() or type(e).__name__).splitlines()[0]
       raise _Damaged(said[:200]) from e
 
@@ -321,6 +381,8 @@ def _check_digests(folder: pathlib.Path) -> None:
   except ValueError as e:
     raise _Damaged(f'{_DIGESTS} is broken') from e
   for name, digest in digests.items():
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+      raise _Damaged(f'{_DIGESTS} names {name}, which lies elsewhere')
     if not files.unchanged(folder, {name: digest}):
       raise _Damaged(f'{name} is missing or changed')
 

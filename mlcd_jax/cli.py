@@ -54,7 +54,7 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
   except Exception as e:
     if not peers.started():
       raise
-    if isinstance(e, RuntimeError):
+    if peers.may_be_lost(e):
       peers.wait()  # A lost process breaks connections: it gets the blame.
     traceback.print_exc()
     peers.tell(1, f'ended by a bug ({type(e).__name__}); see its output')

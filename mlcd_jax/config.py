@@ -134,9 +134,15 @@ def default() -> ml_collections.ConfigDict:
   c.train.checkpoint_every_minutes = 0.0  # Of these as well; 0 = off.
   c.train.keep_checkpoints = 2  # The last ones.
   c.train.keep_every_steps = 0  # And for good those of multiples; 0 = none.
-  # Batches with a loss or gradient that is not finite, left out in this
-  # invocation before the run stops.
+  # And the best one by a metric of metrics.jsonl, such as train/loss, as last
+  # logged before a checkpoint; '' = none.
+  c.train.keep_best = ''
+  c.train.best_is = 'lowest'  # lowest | highest
+  # Batches with a loss or gradient that is not finite, or a spike, left out in
+  # this invocation before the run stops.
   c.train.max_skipped_steps = 0
+  # A loss above so many times its moving average is a spike; 0 = off.
+  c.train.max_loss_ratio = 0.0
   c.train.log_every_steps = 50
   c.train.stop_after_steps = 0  # Steps in this invocation; 0 = to the end.
 
@@ -242,6 +248,7 @@ def check(
     'loss.negatives': ('uniform', 'partial_fc'),
     'optimizer.schedule': ('cosine', 'polynomial', 'constant'),
     'optimizer.head_update': ('dense', 'sparse'),
+    'train.best_is': ('lowest', 'highest'),
   }.items():
     if field.partition('.')[0] in skip:
       continue
@@ -323,6 +330,7 @@ _RANGES = (
   ('train.keep_checkpoints', 1, 1_000_000),
   ('train.keep_every_steps', 0, _MOST),
   ('train.max_skipped_steps', 0, _MOST),
+  ('train.max_loss_ratio', 0, 1e6),
   ('train.log_every_steps', 1, _MOST),
   ('train.stop_after_steps', 0, _MOST),
   ('evaluate.batch_size', 1, _MOST),
@@ -340,6 +348,16 @@ _EMBED_PATHS = {
 
 def _check_together(c: ml_collections.ConfigDict) -> None:
   """Checks of more than one field."""
+  if 0 < c.train.max_loss_ratio <= 1:
+    raise errors.UserError(
+      f'train.max_loss_ratio={c.train.max_loss_ratio}: needs more than 1, such '
+      'as 2, or 0 for off'
+    )
+  if c.train.keep_best and '/' not in c.train.keep_best:
+    raise errors.UserError(
+      f'train.keep_best={c.train.keep_best}: needs a name of metrics.jsonl, '
+      'such as train/loss'
+    )
   if bool(c.train.steps) == bool(c.train.epochs):
     raise errors.UserError(
       f'train.steps={c.train.steps} and train.epochs={c.train.epochs}: '

@@ -72,6 +72,9 @@ def initialize(
       )
   except (RuntimeError, ValueError) as e:
     raise errors.RunError(_why_not_joined(init_timeout, said, e)) from e
+  if alone_on_host(os.environ):
+    for platform in ('cuda', 'rocm'):
+      jax.config.update(f'jax_{platform}_visible_devices', 'all')
   peers.start(
     jax._src.distributed.global_state.client,
     jax.process_index(),
@@ -222,6 +225,18 @@ def launched_together(env) -> bool:
     or ('JOBSET_NAME' in env and 'JOB_COMPLETION_INDEX' in env)
     or 'MEGASCALE_COORDINATOR_ADDRESS' in env
     or _on_cloud_tpu()
+  )
+
+
+def alone_on_host(env) -> bool:
+  """Whether Slurm or Open MPI started one process on each host.
+
+  jax gives every process of theirs the one GPU of its place on the host, which
+  leaves the others of the host unused where there is one process.
+  """
+  return (
+    env.get('SLURM_STEP_TASKS_PER_NODE', '').partition('(')[0] == '1'
+    or env.get('OMPI_COMM_WORLD_LOCAL_SIZE') == '1'
   )
 
 

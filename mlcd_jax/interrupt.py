@@ -36,11 +36,16 @@ def exiting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-  """Inside, the first signal is only noted; yields whether there was one."""
+  """Inside, the first signal is only noted; yields whether there was one.
+
+  The second one ends the process at once, whatever it is saving.
+  """
   received = []
 
   def handle(number, frame):
     del frame
+    if received:  # Both came while the program was in no Python code.
+      os._exit(128 + number)
     _restore_defaults()
     received.append(number)
 

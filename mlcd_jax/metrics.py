@@ -26,6 +26,7 @@ class Writer:
       first_step: the step this invocation starts with.
     """
     self._file = self._board = None
+    self._latest = {}
     if not distributed.is_main():
       return
     path = workdir / 'metrics.jsonl'
@@ -37,11 +38,17 @@ class Writer:
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes one line and one point a value."""
+    self._latest.update(values)
     if self._file is None:
       return
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+
+  def latest(self) -> dict[str, float]:
+    """The last value of every metric since this was asked before."""
+    latest, self._latest = self._latest, {}
+    return latest
 
   def close(self) -> None:
     """Flushes both."""

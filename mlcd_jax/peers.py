@@ -9,6 +9,7 @@ process. jaxlib by itself aborts with a stack trace that names nobody.
 import ctypes
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -19,6 +20,8 @@ from mlcd_jax import errors
 _BEATS = 'mlcd_jax/beat/'
 _NOTICES = 'mlcd_jax/notice/'
 _VERDICT = 'mlcd_jax/verdict'
+
+_STATUS = re.compile('[A-Z_]+: ')
 
 # Beats in a heartbeat timeout, and seconds between two at most.
 _BEATS_PER_TIMEOUT = 8
@@ -62,6 +65,17 @@ def tell(code: int, says: str) -> None:
   """
   if _watch is not None:
     _watch.tell(code, says)
+
+
+def may_be_lost(e: Exception) -> bool:
+  """Whether an error may be what the loss of another process looks like.
+
+  XLA's are RuntimeErrors, or where a program runs in the thread that calls it
+  ValueErrors; both begin with the name of a status, such as UNKNOWN.
+  """
+  return started() and (
+    isinstance(e, RuntimeError) or bool(_STATUS.match(str(e)))
+  )
 
 
 def wait() -> None:

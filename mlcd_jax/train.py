@@ -89,6 +89,8 @@ def run(
     manifest.folder,
     keep=config.train.keep_checkpoints,
     keep_every_steps=config.train.keep_every_steps,
+    keep_best=config.train.keep_best,
+    best_is=config.train.best_is,
   )
   state, first = _restore_or_init(program, checkpointer, clusters=labels.folder)
   last = program.steps
@@ -162,7 +164,7 @@ def _loop(
     if wish or step == last or step % every == 0:
       log.flush(last=stopped or step == last)
       with log.saving():
-        checkpointer.save(step, state)
+        checkpointer.save(step, state, log.latest())
       saved_step, saved_at = step, time.monotonic()
     if stopped:
       checkpointer.close()
@@ -291,14 +293,14 @@ class _Log:
     """Checks what is pending, and writes it if due or the last.
 
     Raises:
-      RunError: the loss or its gradient is not finite.
+      RunError: the loss or its gradient is not finite, or the loss a spike.
     """
     if self._pending is None:
       return
     step, metrics, waited = self._pending
     self._pending = None
     values = {k: float(v) for k, v in metrics.items()}
-    self._check_finite(step, values)
+    self._check_step(step, values)
     now = time.monotonic()
     if self._timed_from is None:  # Compiling is not counted.
       self._timed_from = step, now, waited
@@ -344,18 +346,23 @@ class _Log:
     yield
     self._saving += time.monotonic() - start
 
-  def _check_finite(self, step: int, values: dict[str, float]) -> None:
-    """Counts a step that is not finite, or raises RunError."""
+  def _check_step(self, step: int, values: dict[str, float]) -> None:
+    """Counts a step that must not be taken, or raises RunError."""
     broken = [n for n in _MUST_BE_FINITE if not math.isfinite(values[n])]
-    if not broken:
+    if not broken and not values.get('train/spike'):
       return
+    kind, name = (
+      ('not_finite', broken[0]) if broken else ('spike', 'train/loss')
+    )
     keys = self._keys(step)
-    path = self._workdir / f'not_finite_{step}.txt'
+    path = self._workdir / f'{kind}_{step}.txt'
     if distributed.is_main():
       with files.atomic(path) as temporary:
         temporary.write_text(''.join(f'{key}\n' for key in keys))
     says = (
-      f'{broken[0]} is {values[broken[0]]} at step {step}, on a batch with '
+      f'{name} is {values[name]} at step {step}'
+      + ', a spike by train.max_loss_ratio' * (kind == 'spike')
+      + ', on a batch with '
       + ', '.join(keys[:3])
       + f' and {len(keys) - 3} more (all in {path})' * (len(keys) > 3)
     )
@@ -367,6 +374,10 @@ class _Log:
         f'{self._max_skipped}'
       )
     _log.warning('train: skipped: %s', says)
+
+  def latest(self) -> dict[str, float]:
+    """See metrics.Writer.latest."""
+    return self._writer.latest()
 
   def close(self) -> None:
     """Flushes the files."""

@@ -18,6 +18,10 @@ from mlcd_jax import models
 from mlcd_jax import optimizer
 from mlcd_jax import sharding
 
+# How much of a step's loss goes into the average that spikes are told by: the
+# last hundred steps or so.
+_LOSS_RATE = 0.01
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -28,12 +32,15 @@ class TrainState:
     params: {"encoder": ..., "classifier": {"weight"}}, float32.
     opt_state: of optax.
     ema: moving average of params["encoder"]; {} without one.
+    loss_average: of the steps taken, float32 scalar, infinite before the
+      first; {} without a rule for spikes.
   """
 
   step: jax.Array
   params: dict[str, Any]
   opt_state: Any
   ema: dict[str, Any]
+  loss_average: Any
 
   @property
   def encoder(self) -> dict[str, Any]:
@@ -141,6 +148,9 @@ class Program:
       params=params,
       opt_state=self._optimizer.init(params),
       ema=params['encoder'] if self.config.train.ema_decay else {},
+      loss_average=jnp.float32(jnp.inf)
+      if self.config.train.max_loss_ratio
+      else {},
     )
 
   def _step(self, state: TrainState, batch: dict[str, jax.Array]):
@@ -155,15 +165,26 @@ class Program:
       'train/gradient_norm': optax.tree.norm(gradients),
       'train/images_without_labels': jnp.sum(1 - batch['weight']),
     }
+    accepted = jnp.isfinite(loss) & jnp.isfinite(metrics['train/gradient_norm'])
+    loss_average = state.loss_average
+    if self.config.train.max_loss_ratio:
+      spike = loss > self.config.train.max_loss_ratio * loss_average
+      accepted &= ~spike
+      metrics['train/spike'] = spike.astype(jnp.float32)
+      loss_average = jnp.where(
+        jnp.isinf(loss_average),
+        loss,
+        loss_average + _LOSS_RATE * (loss - loss_average),
+      )
     new = TrainState(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
       ema=self._average(state, params['encoder']),
+      loss_average=loss_average,
     )
     if self.config.train.max_skipped_steps:
-      finite = jnp.isfinite(loss) & jnp.isfinite(metrics['train/gradient_norm'])
-      kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+      kept = jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, state)
       new = kept.replace(step=new.step)
     return new, metrics
 

@@ -1,6 +1,9 @@
 """Checkpoints: damage, other models, full disks, retention."""
 
+import json
 import os
+import pathlib
+import pickle
 import re
 import shutil
 import subprocess
@@ -107,6 +110,53 @@ def test_damage_is_found_without_digests(folder, name):
   assert_restores(folder, 4)
 
 
+class Evil:
+  """Touches a file when it is unpickled."""
+
+  def __init__(self, path):
+    self._path = path
+
+  def __reduce__(self):
+    return pathlib.Path.touch, (self._path,)
+
+
+def test_no_file_of_a_checkpoint_is_ever_run(tmp_path):
+  owned = tmp_path / 'owned'
+  evil = pickle.dumps(Evil(owned))
+  save(tmp_path / 'good', 4, 8)
+  names = [
+    p.relative_to(tmp_path / 'good/8')
+    for p in sorted((tmp_path / 'good/8').rglob('*'))
+    if p.is_file() and p.name != 'sha256.json'
+  ]
+  assert len(names) > 5
+  for name in names:
+    folder = tmp_path / str(name).replace('/', '_')
+    shutil.copytree(tmp_path / 'good', folder)
+    (folder / '8/sha256.json').unlink()  # Or that would find it first.
+    (folder / '8' / name).write_bytes(evil)
+    _, step = restore_latest(folder)
+    assert step in (4, 8), name
+    wanted = {'params': {'w': abstract(state(0))['params']['w']}}
+    try:
+      checkpoint.restore_part(folder, step, wanted)
+    except errors.UserError:
+      pass
+    assert not owned.exists(), name
+  pickle.loads(evil)
+  assert owned.exists()
+
+
+def test_digests_do_not_lead_out_of_the_folder(folder, tmp_path, caplog):
+  os.mkfifo(tmp_path / 'outside')  # Whoever reads it waits for ever.
+  for name in ('../../outside', str(tmp_path / 'outside')):
+    (folder / '8/sha256.json').write_text(json.dumps({name: '0'}))
+    with caplog.at_level('WARNING', logger='mlcd_jax'):
+      with pytest.raises(errors.UserError, match='which lies elsewhere'):
+        checkpoint.Checkpointer(folder).restore(8, abstract(state(0)))
+  assert_restores(folder, 4)
+
+
 def test_all_damaged_is_said(folder):
   for step in (4, 8):
     flip_a_byte(largest(folder / str(step)))
@@ -133,6 +183,39 @@ def test_retention(tmp_path):
   assert {p.name for p in (tmp_path / 'a').iterdir()} == {'5', '6', '7'}
   save(tmp_path / 'b', *range(1, 8), keep=1, keep_every_steps=3)
   assert {p.name for p in (tmp_path / 'b').iterdir()} == {'3', '6', '7'}
+
+
+@pytest.mark.parametrize(
+  ('best_is', 'kept'), [('lowest', {'3', '6'}), ('highest', {'2', '6'})]
+)
+def test_the_best_one_stays(tmp_path, best_is, kept, caplog):
+  losses = {1: 5.0, 2: 9.0, 3: 1.0, 4: float('nan'), 5: None, 6: 4.0}
+  options = {'keep': 1, 'keep_best': 'train/loss', 'best_is': best_is}
+  for steps in ((1, 2, 3), (4, 5, 6)):  # Also across restarts.
+    checkpointer = checkpoint.Checkpointer(tmp_path, **options)
+    for step in steps:
+      metrics = {'train/gradient_norm': 1.0, 'train/loss': losses[step]}
+      if losses[step] is None:
+        del metrics['train/loss']
+      checkpointer.save(step, state(step), metrics)
+    best = checkpointer.best_step()
+    checkpointer.close()
+  assert {p.name for p in tmp_path.iterdir()} == kept
+  assert str(best) in kept and best != 6
+  assert 'checkpoint 5 cannot be the best: train.keep_best=train/loss' in (
+    caplog.text
+  )
+  assert_restores(tmp_path, 6)
+
+
+def test_the_best_one_stays_beside_the_last_and_every_so_many(tmp_path):
+  checkpointer = checkpoint.Checkpointer(
+    tmp_path, keep=2, keep_every_steps=4, keep_best='a'
+  )
+  for step in range(1, 11):
+    checkpointer.save(step, state(step), {'a': abs(step - 3)})
+  checkpointer.close()
+  assert {p.name for p in tmp_path.iterdir()} == {'3', '4', '8', '9', '10'}
 
 
 @pytest.fixture(name='small_disk')

@@ -28,10 +28,11 @@ TINY = (
 )
 
 
-def start(*arguments, module='mlcd_jax.main', devices=1, **env):
-  """Returns the started process; its output is text."""
+def start(*arguments, module='mlcd_jax.main', script='', devices=1, **env):
+  """Returns the started module or script's process; its output is text."""
+  what = ['-c', script] if script else ['-m', module]
   return subprocess.Popen(
-    [sys.executable, '-m', module, *map(str, arguments)],
+    [sys.executable, *what, *map(str, arguments)],
     cwd=ROOT,
     env=os.environ
     | {

@@ -79,3 +79,30 @@ def test_malformed_configs_are_refused(tiny_config):
   other.data = ml_collections.ConfigDict(dict(other.data, crop_area='all'))
   with pytest.raises(errors.UserError, match="data.crop_area='all'"):
     config_lib.check(other)
+
+
+def numeric_fields():
+  config = config_lib.default()
+  sections = {'': {'seed': config.seed}} | {
+    name: config[name] for name in config if name != 'seed'
+  }
+  return [
+    f'{section}.{name}'.lstrip('.')
+    for section, fields in sections.items()
+    for name, value in fields.items()
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
+  ]
+
+
+@pytest.mark.parametrize('field', numeric_fields())
+def test_every_number_has_a_range(tiny_config, field):
+  value = config_lib.default()
+  for part in field.split('.'):
+    value = value[part]
+  tiny_config.update_from_flattened_dict({field: type(value)(-(10**9))})
+  with pytest.raises(errors.UserError, match=field):
+    config_lib.check(tiny_config)
+  if isinstance(value, float):
+    tiny_config.update_from_flattened_dict({field: float('nan')})
+    with pytest.raises(errors.UserError, match=field):
+      config_lib.check(tiny_config)

@@ -23,6 +23,22 @@ def test_launched_together(env, expected):
   assert distributed.launched_together(env) == expected
 
 
+@pytest.mark.parametrize(
+  ('env', 'expected'),
+  [
+    ({}, False),
+    ({'SLURM_STEP_TASKS_PER_NODE': '1'}, True),
+    ({'SLURM_STEP_TASKS_PER_NODE': '1(x16)'}, True),
+    ({'SLURM_STEP_TASKS_PER_NODE': '8(x2)'}, False),
+    ({'SLURM_STEP_TASKS_PER_NODE': '1,2'}, False),
+    ({'OMPI_COMM_WORLD_LOCAL_SIZE': '1'}, True),
+    ({'OMPI_COMM_WORLD_LOCAL_SIZE': '8'}, False),
+  ],
+)
+def test_alone_on_host(env, expected):
+  assert distributed.alone_on_host(env) == expected
+
+
 def test_flags_come_together():
   with pytest.raises(errors.UserError, match='all three'):
     distributed.initialize(num_processes=2)

@@ -1,11 +1,14 @@
-"""The launchers: restarts, dry runs, and files that parse."""
+"""The launchers: restarts, dry runs, settings, and files that fit schemas."""
 
 import os
-import shutil
+import pathlib
 import signal
 import subprocess
+import sys
 import time
 
+from kubeflow_trainer_api import models
+import pydantic
 import pytest
 import yaml
 
@@ -91,20 +94,143 @@ def test_tpu_vm_dry_run():
   assert 'mlcd_jax.main' in run and '--config=c.py' in run
 
 
+def test_multi_gpu_dry_run():
+  nodes = {'NUM_NODES': '2', 'NODE_RANK': '1', 'COORDINATOR': 'n:1'}
+  for env, rest in (
+    ({}, ''),
+    (nodes, '--coordinator_address=n:1 --num_processes=2 --process_id=1 '),
+  ):
+    done = subprocess.run(
+      [_LAUNCH / 'multi_gpu.sh', '--config=c.py', '--workdir=/a b'],
+      env=os.environ | env | {'DRY_RUN': '1'},
+      capture_output=True,
+      text=True,
+      timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    _, _, arguments = done.stdout.partition(' -m mlcd_jax.main ')
+    assert arguments == f'--config=c.py --workdir=/a\\ b {rest}\n'
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+def test_xla_knows_every_flag_of_the_environment(platform):
+  script = (
+    f'. launch/environment.sh {platform}; env; exec {sys.executable} -c '
+    '"import jax; print(jax.config.jax_compilation_cache_dir, '
+    'jax.devices()[0].platform)"'
+  )
+  done = subprocess.run(
+    ['bash', '-euc', script],
+    cwd=commands.ROOT,
+    env={'HOME': '/home/me', 'PATH': '/usr/bin:/bin', 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr  # XLA aborts at an unknown flag.
+  *env, end = done.stdout.splitlines()
+  assert end == '/home/me/.cache/mlcd_jax/jax cpu'
+  assert any('latency_hiding' in line for line in env) == (platform == 'gpu')
+
+
+def test_the_environment_leaves_what_is_set():
+  given = {
+    'PATH': '/usr/bin:/bin',
+    'XLA_FLAGS': '--mine',
+    'JAX_COMPILATION_CACHE_DIR': '/mine',
+    'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.5',
+  }
+  script = f'set -u; . {_LAUNCH}/environment.sh gpu; env'
+  env = subprocess.run(
+    ['bash', '-euc', script], env=given, capture_output=True, text=True
+  ).stdout.splitlines()
+  assert 'JAX_COMPILATION_CACHE_DIR=/mine' in env
+  assert 'XLA_PYTHON_CLIENT_MEM_FRACTION=0.5' in env
+  (flags,) = (line for line in env if line.startswith('XLA_FLAGS='))
+  assert flags.endswith(' --mine')
+
+
 @pytest.mark.parametrize('path', _SCRIPTS, ids=lambda p: p.name)
-def test_scripts_parse(path):
-  subprocess.run(['bash', '-n', path], check=True)
-  if shutil.which('shellcheck'):
-    subprocess.run(['shellcheck', path], check=True)
+def test_scripts_pass_shellcheck(path):
+  subprocess.run(
+    [pathlib.Path(sys.executable).with_name('shellcheck'), '-x', path],
+    cwd=commands.ROOT,
+    check=True,
+  )
 
 
-def test_yaml_parses_and_says_that_it_was_not_run():
-  gke = yaml.safe_load((_LAUNCH / 'gke_jobset.yaml').read_text())
-  (job,) = gke['spec']['replicatedJobs']
+def jobset(text):
+  """Whether all is as JobSet's and Kubernetes' schemas have it."""
+  content = yaml.safe_load(text)
+  # What a schema does not know is dropped.
+  return models.JobsetV1alpha2JobSet.from_dict(content).to_dict() == content
+
+
+def test_jobset_fits_its_schema():
+  text = (_LAUNCH / 'gke_jobset.yaml').read_text()
+  assert jobset(text)
+  for right, wrong in (
+    ('maxRestarts:', 'maxRestart:'),
+    ('backoffLimit:', 'backoffLimits:'),
+    ('claimName:', 'name:'),
+    ('maxRestarts: 20', 'maxRestarts: many'),
+    ('restartPolicy: Never', 'restartPolicy: [Never]'),
+  ):
+    assert right in text
+    try:
+      assert not jobset(text.replace(right, wrong)), wrong
+    except pydantic.ValidationError:
+      pass
+  (job,) = yaml.safe_load(text)['spec']['replicatedJobs']
   job = job['template']['spec']
   assert job['parallelism'] == job['completions'] == 16 * 16 // 4
-  sky = yaml.safe_load((_LAUNCH / 'skypilot.yaml').read_text())
-  assert 'launch/restart.sh' in sky['run']
+
+
+_SKYPILOT = """
+import sys, yaml
+import sky
+from sky.utils import common_utils, schemas
+text = open('launch/skypilot.yaml').read()
+for wrong in sys.argv[1:]:
+  right, _, wrong = wrong.partition('->')
+  assert right in text
+  text = text.replace(right, wrong)
+common_utils.validate_schema(yaml.safe_load(text), schemas.get_task_schema())
+sky.Task.from_yaml_config(yaml.safe_load(text))
+"""
+
+
+@pytest.mark.slow
+def test_skypilot_takes_the_task(tmp_path):
+  subprocess.run([sys.executable, '-m', 'venv', tmp_path / 'venv'], check=True)
+  python = tmp_path / 'venv/bin/python'
+  installed = subprocess.run(
+    [python, '-m', 'pip', 'install', '--quiet', 'skypilot==0.14.1'],
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  if installed.returncode:
+    pytest.skip(f'pip install skypilot: {installed.stderr.strip()[-300:]}')
+  for change, taken in (
+    ([], True),
+    (['use_spot:->use_spots:'], False),
+    (['num_nodes: 1->num_nodes: one'], False),
+  ):
+    done = subprocess.run(
+      [python, '-c', _SKYPILOT, *change],
+      cwd=commands.ROOT,
+      env=os.environ
+      | {'HOME': str(tmp_path), 'SKYPILOT_DISABLE_USAGE_COLLECTION': '1'},
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+    assert (done.returncode == 0) == taken, done.stderr
+
+
+def test_what_was_not_run_says_so():
   for name in ('gke_jobset.yaml', 'skypilot.yaml', 'slurm.sbatch', 'tpu_vm.sh'):
     head = ''.join((_LAUNCH / name).read_text().splitlines()[:4])
-    assert 'Not run' in head, name
+    assert 'Not run' in head or 'not on GPUs' in head, name
+  assert 'launch/restart.sh' in (_LAUNCH / 'skypilot.yaml').read_text()

@@ -1,7 +1,10 @@
 """Two processes of four devices each: the same run, stopped, lost, absent."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from tests import commands
 _TIMEOUT = 8  # Seconds until a silent process counts as lost.
 
 
-def start(workdir, *arguments, indices=(0, 1), count=2):
+def start(workdir, *arguments, indices=(0, 1), count=2, devices=4):
   port = commands.free_port()
   return [
     commands.start(
@@ -23,7 +26,7 @@ def start(workdir, *arguments, indices=(0, 1), count=2):
       f'--process_id={i}',
       f'--heartbeat_timeout={_TIMEOUT}',
       *arguments,
-      devices=4,
+      devices=devices,
     )
     for i in indices
   ]
@@ -40,6 +43,41 @@ def last_line(err):
 def losses(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return {r['step']: r['train/loss'] for r in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(
+  ('tasks_per_node', 'visible'), [('1(x2)', 'all'), ('2', 'index')]
+)
+def test_one_task_a_node_gets_all_of_its_gpus(tasks_per_node, visible):
+  script = (
+    'from jax._src import xla_bridge; from mlcd_jax import distributed; '
+    'distributed.initialize(); print(xla_bridge.CUDA_VISIBLE_DEVICES.value)'
+  )
+  port = commands.free_port()
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', script],
+      cwd=commands.ROOT,
+      env=os.environ
+      | {
+        'JAX_COORDINATOR_PORT': str(port),
+        'SLURM_JOB_ID': '1',
+        'SLURM_STEP_NODELIST': 'localhost',
+        'SLURM_NTASKS': '2',
+        'SLURM_STEP_NUM_TASKS': '2',
+        'SLURM_STEP_TASKS_PER_NODE': tasks_per_node,
+        'SLURM_PROCID': str(i),
+        'SLURM_LOCALID': '0' if visible == 'all' else str(i),
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  for i, (code, out, err) in enumerate(finish(processes)):
+    assert code == 0, err
+    assert out.strip() == ('all' if visible == 'all' else str(i))
 
 
 @pytest.mark.slow
@@ -108,9 +146,10 @@ def test_a_signal_to_one_stops_both_after_saving(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('index', [0, 1])
-def test_a_killed_process_is_named(tmp_path, index):
-  processes = start(tmp_path, '--config.train.steps=100000')
+@pytest.mark.parametrize(('index', 'devices'), [(0, 4), (1, 4), (1, 1)])
+def test_a_killed_process_is_named(tmp_path, index, devices):
+  arguments = ('--config.train.steps=100000',)
+  processes = start(tmp_path, *arguments, devices=devices)
   metrics = tmp_path / 'metrics.jsonl'
   commands.wait_until(lambda: commands.num_lines(metrics) > 4, *processes)
   processes[index].kill()

@@ -185,9 +185,9 @@ def test_non_finite_loss_stops(start, tmp_path):
 
 
 class Poisoned:
-  """A step that gets NaN as the classifier's input where it is told to."""
+  """A step whose loss is multiplied, by NaN if not said, where it is told."""
 
-  def __init__(self, monkeypatch, *steps):
+  def __init__(self, monkeypatch, *steps, by=float('nan')):
     loss = train_step.classifier.loss
 
     def poisoned(w, x, labels, *, key, **options):
@@ -200,8 +200,8 @@ class Poisoned:
         jax.numpy.all(jax.random.key_data(k) == jax.random.key_data(key))
         for k in keys
       )
-      x = jax.numpy.where(bad > 0, float('nan'), x)
-      return loss(w, x, labels, key=key, **options)
+      found = loss(w, x, labels, key=key, **options)
+      return found * jax.numpy.where(bad > 0, by, 1.0)
 
     monkeypatch.setattr(train_step.classifier, 'loss', poisoned)
 
@@ -281,6 +281,52 @@ def test_saves_by_the_clock(start, tmp_path):
   )
   saved = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
   assert saved == {'manifest.json', *map(str, range(1, 13))}
+
+
+def test_keeps_the_last_every_so_many_and_the_best(start, tmp_path):
+  start(
+    tmp_path,
+    **{
+      'train.checkpoint_every_minutes': 1e-9,
+      'train.checkpoint_every_steps': 1000,
+      'train.keep_checkpoints': 2,
+      'train.keep_every_steps': 5,
+      'train.keep_best': 'train/loss',
+      'train.best_is': 'highest',
+    },
+  )
+  curve = losses(tmp_path)
+  best = max(curve, key=curve.get)
+  assert best not in (5, 10, 11, 12)
+  saved = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
+  assert saved == {'manifest.json', '5', '10', '11', '12', str(best)}
+
+
+def test_a_spike_is_left_out(start, tmp_path, monkeypatch, tiny_config):
+  Poisoned(monkeypatch, 3, 6, by=100.0)
+  spikes = {'train.max_loss_ratio': 2.0}
+  start(tmp_path / 'a', **spikes, **{'train.max_skipped_steps': 2})
+  lines = (tmp_path / 'a/metrics.jsonl').read_text().splitlines()
+  values = [json.loads(line) for line in lines]
+  assert [v['train/spike'] for v in values] == [0, 0, 1, 0, 0, 1] + [0] * 6
+  assert values[-1]['train/skipped_steps'] == 2
+  # What follows does not know of them.
+  assert values[3]['train/loss'] < 1.1 * values[1]['train/loss']
+  assert len((tmp_path / 'a/spike_3.txt').read_text().splitlines()) == 32
+  with pytest.raises(errors.RunError, match='at step 3, a spike by train.max'):
+    start(tmp_path / 'b', **spikes, **{'train.max_skipped_steps': 0})
+
+
+def test_a_rule_for_spikes_changes_nothing_else(start, tmp_path, tiny_config):
+  start(tmp_path / 'a')
+  off = tiny_config.train.max_loss_ratio
+  start(tmp_path / 'b', **{'train.max_loss_ratio': 2.0})
+  assert off == 0
+  np.testing.assert_allclose(
+    list(losses(tmp_path / 'a').values()),
+    list(losses(tmp_path / 'b').values()),
+    rtol=1e-6,
+  )
 
 
 @pytest.mark.slow

@@ -142,6 +142,12 @@ def field(assignment, *says):
     field('train.ema_decay=2', 'train.ema_decay=2', '0 to 1'),
     field('train.keep_checkpoints=0', 'train.keep_checkpoints=0', '1 to'),
     field('train.max_skipped_steps=-1', 'max_skipped_steps=-1', '0 to'),
+    field('train.max_loss_ratio=-1', 'train.max_loss_ratio=-1', '0 to'),
+    field(
+      'train.max_loss_ratio=0.5', 'train.max_loss_ratio=0.5', 'more than 1'
+    ),
+    field('train.keep_best=loss', 'train.keep_best=loss', 'train/loss'),
+    field('train.best_is=first', "train.best_is='first'", 'lowest, highest'),
     field('mesh.data=0', 'mesh.data=0', '-1'),
     field('mesh.slices=0', 'mesh.slices=0', 'at least 1'),
     # Fields that do not go together.
