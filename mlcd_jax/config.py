@@ -23,6 +23,8 @@ TASKS = (
   'linear',
   'knn',
   'few_shot',
+  'zero_shot',
+  'retrieval',
 )
 
 
@@ -159,6 +161,18 @@ def default() -> ml_collections.ConfigDict:
   c.evaluate.every_steps = 0  # Of training, into metrics.jsonl; 0 = never.
   c.evaluate.batch_size = 256  # Images a call, over all devices.
   c.evaluate.datasets = ml_collections.ConfigDict()
+
+  # The text tower that zero_shot and retrieval tune to a locked encoder, on
+  # the images and captions of `data`; what else it needs is `optimizer`'s.
+  c.lit = ml_collections.ConfigDict()
+  c.lit.loss = 'softmax'  # softmax (CLIP) | sigmoid (SigLIP)
+  c.lit.steps = 1_000
+  c.lit.batch_size = 256  # Pairs a step, over all devices.
+  c.lit.learning_rate = 5e-4
+  c.lit.width = 512
+  c.lit.depth = 12
+  c.lit.context = 77  # Tokens; longer captions are cut.
+  c.lit.dtype = 'bfloat16'  # Of the products; weights stay float32.
   return c
 
 
@@ -169,6 +183,8 @@ def add_dataset(
   train_split: str = 'train',
   test_split: str = 'test',
   validation_split: str = '',
+  prompts: str = '',
+  present_classes: bool = False,
   **data: Any,
 ) -> None:
   """Adds a labelled data set to evaluate on.
@@ -176,9 +192,12 @@ def add_dataset(
   Args:
     config: to add to.
     name: in results.json.
-    train_split: for fitting.
+    train_split: for fitting; '' = zero_shot and retrieval are all that is
+      done, and for retrieval it may be without labels.
     test_split: for scoring.
     validation_split: for choosing a penalty; '' = a part of train_split.
+    prompts: for zero_shot, an entry of assets/prompts.json, or FILE:NAME.
+    present_classes: zero_shot chooses among the test split's classes only.
     **data: override the fields of config.data.
   """
   dataset = ml_collections.ConfigDict(
@@ -186,6 +205,8 @@ def add_dataset(
       train_split=train_split,
       test_split=test_split,
       validation_split=validation_split,
+      prompts=prompts,
+      present_classes=present_classes,
     )
   )
   for field in (
@@ -249,6 +270,8 @@ def check(
     'optimizer.schedule': ('cosine', 'polynomial', 'constant'),
     'optimizer.head_update': ('dense', 'sparse'),
     'train.best_is': ('lowest', 'highest'),
+    'lit.loss': ('softmax', 'sigmoid'),
+    'lit.dtype': ('float32', 'bfloat16'),
   }.items():
     if field.partition('.')[0] in skip:
       continue
@@ -335,6 +358,12 @@ _RANGES = (
   ('train.stop_after_steps', 0, _MOST),
   ('evaluate.batch_size', 1, _MOST),
   ('evaluate.every_steps', 0, _MOST),
+  ('lit.steps', 1, _MOST),
+  ('lit.batch_size', 1, _MOST),
+  ('lit.learning_rate', 0, 1e3),
+  ('lit.width', 1, 65_536),
+  ('lit.depth', 1, 1_024),
+  ('lit.context', 3, 1_024),
 )
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import zipfile
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlcd_jax import errors

@@ -83,7 +83,17 @@ _FIELDS = {
     'train.epochs',
     'train.batch_size',
   ),
-  'evaluate': ('seed', 'evaluate'),
+  'evaluate': (
+    'seed',
+    'data.source',
+    'data.path',
+    'data.data_dir',
+    'data.split',
+    'data.caption_key',
+    'optimizer',
+    'evaluate',
+    'lit',
+  ),
 }
 
 

@@ -23,6 +23,7 @@ from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import embedder as huggingface
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import preprocessing
+from mlcd_jax.huggingface import text as huggingface_text
 
 _FIELD = 'evaluate.encoder'
 
@@ -42,6 +43,7 @@ class Encoder:
       and center where not given.
     model: the Linen module, where it is one of the project's.
     params: of the model.
+    text_path: a folder or name with a text tower for the model's `embedding`.
   """
 
   image_size: int
@@ -49,6 +51,7 @@ class Encoder:
   prepare: Callable[[np.ndarray], np.ndarray] | None = None
   model: Any = None
   params: Any = None
+  text_path: str = ''
 
 
 def from_model(
@@ -123,9 +126,12 @@ def load(path: str, mesh: Mesh) -> Encoder:
   folder = folders.resolve(path, _FIELD)
   family, config = configs.read(folder)
   prepare = preprocessing.read(folder, family, config['image_size']).at(0)
-  return from_model(
+  encoder = from_model(
     model, params, mesh, prepare=prepare, image_size=prepare.image_size
   )
+  if not huggingface_text.is_there(folder):
+    return encoder
+  return dataclasses.replace(encoder, text_path=path)
 
 
 def identity(path: str) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class Data:
   """What a task gets: one data set through one encoder.
 
   Attributes:
-    train: for fitting.
+    train: for fitting; None where the data set has none, and then the task
+      is one of stage.UNFITTED.
     test: for scoring.
     num_classes: of the data set, whether they occur or not.
     mesh: of all devices.
@@ -59,9 +60,10 @@ class Data:
     extract: (source, its name) -> Split, of any other images, cached too.
     validation: for choosing; None where the data set has none.
     config: the fields of evaluate.datasets.<name>.
+    shared: what tasks keep for each other, over all data sets of an encoder.
   """
 
-  train: Split
+  train: Split | None
   test: Split
   num_classes: int
   mesh: Mesh
@@ -71,6 +73,7 @@ class Data:
   config: ml_collections.ConfigDict = dataclasses.field(
     default_factory=ml_collections.ConfigDict
   )
+  shared: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

@@ -105,8 +105,8 @@ def images(
     'image_recall1', whether the nearest is of the class, and 'image_map',
     average precision, [Q] each.
   """
-  counts = np.bincount(labels_N)
-  queries = np.flatnonzero(counts[labels_N] > 1)
+  counts = np.bincount(labels_N[labels_N >= 0], minlength=1)
+  queries = np.flatnonzero((labels_N >= 0) & (counts[labels_N] > 1))
   if not len(queries):
     return {}
   two, _ = kmeans.nearest_centers(rows_ND[queries], rows_ND, 2, mesh=mesh)

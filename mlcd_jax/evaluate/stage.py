@@ -29,12 +29,18 @@ from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
 from mlcd_jax.evaluate import knn
 from mlcd_jax.evaluate import linear
+from mlcd_jax.evaluate import retrieval
+from mlcd_jax.evaluate import zero_shot
 
 _TASKS = {
   'linear': linear.run,
   'knn': knn.run,
   'few_shot': few_shot.run,
+  'zero_shot': zero_shot.run,
+  'retrieval': retrieval.run,
 }
+# Those that fit nothing to a data set, and need no train split.
+UNFITTED = ('zero_shot', 'retrieval')
 
 _SPLITS = ('train', 'validation', 'test')
 
@@ -97,20 +103,24 @@ def score(
   extract = features.Extractor(
     encoder, name, config.evaluate.batch_size, folder
   )
-  results = {}
+  results, shared = {}, {}
   for dataset, splits in datasets.items():
+    found = {
+      split: extract(source, f'{dataset} {split}')
+      for split, source in splits.items()
+    }
     data = features.Data(
-      **{
-        split: extract(source, f'{dataset} {split}')
-        for split, source in splits.items()
-      },
-      num_classes=splits['train'].num_classes,
+      **({'train': None} | found),
+      num_classes=splits.get('train', splits['test']).num_classes,
       mesh=mesh,
       encoder=encoder,
       extract=extract,
       config=config.evaluate.datasets[dataset],
+      shared=shared,
     )
     for task in config_lib.tasks(config):
+      if data.train is None and task not in UNFITTED:
+        continue
       for metric, value in _TASKS[task](data, config).items():
         defined = value is not None and math.isfinite(value)
         results[f'{dataset}/{task}/{metric}'] = value if defined else None
@@ -155,11 +165,14 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
       }
     except errors.UserError as e:
       raise errors.UserError(f'{field}: {e}') from e
-    if not opened[name]['train'].num_classes:
+    if 'train' in opened[name] and not opened[name]['train'].num_classes:
       raise errors.UserError(
         f'{field}.label_key={dataset.label_key}: no class labels there; name '
-        'the feature that has them'
+        f'the feature that has them, or set {field}.train_split= for '
+        + ' and '.join(UNFITTED)
       )
+    if 'zero_shot' in config_lib.tasks(config):
+      zero_shot.check(dataset, opened[name]['test'], field)
   return opened
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlcd_jax import kmeans
 from mlcd_jax import points
+from mlcd_jax.data import sources
 from mlcd_jax.evaluate import features as features_lib
 from mlcd_jax.evaluate import lit
 from mlcd_jax.evaluate import prompts
@@ -25,12 +26,7 @@ def run(
   """
   if not data.config.get('prompts'):
     return {}
-  sentences = prompts.sentences(
-    data.config.prompts,
-    data.test.source.class_names,
-    data.num_classes,
-    field='prompts',
-  )
+  sentences = _sentences(data.config, data.test.source, data.num_classes)
   classes = np.arange(data.num_classes)
   if data.config.get('present_classes'):
     classes = np.unique(data.test.labels)
@@ -42,6 +38,26 @@ def run(
   right = classes[nearest[:, 0]] == data.test.labels
   scores = statistics.bootstrap(right.astype(np.float64), seed=config.seed)
   return {f'accuracy{k}': v for k, v in scores.items()}
+
+
+def check(
+  dataset: ml_collections.ConfigDict, source: sources.Source, field: str
+) -> None:
+  """Raises UserError if the data set's prompts do not fit it.
+
+  Args:
+    dataset: its fields.
+    source: its test split.
+    field: the name of the fields.
+  """
+  if dataset.get('prompts'):
+    _sentences(dataset, source, source.num_classes, field)
+
+
+def _sentences(dataset, source, num_classes, field='evaluate.datasets'):
+  return prompts.sentences(
+    dataset.prompts, source.class_names, num_classes, field=f'{field}.prompts'
+  )
 
 
 def class_weights(towers: lit.Towers, sentences: list[list[str]]) -> np.ndarray:
