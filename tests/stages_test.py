@@ -72,6 +72,9 @@ def test_artefacts(done, tiny_config):
   assert [json.loads(line)['step'] for line in lines] == list(range(1, 13))
   assert any((done / 'tensorboard').iterdir())
   assert (done / 'checkpoints/12').is_dir()
+  page = (done / 'report.html').read_text()
+  for part in ('"text":"finished"', '"patches":[{', '"quality":{'):
+    assert part in page
   for stage in ('embeddings', 'clusters', 'checkpoints', 'evaluation'):
     assert json.loads((done / stage / 'manifest.json').read_text())['complete']
 

@@ -65,8 +65,10 @@ function labelled(text, control) {
   return el('label', {}, text, control);
 }
 
-/** Whether every word of a query is in a text. */
+/** Whether every word of a query is in a text; numbers count as whole words. */
 function matches(query, text) {
   const low = text.toLowerCase();
-  return query.toLowerCase().split(/\s+/).every((word) => low.includes(word));
+  const words = new Set(low.split(/[\s()]+/));
+  return query.toLowerCase().split(/\s+/)
+    .every((word) => /^#?\d+$/.test(word) ? words.has(word) : low.includes(word));
 }

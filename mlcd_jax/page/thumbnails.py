@@ -11,7 +11,7 @@ from PIL import Image
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
 
-SMALL = 72  # Pixels of the longer side.
+SMALL = 96  # Pixels of the longer side.
 LARGE = 224
 _QUALITY = 60
 _LOSSLESS = 32  # Up to this side WebP's losses show and save nothing.

@@ -1,0 +1,105 @@
+"""When the page is written, and what it says of a run that is not finished."""
+
+import json
+import re
+
+import pytest
+
+from mlcd_jax import errors
+from mlcd_jax import sharding
+from mlcd_jax.page import gather
+from mlcd_jax.page import writer
+
+
+@pytest.fixture(name='page')
+def fixture_page(tiny_config, tmp_path):
+  folders = {
+    stage: tmp_path / 'run' / folder
+    for stage, folder in (
+      ('embed', 'embeddings'),
+      ('cluster', 'clusters'),
+      ('train', 'checkpoints'),
+      ('evaluate', 'evaluation'),
+    )
+  }
+  return writer.Page(
+    tiny_config,
+    tmp_path / 'run',
+    folders=folders,
+    mesh=sharding.make_mesh(),
+    preset=None,
+  )
+
+
+def data(tmp_path):
+  page = (tmp_path / 'run/report.html').read_text()
+  return json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+
+
+def test_nothing_is_written_before_a_stage(page, tmp_path):
+  assert not (tmp_path / 'run').exists()
+  with page.stage('embed'):
+    assert data(tmp_path)['status']['text'] == 'embed is running'
+  assert data(tmp_path)['status'] == {
+    'text': 'not finished',
+    'done': False,
+    'failed': False,
+  }
+
+
+def test_what_ended_a_stage_is_said(page, tmp_path):
+  with pytest.raises(errors.RunError):
+    with page.stage('train'):
+      raise errors.RunError('the loss is <b>nan</b>')
+  status = data(tmp_path)['status']
+  assert status['failed'] and 'the loss is <b>nan</b>' in status['text']
+
+
+def test_seconds_of_a_stage_add_up(page, tmp_path):
+  for _ in range(2):
+    with page.stage('embed'):
+      pass
+  kept = tmp_path / 'run/report/seconds.json'
+  kept.write_text('{"embed": 100.0}')
+  with page.stage('embed'):
+    pass
+  assert json.loads(kept.read_text())['embed'] >= 100
+  assert data(tmp_path)['stages'][0]['seconds'] >= 100
+
+
+def test_refreshed_once_a_minute(page, tmp_path, monkeypatch):
+  page.write()
+  path = tmp_path / 'run/report.html'
+  path.unlink()
+  page.refresh()
+  assert not path.exists()
+  monkeypatch.setattr(writer, '_EVERY_SECONDS', 0)
+  page.refresh()
+  assert path.exists()
+
+
+def test_a_page_that_cannot_be_made_ends_no_run(
+  page, tmp_path, monkeypatch, caplog
+):
+  def broken(*args, **kwargs):
+    raise ZeroDivisionError('x')
+
+  monkeypatch.setattr(gather, 'browsers', broken)
+  with caplog.at_level('WARNING'), page.stage('embed'):
+    pass
+  assert not (tmp_path / 'run/report.html').exists()
+
+
+def test_what_differs_from_the_preset(tiny_config):
+  changed = tiny_config.copy_and_resolve_references()
+  changed.train.batch_size = 64
+  fields = gather.config_fields(changed, tiny_config)
+  assert [f for f in fields if f['changed']] == [
+    {
+      'field': 'train.batch_size',
+      'value': '64',
+      'preset': '32',
+      'changed': True,
+    }
+  ]
+  assert len(fields) > 60
