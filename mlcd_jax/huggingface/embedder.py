@@ -3,7 +3,9 @@
 Shapes: B images, S pixels of a side, D features.
 """
 
+from collections.abc import Sequence
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,11 @@ from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import preprocessing
 from mlcd_jax.huggingface import tensors
+from mlcd_jax.models import vit
 
 _FIELD = 'embed.path'
+
+_BATCH, _WHOLE = PartitionSpec('batch'), PartitionSpec()
 
 
 class Huggingface:
@@ -64,25 +69,10 @@ class Huggingface:
       )
     devices = jax.local_devices()
     self.batch_rows = batch_size * len(devices)
-    mesh = Mesh(np.asarray(devices), ('batch',))
-    self._split = NamedSharding(mesh, PartitionSpec('batch'))
-    self._variables = jax.device_put(
-      variables, NamedSharding(mesh, PartitionSpec())
-    )
-
-    def unit_rows(variables, images):
-      rows = model.apply(variables, images)['embedding']
-      norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-      return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
-
-    self._encode = jax.jit(
-      jax.shard_map(
-        unit_rows,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec('batch')),
-        out_specs=PartitionSpec('batch'),
-      )
-    )
+    mesh = _make_mesh(devices)
+    self._split = NamedSharding(mesh, _BATCH)
+    self._variables = jax.device_put(variables, NamedSharding(mesh, _WHOLE))
+    self._encode = _make_encode(model, mesh)
 
   def submit(self, images: np.ndarray) -> jax.Array:
     """Starts on up to `batch_rows` images; the rows come padded."""
@@ -98,6 +88,54 @@ class Huggingface:
     ]
     rows = [np.asarray(self.submit(part))[: len(part)] for part in parts]
     return np.concatenate(rows)
+
+
+def abstract_call(
+  model: vit.ViT, devices: Sequence[jax.Device], batch_size: int
+) -> tuple[Any, tuple[Any, Any]]:
+  """One call of the embedder, before any array exists.
+
+  Args:
+    model: its architecture.
+    devices: that it runs on.
+    batch_size: images per device.
+
+  Returns:
+    The jitted function of a call, and its abstract arguments.
+  """
+  mesh = _make_mesh(devices)
+  variables = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, _WHOLE)
+    ),
+    {'params': convert.abstract_params(model)},
+  )
+  side = model.image_size
+  images = jax.ShapeDtypeStruct(
+    (batch_size * len(devices), side, side, 3),
+    jnp.uint8,
+    sharding=NamedSharding(mesh, _BATCH),
+  )
+  return _make_encode(model, mesh), (variables, images)
+
+
+def _make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+  return Mesh(np.asarray(devices), ('batch',))
+
+
+def _make_encode(model: vit.ViT, mesh: Mesh):
+  """(variables, images) -> unit rows, each device its part of the images."""
+
+  def unit_rows(variables, images):
+    rows = model.apply(variables, images)['embedding']
+    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+
+  return jax.jit(
+    jax.shard_map(
+      unit_rows, mesh=mesh, in_specs=(_WHOLE, _BATCH), out_specs=_BATCH
+    )
+  )
 
 
 def pin(path: str) -> dict[str, object]:
