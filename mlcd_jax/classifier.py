@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 
+from mlcd_jax import errors
 from mlcd_jax import losses
 from mlcd_jax import products
 from mlcd_jax import sampling
@@ -44,6 +45,17 @@ def init(key: jax.Array, num_classes: int, dim: int) -> dict[str, jax.Array]:
   """Returns {"weight": float32 [C, D]}."""
   shape = (sampling.Layout(num_classes).rows, dim)
   return {'weight': INIT_STDDEV * jax.random.normal(key, shape)}
+
+
+def check_devices(num_classes: int, num_devices: int) -> None:
+  """Raises UserError where devices cannot own as many blocks each."""
+  blocks = sampling.Layout(num_classes).blocks
+  if blocks % num_devices:
+    raise errors.UserError(
+      f'mesh: classifier/weight lies in {blocks:,} blocks, which '
+      f'{num_devices} devices cannot share evenly; use a power of two of '
+      f'them, up to {blocks:,}'
+    )
 
 
 def loss(

@@ -5,6 +5,7 @@ Shapes: B images, S pixels of a side, D features.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import functools
 import hashlib
 import pathlib
@@ -21,6 +22,9 @@ import numpy as np
 from mlcd_jax import encoders
 from mlcd_jax import errors
 from mlcd_jax.data import transforms
+
+
+_BATCH, _WHOLE = PartitionSpec('batch'), PartitionSpec()
 
 
 class ModelEmbedder:
@@ -58,25 +62,10 @@ class ModelEmbedder:
     self.image_size = image_size
     devices = jax.local_devices()
     self.batch_rows = batch_size * len(devices)
-    mesh = Mesh(np.asarray(devices), ('batch',))
-    self._split = NamedSharding(mesh, PartitionSpec('batch'))
-    self._variables = jax.device_put(
-      variables, NamedSharding(mesh, PartitionSpec())
-    )
-
-    def unit_rows(variables, images):
-      rows = model.apply(variables, images)['embedding']
-      norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-      return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
-
-    self._encode = jax.jit(
-      jax.shard_map(
-        unit_rows,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec('batch')),
-        out_specs=PartitionSpec('batch'),
-      )
-    )
+    mesh = _make_mesh(devices)
+    self._split = NamedSharding(mesh, _BATCH)
+    self._variables = jax.device_put(variables, NamedSharding(mesh, _WHOLE))
+    self._encode = _make_encode(model, mesh)
 
   def submit(self, images: np.ndarray) -> jax.Array:
     """Starts on up to `batch_rows` images; the rows come padded."""
@@ -92,6 +81,58 @@ class ModelEmbedder:
     ]
     rows = [np.asarray(self.submit(part))[: len(part)] for part in parts]
     return np.concatenate(rows)
+
+
+def abstract_call(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  devices: Sequence[jax.Device],
+  batch_size: int,
+) -> tuple[Any, tuple[Any, Any]]:
+  """One call of the embedder, before any array exists.
+
+  Args:
+    model: its architecture.
+    params: shapes and types of its parameters.
+    devices: that it runs on.
+    batch_size: images per device.
+
+  Returns:
+    The jitted function of a call, and its abstract arguments.
+  """
+  mesh = _make_mesh(devices)
+  variables = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, _WHOLE)
+    ),
+    {'params': params},
+  )
+  side = model.image_size
+  images = jax.ShapeDtypeStruct(
+    (batch_size * len(devices), side, side, 3),
+    jnp.uint8,
+    sharding=NamedSharding(mesh, _BATCH),
+  )
+  return _make_encode(model, mesh), (variables, images)
+
+
+def _make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+  return Mesh(np.asarray(devices), ('batch',))
+
+
+def _make_encode(model: nn.Module, mesh: Mesh):
+  """(variables, images) -> unit rows, each device its part of the images."""
+
+  def unit_rows(variables, images):
+    rows = model.apply(variables, images)['embedding']
+    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+
+  return jax.jit(
+    jax.shard_map(
+      unit_rows, mesh=mesh, in_specs=(_WHOLE, _BATCH), out_specs=_BATCH
+    )
+  )
 
 
 def from_checkpoint(

@@ -88,7 +88,8 @@ def make(
     'topology': topology,
     'devices': len(devices),
     'utilisation': utilisation,
-    'programs': _kmeans(config, devices, utilisation)
+    'programs': _embed(config, devices, utilisation)
+    | _kmeans(config, devices, utilisation)
     | {'train': _train(config, devices, utilisation)},
   }
 
@@ -116,6 +117,39 @@ def _devices(topology: str, slices: int) -> list[Any]:
   return list(found.devices)
 
 
+def _embed(config, devices, utilisation) -> dict[str, Any]:
+  """A batch of the embedder; nothing where its architecture is not known."""
+  from mlcd_jax import convert
+  from mlcd_jax import hardware
+  from mlcd_jax import model_embedder
+  from mlcd_jax import models
+  from mlcd_jax import presets
+
+  fields = presets.embedder(config)
+  if fields is None:
+    return {}
+  batch_size = config.embed.batch_size
+  model = models.make(fields)
+  params = convert.abstract_params(model)
+  out = _compile(
+    'embed',
+    *model_embedder.abstract_call(model, params, devices, batch_size),
+  )
+  flops = batch_size * hardware.encoder_flops(fields)
+  out |= _bounds(out, flops, _chip(devices), utilisation)
+  num_images = presets.num_images(config)
+  steps = num_images and -(-num_images // (batch_size * len(devices)))
+  return {
+    'embed': out
+    | {
+      'mesh': {'batch': len(devices)},
+      'steps': steps,
+      'days': steps and steps * out['seconds_per_step'] / 86_400,
+      'advice': None if out['fits'] else f'lower embed.batch_size={batch_size}',
+    }
+  }
+
+
 def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   """One pass of k-means; nothing where the embeddings' width is not known."""
   from mlcd_jax import kmeans
@@ -123,10 +157,10 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   from mlcd_jax import presets
   from mlcd_jax import sharding
 
-  dim = presets.EMBEDDING_DIMS.get(config.embed.path)
-  num_images = presets.num_images(config)
-  if not dim or not num_images:
+  fields, num_images = presets.embedder(config), presets.num_images(config)
+  if fields is None or not num_images:
     return {}
+  dim = fields.embedding_dim
   mesh = sharding.from_config(config, devices=devices)
   num_centers = config.cluster.num_centers
   out = _compile('kmeans', *kmeans.abstract_pass(mesh, num_centers, dim))

@@ -58,8 +58,29 @@ def num_images(config: ml_collections.ConfigDict) -> int | None:
   }.get(config.data.path)
 
 
-# Widths of the presets' embedders, by `embed.path`.
-EMBEDDING_DIMS = {'openai/clip-vit-large-patch14': 768}
+# Architectures of the presets' embedders as `model` fields, by `embed.path`.
+_EMBEDDERS = {
+  'openai/clip-vit-large-patch14': {
+    'variant': 'L/14',
+    'image_size': 224,
+    'embedding_dim': 768,
+    'activation': 'quick_gelu',
+  },
+}
+
+
+def embedder(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict | None:
+  """The `model` fields of a preset's embedder; None where it is not known."""
+  fields = _EMBEDDERS.get(config.embed.path)
+  if config.embed.embedder != 'huggingface' or fields is None:
+    return None
+  model = config_lib.default().model
+  model.update(fields)
+  model.dtype = config.embed.dtype
+  model.image_size = config.embed.image_size or model.image_size
+  return model
 
 
 def digits(config: ml_collections.ConfigDict) -> None:

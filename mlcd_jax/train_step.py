@@ -77,6 +77,7 @@ class Program:
   @functools.cached_property
   def abstract_state(self) -> TrainState:
     """Shapes, types and shardings of the state."""
+    classifier.check_devices(self.num_classes, self.mesh.size)
     shapes = jax.eval_shape(self._init)
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -61,6 +61,19 @@ def test_classifier_is_a_small_part_of_the_step():
   assert parts['classifier'] < 0.05 * sum(parts.values())
 
 
+def test_only_embedders_of_a_known_architecture_are_planned():
+  config = presets.make('laion400m', variant='B/16', embedding_dim=512)
+  config.embed.dtype, config.embed.image_size = 'float32', 280
+  found = presets.embedder(config)
+  assert (found.variant, found.dtype, found.image_size) == (
+    'L/14',
+    'float32',
+    280,
+  )
+  config.embed.path = 'some/folder'
+  assert presets.embedder(config) is None
+
+
 def test_chips_by_name():
   assert hardware.find('TPU v5 lite').flops == 197e12
   assert hardware.find('TPU v5').flops == 459e12
@@ -145,7 +158,14 @@ def test_compiles_a_step_for_a_tpu_slice():
     '--json',
   )
   assert done.returncode == 0, done.stderr
-  train = json.loads(done.stdout)['programs']['train']
+  programs = json.loads(done.stdout)['programs']
+  embed = programs['embed']
+  assert embed['fits'] and not embed['collectives']
+  # 304M weights in float32; 64 images of 162 GFLOPs.
+  assert embed['arguments'] == pytest.approx(4 * 304e6, rel=0.02)
+  assert embed['flops'] == pytest.approx(64 * 162e9, rel=0.02)
+  assert programs['kmeans']['fits']
+  train = programs['train']
   assert train['fits']
   # The state, a quarter of the classes each: 88M and 10M parameters.
   state = 4 * 3 * (88e6 + 20_480 * 512 / 4)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlcd_jax import errors
 from mlcd_jax import sharding
 from mlcd_jax import train_step
 
@@ -147,6 +148,17 @@ def test_sparse_leaves_other_classes_untouched(step):
 def test_dense_decays_every_class(plain):
   old, new = (s.params['classifier']['weight'] for s in plain[0][1:])
   assert np.all(np.any(old != new, axis=1))
+
+
+def test_devices_that_cannot_share_the_classes_evenly(tiny_config):
+  program = train_step.Program(
+    config=tiny_config,
+    num_classes=NUM_CLASSES,
+    steps=1,
+    mesh=sharding.make_mesh(6, 1, devices=jax.devices()[:6]),
+  )
+  with pytest.raises(errors.UserError, match='classifier/weight .* 6 devices'):
+    _ = program.abstract_state
 
 
 def test_random_labels_are_some_of_the_stored_ones(tiny_config):
