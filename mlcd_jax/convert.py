@@ -8,12 +8,14 @@ ORG/NAME[@REVISION], and writes it as this project keeps encoders. `export`
 writes a trained run as a folder that `transformers` loads.
 """
 
+from collections.abc import Iterator
 import pathlib
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlcd_jax import cli
 from mlcd_jax import errors
@@ -36,8 +38,9 @@ def main(rest: list[str]) -> None:
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise errors.UserError(f'{target}: exists already; name a new folder')
   if direction == 'import':
-    model, variables = from_huggingface(source, field='SRC')
-    encoders.save(target, model, variables, source=source)
+    source = folders.pinned(source, 'SRC')
+    model, parameters = stream_huggingface(source, field='SRC')
+    encoders.save(target, model, parameters, source=source)
   else:
     encoders.export(source, target)
   print(f'{target} written')
@@ -66,6 +69,24 @@ def from_huggingface(
     UserError: the folder is not complete or not of those families; tensors
       that are missing, extra or misshapen are listed.
   """
+  model, parameters = stream_huggingface(
+    path, dtype=dtype, scan_layers=scan_layers, field=field
+  )
+  return model, {'params': tensors.nested(parameters)}
+
+
+def stream_huggingface(
+  path: str | pathlib.Path,
+  *,
+  dtype: str = 'float32',
+  scan_layers: bool = False,
+  field: str = 'path',
+) -> tuple[vit.ViT, Iterator[tuple[str, np.ndarray]]]:
+  """As `from_huggingface`, with the parameters one at a time.
+
+  Returns:
+    The model, and of every parameter its path and its float32 array.
+  """
   folder = folders.resolve(str(path), field)
   family, config = configs.read(folder)
   reader = tensors.Reader(folder)
@@ -80,8 +101,7 @@ def from_huggingface(
     scan_layers=scan_layers,
   )
   table = tensors.layout(family, model)
-  params = tensors.read(reader, table, shapes(model), folder)
-  return model, {'params': params}
+  return model, tensors.stream(reader, table, shapes(model), folder)
 
 
 def abstract_params(model: vit.ViT) -> dict[str, Any]:

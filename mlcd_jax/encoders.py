@@ -1,15 +1,17 @@
 """Encoders on disk: a run's, an imported one's, or a Hugging Face folder's."""
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
 
 import flax
-import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from mlcd_jax import checkpoint
@@ -24,7 +26,7 @@ from mlcd_jax.huggingface import tensors
 from mlcd_jax.models import vit
 
 _MODEL = 'model.json'
-_WEIGHTS = 'params.safetensors'
+_WEIGHTS = 'params'  # Folder with a file for each module.
 _CENTERS = ('params', 'classifier', 'weight')  # In the train state.
 
 
@@ -56,16 +58,18 @@ def load(
 def save(
   folder: pathlib.Path,
   model: vit.ViT,
-  variables: Mapping[str, Any],
+  parameters: Iterable[tuple[str, np.ndarray]],
   *,
   source: str,
 ) -> None:
-  """Writes an encoder as `load` reads it: model.json and params.safetensors.
+  """Writes an encoder as `load` reads it: model.json and params/.
+
+  A file holds one block or other module, and no more is in memory at a time.
 
   Args:
     folder: new, or empty.
     model: of the encoder.
-    variables: of the model.
+    parameters: of the model: paths and arrays, those of a module in a row.
     source: where it came from, kept beside it.
   """
   fields = {
@@ -74,10 +78,11 @@ def save(
     if f.name not in ('parent', 'name')
   }
   fields['dtype'] = str(jnp.dtype(model.dtype))
-  folder.mkdir(parents=True, exist_ok=True)
-  flat = flax.traverse_util.flatten_dict(variables['params'], sep='/')
-  with files.atomic(folder / _WEIGHTS) as temporary:
-    safetensors_numpy.save_file(jax.device_get(flat), temporary)
+  module_of = lambda parameter: parameter[0].partition('/')[0]  # noqa: E731
+  for module, group in itertools.groupby(parameters, module_of):
+    with files.atomic(folder / _WEIGHTS / f'{module}.safetensors') as temporary:
+      safetensors_numpy.save_file(dict(group), temporary)
+  # Last, since it makes the folder one that can be loaded.
   files.write_json(folder / _MODEL, {'model': fields, 'source': source})
 
 
@@ -247,16 +252,17 @@ def _load_imported(folder: pathlib.Path) -> tuple[vit.ViT, dict[str, Any]]:
   for name in ('mean', 'std'):
     fields[name] = tuple(fields[name])
   model = vit.ViT(**fields)
-  try:
-    flat = safetensors_numpy.load_file(folder / _WEIGHTS)
-  except Exception as e:  # Its errors have no common base.
-    raise errors.UserError(
-      f'{folder / _WEIGHTS}: cannot be read ({e}); import it again'
-    ) from e
-  found = {name: array.shape for name, array in flat.items()}
-  if found != convert.shapes(model):
+  flat = {}
+  for path in sorted((folder / _WEIGHTS).glob('*.safetensors')):
+    try:
+      arrays = safetensors_numpy.load_file(path)
+    except Exception as e:  # Its errors have no common base.
+      raise errors.UserError(
+        f'{path}: cannot be read ({e}); import it again'
+      ) from e
+    flat |= {name: jnp.asarray(array) for name, array in arrays.items()}
+  if {name: x.shape for name, x in flat.items()} != convert.shapes(model):
     raise errors.UserError(
       f'{folder / _WEIGHTS}: not the parameters of {_MODEL}; import it again'
     )
-  params = flax.traverse_util.unflatten_dict(flat, sep='/')
-  return model, {'params': jax.tree.map(jnp.asarray, params)}
+  return model, {'params': flax.traverse_util.unflatten_dict(flat, sep='/')}

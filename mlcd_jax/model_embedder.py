@@ -23,7 +23,6 @@ from mlcd_jax import encoders
 from mlcd_jax import errors
 from mlcd_jax.data import transforms
 
-
 _BATCH, _WHOLE = PartitionSpec('batch'), PartitionSpec()
 
 

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import flax
 import jax
 import numpy as np
 import pytest
@@ -120,13 +121,18 @@ def test_what_transformers_has_no_class_for_is_refused(config, tmp_path):
 @pytest.mark.parametrize('name', ['siglip', 'dinov2_registers', 'mlcd'])
 def test_imported_folders_load_as_they_are(name, tmp_path):
   model, variables = convert.from_huggingface(GOLDENS / name)
-  encoders.save(tmp_path / 'a', model, variables, source=name)
+  params = jax.device_get(variables['params'])
+  flat = flax.traverse_util.flatten_dict(params, sep='/')
+  encoders.save(tmp_path / 'a', model, flat.items(), source=name)
   again, found, workdir = encoders.load(str(tmp_path / 'a'), 'field')
   assert workdir is None and again == model
   assert_same(found, variables)
-  path = tmp_path / 'a/params.safetensors'
+  path = tmp_path / 'a/params/block_01.safetensors'
   path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(errors.UserError, match='import it again'):
+  with pytest.raises(errors.UserError, match='block_01.*import it again'):
+    encoders.load(str(tmp_path / 'a'), 'field')
+  path.unlink()
+  with pytest.raises(errors.UserError, match='params: not the parameters of'):
     encoders.load(str(tmp_path / 'a'), 'field')
 
 

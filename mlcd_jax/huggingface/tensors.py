@@ -3,6 +3,7 @@
 One table says it for all families, so that import and export cannot differ.
 """
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import dataclasses
@@ -35,6 +36,8 @@ _OTHERS = (
   'embeddings.mask_token',
 )
 _NO_WEIGHTS = ('position_ids', 'inv_freq')
+# What weights are stored as, in safetensors' names.
+_TYPES = ('F32', 'BF16', 'F16', 'F64')
 
 # Tensors in messages before "and N more".
 _SHOWN = 20
@@ -207,16 +210,19 @@ class Reader:
     """
     self.paths = safetensors_files(folder)
     self._text = text
-    self._where = {}
+    self._where, self._shapes = {}, {}
     for path in self.paths:
       try:
-        handle = safetensors.safe_open(path, framework='flax')
+        with safetensors.safe_open(path, framework='flax') as file:
+          for stored in file.keys():
+            name, header = _canonical(stored), file.get_slice(stored)
+            self._where[name] = path, stored
+            self._shapes[name] = tuple(header.get_shape())
+            self._check_type(path, stored, header.get_dtype())
       except (OSError, safetensors.SafetensorError) as e:
         raise errors.UserError(
           f'{path}: cannot be read as safetensors ({e}); get it again'
         ) from e
-      for name in handle.keys():
-        self._where[_canonical(name)] = handle, name
 
   def names(self) -> set[str]:
     """Names of the tower's tensors, a vision tower's without prefixes."""
@@ -231,13 +237,24 @@ class Reader:
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Returns a tensor's shape without reading it."""
-    handle, stored = self._where[name]
-    return tuple(handle.get_slice(stored).get_shape())
+    return self._shapes[name]
 
   def read(self, name: str) -> np.ndarray:
     """Returns a tensor as float32."""
-    handle, stored = self._where[name]
-    return np.asarray(handle.get_tensor(stored)).astype(np.float32, copy=False)
+    path, stored = self._where[name]
+    # Opened anew: a file that stays open stays mapped, page by page as it is
+    # read, and in the end is in memory a second time.
+    with safetensors.safe_open(path, framework='flax') as file:
+      tensor = file.get_tensor(stored)
+    return np.asarray(tensor).astype(np.float32, copy=False)
+
+  def _check_type(self, path: pathlib.Path, name: str, dtype: str) -> None:
+    """Raises UserError for a weight that is no plain float."""
+    if dtype not in _TYPES and not name.endswith(_NO_WEIGHTS):
+      raise errors.UserError(
+        f'{path}: {name} is of type {dtype}, which is not supported; only '
+        + ', '.join(_TYPES)
+      )
 
 
 def read(
@@ -246,7 +263,23 @@ def read(
   shapes: Mapping[str, tuple[int, ...]],
   folder: pathlib.Path,
 ) -> dict[str, Any]:
-  """Reads all parameters, tensor by tensor.
+  """Reads all parameters as a nested dict; see `stream`."""
+  return nested(stream(reader, table, shapes, folder))
+
+
+def nested(parameters: Iterable[tuple[str, np.ndarray]]) -> dict[str, Any]:
+  """Puts parameters by path on the device, in the dicts that Linen takes."""
+  params = {path: jnp.asarray(array) for path, array in parameters}
+  return flax.traverse_util.unflatten_dict(params, sep='/')
+
+
+def stream(
+  reader: Reader,
+  table: Mapping[str, tuple[_Part, ...]],
+  shapes: Mapping[str, tuple[int, ...]],
+  folder: pathlib.Path,
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Reads the parameters one at a time.
 
   Args:
     reader: of the folder.
@@ -255,21 +288,22 @@ def read(
     folder: named in errors.
 
   Returns:
-    A nested dict of float32 arrays.
+    Paths and float32 arrays; a block's come one after the other.
 
   Raises:
     UserError: lists tensors that are missing, extra or misshapen.
   """
   _check(reader, table, shapes, folder)
-  params = {}
-  for path, parts in table.items():
+
+  def parameter(path, parts):
     ours = _part_shape(shapes[path], len(parts))
     array = np.empty(shapes[path], np.float32)
     for i, part in enumerate(parts):
       columns = slice(i * ours[-1], (i + 1) * ours[-1])
       array[..., columns] = part.to_ours(reader.read(part.name), ours)
-    params[tuple(path.split('/'))] = jnp.asarray(array)
-  return flax.traverse_util.unflatten_dict(params)
+    return array
+
+  return ((path, parameter(path, parts)) for path, parts in table.items())
 
 
 def write(
