@@ -2,6 +2,9 @@
 
   python -m mlcd_jax.main --config=configs/quickstart.py --workdir=runs/digits
 
+`configs/quickstart.py:lit` with --stages=evaluate scores the same run by texts:
+zero-shot and retrieval, with a text tower tuned on the digits' captions.
+
 Seen: linear probe 92 to 93 %, kNN 92 %, 20 labels a class 87 %, in 4 minutes.
 """
 
@@ -11,8 +14,8 @@ from mlcd_jax import presets
 
 
 def get_config(arg=None):
-  """Returns the config; there is nothing to choose by `arg`."""
-  if arg:
+  """Returns the config; `arg` is nothing or 'lit'."""
+  if arg not in (None, '', 'lit'):
     raise errors.UserError(f'configs/quickstart.py has no preset {arg!r}')
   config = config_lib.default()
   presets.digits(config)
@@ -28,4 +31,6 @@ def get_config(arg=None):
   config.train.batch_size = 128
   config.train.checkpoint_every_steps = 150
   config.train.log_every_steps = 20
+  if arg:
+    presets.lit(config)
   return config

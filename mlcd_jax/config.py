@@ -163,10 +163,10 @@ def default() -> ml_collections.ConfigDict:
   c.evaluate.datasets = ml_collections.ConfigDict()
 
   # The text tower that zero_shot and retrieval tune to a locked encoder, on
-  # the images and captions of `data`; what else it needs is `optimizer`'s.
+  # the images and captions of `data`; the other fields are `optimizer`'s.
   c.lit = ml_collections.ConfigDict()
   c.lit.loss = 'softmax'  # softmax (CLIP) | sigmoid (SigLIP)
-  c.lit.steps = 1_000
+  c.lit.steps = 0  # 0 = none: only CLIP's folders, which have one, do texts.
   c.lit.batch_size = 256  # Pairs a step, over all devices.
   c.lit.learning_rate = 5e-4
   c.lit.width = 512
@@ -358,7 +358,7 @@ _RANGES = (
   ('train.stop_after_steps', 0, _MOST),
   ('evaluate.batch_size', 1, _MOST),
   ('evaluate.every_steps', 0, _MOST),
-  ('lit.steps', 1, _MOST),
+  ('lit.steps', 0, _MOST),
   ('lit.batch_size', 1, _MOST),
   ('lit.learning_rate', 0, 1e3),
   ('lit.width', 1, 65_536),

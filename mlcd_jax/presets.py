@@ -49,6 +49,35 @@ def make(
   return config
 
 
+def lit(config: ml_collections.ConfigDict) -> None:
+  """Scores by texts alone: zero-shot and retrieval."""
+  config.evaluate.tasks = ('zero_shot', 'retrieval')
+
+
+def robustness(config: ml_collections.ConfigDict, *names: str) -> None:
+  """Evaluates on ImageNet and the shifted sets of MLCD Table 4.
+
+  CLIP's seven prompts, bare class names for ObjectNet (MLCD section 4.1).
+
+  Args:
+    config: whose data sets are replaced.
+    *names: of ROBUSTNESS; all where there are none.
+
+  Raises:
+    UserError: unknown name.
+  """
+  config.evaluate.datasets = ml_collections.ConfigDict()
+  for name in names or ROBUSTNESS:
+    if name not in ROBUSTNESS:
+      raise errors.UserError(
+        f'--config: data set {name!r} is unknown; use any of: '
+        + ', '.join(ROBUSTNESS)
+      )
+    config_lib.add_dataset(
+      config, name, train_split='', **(_TFDS_IMAGENET | ROBUSTNESS[name])
+    )
+
+
 def num_images(config: ml_collections.ConfigDict) -> int | None:
   """Images of a preset's data as published; None where it is not known."""
   return {
@@ -57,6 +86,18 @@ def num_images(config: ml_collections.ConfigDict) -> int | None:
     'imagenet2012': 1_281_167,
   }.get(config.data.path)
 
+
+_TFDS_IMAGENET = dict(source='tfds', prompts='imagenet_robustness')
+# -A and -R have 200 of ImageNet's classes. ObjectNet is not in TFDS: a folder
+# with a folder for each of the 113 classes that it shares with ImageNet.
+ROBUSTNESS = {
+  'imagenet': dict(path='imagenet2012', test_split='validation'),
+  'imagenet_v2': dict(path='imagenet_v2'),
+  'imagenet_a': dict(path='imagenet_a', present_classes=True),
+  'imagenet_r': dict(path='imagenet_r', present_classes=True),
+  'imagenet_sketch': dict(path='imagenet_sketch'),
+  'objectnet': dict(source='folder', path='objectnet', prompts='objectnet'),
+}
 
 # Architectures of the presets' embedders as `model` fields, by `embed.path`.
 _EMBEDDERS = {
@@ -162,6 +203,14 @@ def _paper(config: ml_collections.ConfigDict) -> None:
     config.mesh.fsdp = 16  # Its state alone is 30 GB.
   config.evaluate.batch_size = 2_048  # Ours.
 
+  # MLCD appendix A.1.5: 32 epochs of the same data, hyper-parameters of the
+  # pre-training. Its Table 9 has this rate for B and 4e-4 for L.
+  config.lit.batch_size = 32_768
+  config.lit.learning_rate = 5e-4
+  if config.model.variant.startswith('L'):
+    config.lit.learning_rate = 4e-4
+    config.lit.width = 768  # CLIP's L; B has the default.
+
 
 def _laion400m(config: ml_collections.ConfigDict) -> None:
   """389,737,314 images (MLCD Table 11) in img2dataset's tars."""
@@ -185,7 +234,9 @@ def _imagenet1k(config: ml_collections.ConfigDict) -> None:
   config.cluster.num_centers = 320_000
   config.train.batch_size = 4_096  # Ours; not stated.
   config.optimizer.warmup_steps = 0.05  # Ours: 500 of 10,000 steps.
-  config_lib.add_dataset(config, 'imagenet', test_split='validation')
+  config_lib.add_dataset(
+    config, 'imagenet', test_split='validation', prompts='imagenet'
+  )
 
 
 def _tars(config: ml_collections.ConfigDict, folder: str) -> None:
@@ -197,6 +248,11 @@ def _tars(config: ml_collections.ConfigDict, folder: str) -> None:
     source='tfds',
     path='imagenet2012',
     test_split='validation',
+    prompts='imagenet',
+  )
+  images = num_images(config)
+  config.lit.steps = (
+    round(32 * images / config.lit.batch_size) if images else 10_000  # Ours.
   )
 
 

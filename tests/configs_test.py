@@ -16,12 +16,14 @@ from mlcd_jax import presets
 _CONFIGS = sorted(
   (pathlib.Path(__file__).parent.parent / 'configs').glob('*.py')
 )
+_ARGUMENTS = {
+  'quickstart': (None, 'lit'),
+  'robustness': (None, 'imagenet_a,objectnet'),
+}
 _CASES = [
   (path, preset)
   for path in _CONFIGS
-  for preset in (
-    (None,) if path.stem == 'quickstart' else (None, *presets.NAMES)
-  )
+  for preset in (_ARGUMENTS.get(path.stem, (None, *presets.NAMES)))
 ]
 
 
@@ -68,3 +70,20 @@ def test_paper_recipe():
 def test_unknown_preset_is_refused():
   with pytest.raises(errors.UserError, match='laion400m'):
     presets.make('laion', variant='B/16', embedding_dim=8)
+
+
+def test_shifted_imagenets():
+  make = load(_CONFIGS[0].with_name('robustness.py')).get_config
+  sets = make().evaluate.datasets
+  assert set(sets) == set(presets.ROBUSTNESS)
+  assert [n for n, d in sets.items() if d.present_classes] == [
+    'imagenet_a',
+    'imagenet_r',
+  ]
+  assert (sets.imagenet.test_split, sets.objectnet.source) == (
+    'validation',
+    'folder',
+  )
+  assert set(make('imagenet_r').evaluate.datasets) == {'imagenet_r'}
+  with pytest.raises(errors.UserError, match="'imagenet_x' is unknown"):
+    make('imagenet_x')

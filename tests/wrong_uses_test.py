@@ -103,11 +103,35 @@ def field(assignment, *says):
     field("evaluate.tasks=('probe',)", 'evaluate.tasks', 'linear'),
     field('evaluate.tasks=linear,probe', 'evaluate.tasks', 'all'),
     field('evaluate.every_steps=-1', 'every_steps=-1', '0 to'),
+    field('lit.loss=mse', "lit.loss='mse'", 'sigmoid'),
+    field('lit.dtype=float16', "lit.dtype='float16'", 'bfloat16'),
+    field('lit.steps=-1', 'lit.steps=-1', '0 to'),
+    field('lit.batch_size=0', 'lit.batch_size=0', '1 to'),
+    field('lit.learning_rate=-1', 'lit.learning_rate=-1', '0 to'),
+    field('lit.width=0', 'lit.width=0', '1 to'),
+    field('lit.depth=0', 'lit.depth=0', '1 to'),
+    field('lit.context=2', 'lit.context=2', '3 to'),
     field('evaluate.encoder=/no/such', 'evaluate.encoder=/no/such', 'folder'),
     field(
       'evaluate.datasets.digits.source=x',
       'evaluate.datasets.digits.source',
       'embedded',
+    ),
+    (
+      (
+        *_BASE,
+        '--config.evaluate.tasks=zero_shot',
+        '--config.evaluate.datasets.digits.prompts=cats',
+      ),
+      ('evaluate.datasets.digits.prompts=cats', 'there are'),
+    ),
+    (
+      (
+        *_BASE,
+        '--config.evaluate.tasks=retrieval',
+        '--config.data.caption_key=text',
+      ),
+      ('data.caption_key=text', 'lit.steps=0'),
     ),
     # Ranges.
     field('seed=-1', 'seed=-1', '0 to'),

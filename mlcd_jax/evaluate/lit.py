@@ -11,12 +11,14 @@ Shapes: B pairs, N images, M texts, L tokens, D features.
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import logging
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 import optax
@@ -35,6 +37,8 @@ from mlcd_jax.evaluate import features as features_lib
 from mlcd_jax.huggingface import text as huggingface_text
 from mlcd_jax.models import text
 
+_log = logging.getLogger(__name__)
+
 # Scale and bias at the first step, of CLIP's and of SigLIP's papers, and
 # CLIP's bound of the scale.
 _FIRST = {'softmax': (1 / 0.07, 0.0), 'sigmoid': (10.0, -10.0)}
@@ -42,6 +46,7 @@ _LARGEST_SCALE = 100.0
 
 _HEAD_WIDTH = 64  # CLIP's.
 _TEXTS_PER_DEVICE = 64  # Of a call that encodes.
+_LOOKED_AT = 100  # Records, for captions, before anything is begun.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +64,38 @@ class Towers:
 
 def towers(
   data: features_lib.Data, config: ml_collections.ConfigDict
-) -> Towers:
+) -> Towers | None:
   """Returns the towers of an encoder; they are made once for all tasks.
 
   Args:
     data: of the task that asks.
     config: of the run.
 
-  Raises:
-    UserError: a tower must be tuned, and `data` has no captions.
+  Returns:
+    None where the encoder has no text tower and lit.steps=0 tunes none.
   """
   if 'towers' not in data.shared:
-    made = _released if data.encoder.text_path else _tuned
-    data.shared['towers'] = made(data, config)
+    made = None
+    if data.encoder.text_path:
+      made = _released(data)
+    elif config.lit.steps:
+      made = _tuned(data, config)
+    else:
+      _log.warning('evaluate: no text tower, and lit.steps=0 tunes none')
+    data.shared['towers'] = made
   return data.shared['towers']
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError if there is nothing to tune a text tower on."""
+  source = sources.make(config.data)
+  told = [source[i]['caption'] for i in range(min(_LOOKED_AT, len(source)))]
+  if not any(found.strip() for found in told):
+    raise errors.UserError(
+      f'data.caption_key={config.data.caption_key}: no captions there, on '
+      'which evaluate.tasks zero_shot and retrieval tune a text tower; name '
+      'the key that has them, or set lit.steps=0'
+    )
 
 
 def captions(split: features_lib.Split) -> list[list[str]]:
@@ -83,9 +106,7 @@ def captions(split: features_lib.Split) -> list[list[str]]:
   ]
 
 
-def _released(
-  data: features_lib.Data, config: ml_collections.ConfigDict
-) -> Towers:
+def _released(data: features_lib.Data) -> Towers:
   """The towers of a CLIP checkpoint, as they are."""
   path, field = data.encoder.text_path, 'evaluate.encoder'
   model, variables = huggingface_text.load(path, field=field)
@@ -104,12 +125,6 @@ def _tuned(
   split = data.extract(sources.make(config.data), 'captions')
   told = captions(split)
   rows = np.flatnonzero([len(found) > 0 for found in told])
-  if not len(rows):
-    raise errors.UserError(
-      f'data.caption_key={config.data.caption_key}: no captions there, on '
-      'which evaluate.tasks zero_shot and retrieval tune a text tower; name '
-      'the key that has them, or leave those tasks out'
-    )
   mean = split.features[rows].mean(axis=0)
   model, words = _make_tower(config.lit, split.features.shape[1])
   params = train(
@@ -242,7 +257,10 @@ def _make_step(model, params, config, mesh):
     updates, moments = tx.update(gradients, moments, params)
     return (optax.apply_updates(params, updates), moments), value
 
-  return jax.jit(step, donate_argnums=0), (params, jax.jit(tx.init)(params))
+  everywhere = NamedSharding(mesh, sharding.REPLICATED)
+  moments = jax.jit(tx.init, out_shardings=everywhere)(params)
+  step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+  return step, (params, moments)
 
 
 def _text_encoder(

@@ -36,14 +36,15 @@ def run(
   """Returns recalls and mean average precision on the test split.
 
   image_to_text_recall1, 5, 10 and text_to_image_ the same, where there are
-  captions; image_recall1 and image_map, where there are classes.
+  captions and a text tower; image_recall1 and image_map, where there are
+  classes.
   """
   values = {}
   if data.num_classes:
     values |= images(data.test.features, data.test.labels, mesh=data.mesh)
   told = lit.captions(data.test)
-  if any(told):
-    towers = lit.towers(data, config)
+  towers = lit.towers(data, config) if any(told) else None
+  if towers:
     groups = data.test.labels if data.num_classes else np.arange(len(told))
     texts, text_groups = _texts(told, groups, by_class=bool(data.num_classes))
     rows_NE = towers.images(data.test.features)

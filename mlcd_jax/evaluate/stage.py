@@ -29,6 +29,7 @@ from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
 from mlcd_jax.evaluate import knn
 from mlcd_jax.evaluate import linear
+from mlcd_jax.evaluate import lit
 from mlcd_jax.evaluate import retrieval
 from mlcd_jax.evaluate import zero_shot
 
@@ -154,6 +155,8 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
   Raises:
     UserError: one of them is not there, or has no labels.
   """
+  if set(UNFITTED) & set(config_lib.tasks(config)) and config.lit.steps:
+    lit.check(config)
   opened = {}
   for name, dataset in config.evaluate.datasets.items():
     field = f'evaluate.datasets.{name}'

@@ -19,18 +19,18 @@ from mlcd_jax.evaluate import statistics
 def run(
   data: features_lib.Data, config: ml_collections.ConfigDict
 ) -> dict[str, float]:
-  """Returns test accuracy; nothing for data sets without `prompts`.
+  """Returns test accuracy; nothing without `prompts` or a text tower.
 
   Where the data set has `present_classes`, only classes with an image in the
   test split can be predicted, as ImageNet-A and -R are scored.
   """
-  if not data.config.get('prompts'):
+  towers = data.config.get('prompts') and lit.towers(data, config)
+  if not towers:
     return {}
   sentences = _sentences(data.config, data.test.source, data.num_classes)
   classes = np.arange(data.num_classes)
   if data.config.get('present_classes'):
     classes = np.unique(data.test.labels)
-  towers = lit.towers(data, config)
   weights = class_weights(towers, [sentences[c] for c in classes])
   nearest, _ = kmeans.nearest_centers(
     towers.images(data.test.features), weights, 1, mesh=data.mesh

@@ -245,3 +245,51 @@ def test_many_tars_are_indexed_by_processes(root, tmp_path, monkeypatch):
   data.path = str(tmp_path)
   keys = sources.make(data).keys()
   assert np.all(keys[1:] > keys[:-1]) and len(keys) == 27
+
+
+def test_several_captions_are_lines(root, tmp_path):
+  """As Flickr30k and COCO have them, five an image."""
+  shards.tar(
+    tmp_path / '0.tar',
+    [('a.jpg', shards.jpeg(0)), ('a.txt', b'one\ntwo words')],
+  )
+  writer = shards.array_record_module.ArrayRecordWriter(
+    str(tmp_path / '0.array_record'), 'group_size:1'
+  )
+  example = shards.tf_example_generated_pb2.Example()
+  feature = example.features.feature
+  feature['image'].bytes_list.value.append(shards.jpeg(0))
+  feature['caption'].bytes_list.value.extend([b'one', b'two words'])
+  writer.write(example.SerializeToString())
+  writer.close()
+  table = shards.pa.table(
+    {'image': [shards.jpeg(0)] * 2, 'caption': [['one', 'two words'], None]}
+  )
+  shards.pq.write_table(table, tmp_path / '0.parquet')
+  for source in ('webdataset', 'array_record', 'parquet'):
+    data = _config(root, source).data
+    data.path = str(tmp_path)
+    found = sources.make(data)
+    assert found[0]['caption'] == 'one\ntwo words', source
+    assert not found.class_names
+  assert found[1]['caption'] == ''
+
+
+def test_captions_of_tfds_features():
+  from mlcd_jax.data import tfds
+
+  for found in (
+    np.array([b'one', b'two words'], object),
+    {'text': [b'one', b'two words'], 'id': [1, 2]},
+    [b'one', b'two words'],
+  ):
+    assert tfds._caption(found) == 'one\ntwo words'
+  assert tfds._caption(b'one') == 'one'
+
+
+def test_classes_have_names_where_they_are_known(root):
+  assert list(sources.make(_config(root, 'folder').data).class_names) == [
+    f'class{i}' for i in range(shards.NUM_CLASSES)
+  ]
+  names = sources.make(config_lib.default().data).class_names
+  assert len(names) == 10 and names[7] == 'seven'

@@ -125,14 +125,32 @@ def test_a_class_weighs_as_the_mean_of_its_sentences():
   )
 
 
-def test_without_captions_nothing_can_be_tuned(tmp_path, monkeypatch):
+def test_without_captions_nothing_can_be_tuned(tiny_config, monkeypatch):
+  tiny_config.evaluate.tasks = ('retrieval',)
+  tiny_config.data.caption_key = 'text'
+  with pytest.raises(errors.UserError, match='caption_key=text: no captions'):
+    stage.open_sources(tiny_config)
+  tiny_config.lit.steps = 0
+  stage.open_sources(tiny_config)
+
+
+def test_no_prompts_or_no_tower_leave_texts_out(tmp_path, monkeypatch):
   data = make_data(tmp_path, monkeypatch)
-  monkeypatch.setattr(Told, '__getitem__', lambda self, row: {'caption': ' '})
-  with pytest.raises(errors.UserError, match='caption_key=caption: no capti'):
-    zero_shot.run(data, make_config())
+  config = make_config(steps=0)
+  assert zero_shot.run(data, config) == {}
+  assert not any('text' in metric for metric in retrieval.run(data, config))
+  data = make_data(tmp_path, monkeypatch)
   data.config.prompts = ''
   assert zero_shot.run(data, make_config()) == {}
-  assert 'image_map' in retrieval.run(data, make_config())
+
+
+def test_prompts_are_checked_before_anything_is_begun(tiny_config):
+  tiny_config.evaluate.tasks = ('zero_shot',)
+  tiny_config.evaluate.datasets.digits.prompts = 'pets'
+  with pytest.raises(
+    errors.UserError, match='digits.prompts=pets: 37 class names for 10'
+  ):
+    stage.open_sources(tiny_config)
 
 
 def test_devices_must_divide_the_batch(tmp_path, monkeypatch):
