@@ -152,12 +152,8 @@ class Checkpointer:
       )
     return None
 
-  def best_step(self) -> int | None:
-    """The best checkpoint by the metric; None where none has it."""
-    return self._manager.best_step() if self._best else None
-
   def close(self) -> None:
-    """Waits for what is being written.
+    """Waits for what is being written, and says which one is the best.
 
     Raises:
       RunError: it cannot be written.
@@ -165,6 +161,9 @@ class Checkpointer:
     with self._explained():
       self._finish_last()
       self._sealing.shutdown()
+      best = self._manager.best_step() if self._best else None
+      if best is not None:
+        _log.info('train: checkpoint %d is the best by %s', best, self._best)
       self._manager.close()
 
   def _finish_last(self) -> None:
@@ -322,6 +321,20 @@ def latest_step(folder: pathlib.Path) -> int | None:
       f'{folder}: not a folder of checkpoints ({e}); delete what does not '
       'belong there'
     ) from e
+
+
+def step_of(path: pathlib.Path) -> int:
+  """The step of a complete checkpoint, by its folder.
+
+  Raises:
+    UserError: there is none of that name.
+  """
+  steps = sorted(ocp.utils.checkpoint_steps(path.parent))
+  if path.name not in map(str, steps):
+    raise errors.UserError(
+      f'{path}: no checkpoint; there are ' + ', '.join(map(str, steps))
+    )
+  return int(path.name)
 
 
 class _Damaged(Exception):

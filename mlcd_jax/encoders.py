@@ -36,18 +36,18 @@ def load(
   """Loads an encoder from wherever it is.
 
   Args:
-    path: a workdir, a folder of `convert import`, a folder as `transformers`
-      writes it, or ORG/NAME[@REVISION].
+    path: a workdir or one of its checkpoints, a folder of `convert import`, a
+      folder as `transformers` writes it, or ORG/NAME[@REVISION].
     field: what to call the path in errors.
 
   Returns:
-    The model, its variables, and the workdir if it is one.
+    The model, its variables, and the path if it is a run's.
 
   Raises:
     UserError: there is no encoder, or not a whole one.
   """
   folder = pathlib.Path(path).expanduser()
-  if (folder / 'checkpoints').is_dir():
+  if (folder / 'checkpoints').is_dir() or folder.parent.name == 'checkpoints':
     model, params, _ = from_run(folder)
     return model, {'params': params}, folder
   if (folder / _MODEL).is_file():
@@ -89,10 +89,10 @@ def save(
 def from_run(
   workdir: pathlib.Path, *, classifier: bool = False
 ) -> tuple[vit.ViT, dict[str, Any], dict[str, Any]]:
-  """Reads the last checkpoint's encoder, without the rest of the state.
+  """Reads a checkpoint's encoder, without the rest of the state.
 
   Args:
-    workdir: of a run.
+    workdir: of a run, whose last checkpoint is read; or a checkpoint in it.
     classifier: read the class centers too.
 
   Returns:
@@ -102,8 +102,12 @@ def from_run(
   Raises:
     UserError: nothing is trained there, or it cannot be read.
   """
-  folder = workdir / 'checkpoints'
-  step = checkpoint.latest_step(folder)
+  if workdir.parent.name == 'checkpoints':
+    folder, step = workdir.parent, checkpoint.step_of(workdir)
+    workdir = folder.parent
+  else:
+    folder = workdir / 'checkpoints'
+    step = checkpoint.latest_step(folder)
   if step is None:
     raise errors.UserError(f'{folder}: nothing is trained yet; train first')
   made = files.read_json(folder / 'manifest.json')

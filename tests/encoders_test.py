@@ -86,6 +86,17 @@ def test_export_and_import_give_the_same_parameters(run, config, tmp_path):
   assert 'step 2' in card and '"num_centers": 64' in card
 
 
+def test_one_of_several_checkpoints_by_its_folder(run):
+  _, expected, found = encoders.from_run(run)
+  path = run / 'checkpoints' / str(found['step'])
+  _, variables, where = encoders.load(str(path), 'field')
+  jax.tree.map(np.testing.assert_array_equal, variables['params'], expected)
+  assert where == path
+  assert encoders.from_run(path, classifier=True)[2]['step'] == found['step']
+  with pytest.raises(errors.UserError, match='/7: no checkpoint; there are 2'):
+    encoders.load(str(path.with_name('7')), 'field')
+
+
 def test_the_average_is_what_is_exported(run, config):
   _, params, found = encoders.from_run(run, classifier=True)
   program = state_of(config, run)[1]
