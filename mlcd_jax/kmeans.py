@@ -109,9 +109,7 @@ def fit(
   c_KD = nearest.put_centers(done.centers, mesh)
   every = -(-save_every_tiles * tile[0] * mesh.shape['data'] // chunks.chunk)
   while len(done.objective) < iterations and not _converged(done, tolerance):
-    c_KD, done = _iterate(
-      c_KD, done, chunks, embeddings, programs, save if every else None, every
-    )
+    c_KD, done = _iterate(c_KD, done, chunks, embeddings, programs, save, every)
     if save:
       save(done._replace(centers=nearest.to_host(c_KD)[:num_centers]))
     if progress:
@@ -175,7 +173,7 @@ def _iterate(c_KD, done, chunks, embeddings, programs, save, every):
       start, stop = chunks.rows_of(i)
       if int(num_bad) > chunks.chunk - (stop - start):
         bad_rows += chunks.bad_rows(i)
-    if save and (i + 1) % every == 0 and i + 1 < len(chunks):
+    if every and (i + 1) % every == 0 and i + 1 < len(chunks):
       part = partial_pass.Part(
         i + 1,
         *partial_pass.to_host(sums, counts, num_centers),
@@ -183,13 +181,14 @@ def _iterate(c_KD, done, chunks, embeddings, programs, save, every):
       )
       sums, counts = partial_pass.to_devices(part, programs.mesh)
       scores = {}
-      save(
-        done._replace(
-          centers=nearest.to_host(c_KD)[:num_centers],
-          bad_rows=bad_rows[:_MAX_NAMED],
-          part=part,
+      if save:
+        save(
+          done._replace(
+            centers=nearest.to_host(c_KD)[:num_centers],
+            bad_rows=bad_rows[:_MAX_NAMED],
+            part=part,
+          )
         )
-      )
   c_KD, total, counts = programs.update(c_KD, sums, counts)
   counts = nearest.to_host(counts)[:num_centers]
   usable = int(counts.sum())

@@ -21,7 +21,8 @@ from mlcd_jax.data import storage
 # clip-retrieval always writes, and DataComp's.
 _KEYS = ('key', 'image_path', 'uid')
 
-# `take` reads rows that are this near each other at once, so many at most.
+# `take` reads rows that are this near each other at once, so many at most;
+# behind URLs, where a request costs more than its bytes, always so many.
 _NEAR = 16
 _TAKEN_AT_ONCE = 8_192
 
@@ -163,6 +164,8 @@ class Sharded:
           f'{shard.path}: shape {shard.shape}, but {shards[0].path} has {dim} '
           'columns'
         )
+    remote = storage.is_url(shards[0].path)
+    self._near = _TAKEN_AT_ONCE if remote else _NEAR
     self._dtype = np.result_type(*(shard.dtype for shard in shards))
     self.paths = [shard.path for shard in shards]
     self.shard_rows = [shard.shape[0] for shard in shards]
@@ -190,7 +193,7 @@ class Sharded:
     while start < len(order):
       first = rows[order[start]]
       near = rows[order[start : start + _TAKEN_AT_ONCE]]
-      gaps = (np.diff(near) > _NEAR) | (near[1:] - first >= _TAKEN_AT_ONCE)
+      gaps = (np.diff(near) > self._near) | (near[1:] - first >= _TAKEN_AT_ONCE)
       count = int(gaps.argmax()) + 1 if gaps.any() else len(near)
       span = self[int(first) : int(near[count - 1]) + 1]
       out[order[start : start + count]] = span[near[:count] - first]

@@ -170,7 +170,7 @@ def test_goes_on_within_a_pass_with_the_same_bits(monkeypatch, mesh_shape):
   assert len(saved) - len(within) == 3 and len(within) >= 6
   assert whole.part is None and max(whole.reseeded) > 0
   for fit in saved:
-    again = kmeans.fit(x, 60, resume=fit, save=lambda fit: None, **options)
+    again = kmeans.fit(x, 60, resume=fit, **options)
     for name, a, b in zip(whole._fields, again, whole):
       np.testing.assert_array_equal(a, b, err_msg=name)
   options['save_every_tiles'] = 0

@@ -161,6 +161,8 @@ def test_urls_are_read_by_ranges(tmp_path):
   memory.put(str(tmp_path / 'local'), '/embeddings_made', recursive=True)
   _, rows = make('memory://embeddings_made', tmp_path / 'embeddings')
   np.testing.assert_array_equal(rows[2:9], expected[2:9])
+  wanted = np.array([9, 1, 1])
+  np.testing.assert_array_equal(rows.take(wanted), expected[wanted])
   np.testing.assert_array_equal(rows.keys(), keys_of(0) + keys_of(2))
 
 
