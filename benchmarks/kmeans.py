@@ -39,6 +39,7 @@ if _is_zen5():
   os.environ['OPENBLAS_CORETYPE'] = 'SkylakeX'
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+# ruff: noqa: E402
 import faiss
 import numpy as np
 import sklearn.cluster
@@ -127,8 +128,9 @@ def digits() -> np.ndarray:
   from mlcd_jax.data import sources
 
   source = sources.make(config_lib.default().data)
-  features = embed.Hog(28).features([source[i].image for i in range(5)])
-  return features
+  images = [source[i]['image'] for i in range(len(source))]
+  features = embed.Hog(28).features(images)
+  return embed.Hog(28, features.mean(0))(images)
 
 
 def _print_machine() -> None:
@@ -149,9 +151,9 @@ def _print_machine() -> None:
       )
 
 
-def _seconds(run):
+def _seconds(run, *args):
   start = time.perf_counter()
-  found = run()
+  found = run(*args)
   return time.perf_counter() - start, found
 
 
@@ -228,7 +230,7 @@ def _whole_runs(name, rows, num_centers, iterations, peers, rounds) -> None:
   cosines = {method: [] for method in methods}
   for i, first in enumerate(firsts):
     for method, run in methods.items():
-      taken, centers = _seconds(lambda: run(rows, first, iterations, i))
+      taken, centers = _seconds(run, rows, first, iterations, i)
       seconds[method].append(taken)
       cosines[method].append(_mean_cosine(rows, centers))
   print(
