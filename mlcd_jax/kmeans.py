@@ -20,9 +20,11 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
+from mlcd_jax import activity
 from mlcd_jax import nearest
 from mlcd_jax import partial_pass
 from mlcd_jax import points
+from mlcd_jax import screening as screening_lib
 from mlcd_jax import sharding
 
 # Empty clusters that can restart in one iteration.
@@ -44,6 +46,12 @@ class Fit(NamedTuple):
     skipped: rows left out because they are zero or not finite.
     bad_rows: numbers of the first of these.
     part: of the iteration that has begun, if one has.
+    labels: int32 [N] of the last iteration, on CPUs; this and what follows is
+      what the next one knows of where labels can change.
+    scores: float32 [N], of the points to their labels.
+    moved: bool [K], the centers that the last update moved.
+    basis: float32 [D, P], the dimensions that are screened by.
+    width: P, 0 where nothing is screened.
   """
 
   centers: np.ndarray
@@ -53,6 +61,11 @@ class Fit(NamedTuple):
   skipped: int
   bad_rows: list[int]
   part: partial_pass.Part | None = None
+  labels: np.ndarray = np.zeros(0, np.int32)
+  scores: np.ndarray = np.zeros(0, np.float32)
+  moved: np.ndarray = np.zeros(0, bool)
+  basis: np.ndarray = np.zeros((0, 0), np.float32)
+  width: int = 0
 
 
 def fit(
@@ -65,6 +78,7 @@ def fit(
   tolerance: float = 0.0,
   mesh: Mesh | None = None,
   score_dtype: jnp.dtype = jnp.bfloat16,
+  screening: str = 'auto',
   resume: Fit | None = None,
   save: Callable[[Fit], None] | None = None,
   save_every_tiles: int = 0,
@@ -83,6 +97,8 @@ def fit(
     tolerance: stop when the objective gains less than this share; 0 = never.
     mesh: all devices, points split over them, where not given.
     score_dtype: of the products' operands; they accumulate in float32.
+    screening: 'auto' = on CPUs, score on leading dimensions where a sample
+      shows that it costs the objective less than 1e-4 of it; 'off' = never.
     resume: what `save` got, to go on from with the same bits.
     save: called after each iteration, on every process.
     save_every_tiles: call it within iterations too, after so many tiles of
@@ -99,23 +115,42 @@ def fit(
     raise ValueError(
       f'{num_centers} centers need as many rows; there are {num_points}'
     )
-  tile = nearest.tile_shape(mesh)
+  score_dtype = jnp.dtype(score_dtype)
+  tile = nearest.tile_shape(mesh, num_centers)
   chunks = points.Points(embeddings, mesh, tile=tile[0], hold=True)
-  programs = _Programs(mesh, num_centers, jnp.dtype(score_dtype))
+  sample = screening_lib.Sample(embeddings, mesh)
+  programs = _Programs(mesh, num_centers, score_dtype, sample.mean)
   done = resume
   if done is None:
     first = _first_centers(embeddings, num_centers, seed, init)
     done = Fit(first, [], np.zeros(num_centers, np.int32), [], 0, [])
+  known = None
+  if nearest.on_cpu(mesh):
+    known = activity.Activity(
+      mesh,
+      num_centers,
+      chunks,
+      sample=sample,
+      score_dtype=score_dtype,
+      screens=(
+        screening == 'auto'
+        and score_dtype == jnp.bfloat16
+        and screening_lib.pays(*embeddings.shape, num_centers)
+      ),
+    )
+    known.restore(done)
   c_KD = nearest.put_centers(done.centers, mesh)
   every = -(-save_every_tiles * tile[0] * mesh.shape['data'] // chunks.chunk)
   while len(done.objective) < iterations and not _converged(done, tolerance):
-    c_KD, done = _iterate(c_KD, done, chunks, embeddings, programs, save, every)
+    c_KD, done = _iterate(
+      c_KD, done, chunks, embeddings, programs, known, save, every
+    )
     if save:
-      save(done._replace(centers=nearest.to_host(c_KD)[:num_centers]))
+      save(_on_host(c_KD, done, known))
     if progress:
       i = len(done.objective) - 1
       progress(i, done.objective[i], done.reseeded[i])
-  return done._replace(centers=nearest.to_host(c_KD)[:num_centers])
+  return _on_host(c_KD, done, known)
 
 
 def abstract_pass(
@@ -134,17 +169,24 @@ def abstract_pass(
     centers, and its arguments' shapes, types and shardings.
   """
   rows = nearest.padded_centers(num_centers, mesh)
-  chunk = points.chunk_rows(mesh, nearest.tile_shape(mesh)[0])
+  chunk = points.chunk_rows(mesh, nearest.tile_shape(mesh, num_centers)[0])
   parts = mesh.shape['data']
   return _make_add(mesh, num_centers, jnp.dtype(score_dtype)), tuple(
     jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
     for shape, dtype, spec in (
       ((rows, dim), jnp.float32, sharding.CENTERS),
-      ((parts, rows, dim), jnp.float32, partial_pass.SUMS),
-      ((parts, rows), jnp.int32, partial_pass.SUMS),
+      ((dim,), jnp.float32, sharding.REPLICATED),
+      ((parts, rows, dim), jnp.float32, nearest.SUMS),
+      ((parts, rows), jnp.int32, nearest.SUMS),
       ((chunk, dim), jnp.float32, sharding.POINTS),
     )
   )
+
+
+def _on_host(c_KD, done: Fit, known: activity.Activity | None) -> Fit:
+  """The whole state."""
+  centers = nearest.to_host(c_KD)[: len(done.counts)]
+  return done._replace(centers=centers, **(known.state() if known else {}))
 
 
 def _converged(done: Fit, tolerance: float) -> bool:
@@ -154,7 +196,7 @@ def _converged(done: Fit, tolerance: float) -> bool:
   return after - before < tolerance * before
 
 
-def _iterate(c_KD, done, chunks, embeddings, programs, save, every):
+def _iterate(c_KD, done, chunks, embeddings, programs, known, save, every):
   """One pass over the points, and the new centers."""
   num_centers = len(done.counts)
   first_pass = not done.objective
@@ -163,12 +205,20 @@ def _iterate(c_KD, done, chunks, embeddings, programs, save, every):
     sums, counts = partial_pass.to_devices(part, programs.mesh)
   else:
     sums, counts = programs.zeros(c_KD.shape[1])
-  scores, bad_rows = {}, list(done.bad_rows)
+  looks = bool(known) and known.begin(c_KD)
+  cosines, bad_rows = {}, list(done.bad_rows)
   for i, x_nD in enumerate(chunks.after(part.chunks), part.chunks):
-    sums, counts, scores[i], num_bad = programs.add(c_KD, sums, counts, x_nD)
+    if looks:
+      sums, counts, cosines[i], num_bad = known.add(sums, counts, i, x_nD)
+    else:
+      sums, counts, label_n, score_n, cosines[i], num_bad = programs.add(
+        c_KD, programs.mean, sums, counts, x_nD
+      )
+      if known:
+        known.keep(i, label_n, score_n)
     # No more than two chunks are on their way, and the host looks for bad rows
     # only where there are some.
-    jax.block_until_ready(scores.get(i - 1))
+    jax.block_until_ready(cosines.get(i - 1))
     if first_pass and len(bad_rows) < _MAX_NAMED:
       start, stop = chunks.rows_of(i)
       if int(num_bad) > chunks.chunk - (stop - start):
@@ -177,19 +227,16 @@ def _iterate(c_KD, done, chunks, embeddings, programs, save, every):
       part = partial_pass.Part(
         i + 1,
         *partial_pass.to_host(sums, counts, num_centers),
-        *_worst(part, scores, chunks, programs),
+        *_worst(part, cosines, chunks, programs),
       )
       sums, counts = partial_pass.to_devices(part, programs.mesh)
-      scores = {}
+      cosines = {}
       if save:
-        save(
-          done._replace(
-            centers=nearest.to_host(c_KD)[:num_centers],
-            bad_rows=bad_rows[:_MAX_NAMED],
-            part=part,
-          )
-        )
-  c_KD, total, counts = programs.update(c_KD, sums, counts)
+        begun = done._replace(bad_rows=bad_rows[:_MAX_NAMED], part=part)
+        save(_on_host(c_KD, begun, known))
+  if known:
+    known.check(c_KD)
+  c_KD, total, counts, shift = programs.update(c_KD, sums, counts)
   counts = nearest.to_host(counts)[:num_centers]
   usable = int(counts.sum())
   if num_centers > usable:
@@ -199,8 +246,12 @@ def _iterate(c_KD, done, chunks, embeddings, programs, save, every):
     )
   empty = np.flatnonzero(counts == 0)
   if len(empty):
-    worst = _worst(part, scores, chunks, programs)[1][: len(empty)]
+    worst = _worst(part, cosines, chunks, programs)[1][: len(empty)]
     c_KD = programs.replace(c_KD, empty[: len(worst)], embeddings, worst)
+  if known:
+    shift = nearest.to_host(shift)[:num_centers].copy()
+    shift[empty] = np.inf
+    known.finish(c_KD, shift)
   return c_KD, done._replace(
     counts=counts,
     objective=[*done.objective, float(total) / usable],
@@ -266,7 +317,10 @@ def nearest_centers(
   lookup = nearest.make_lookup(mesh, len(centers), num_labels)
   c_KD = nearest.put_centers(points.unit_rows(np.asarray(centers)), mesh)
   chunks = points.Points(
-    embeddings, mesh, tile=nearest.tile_shape(mesh)[0], hold=False
+    embeddings,
+    mesh,
+    tile=nearest.tile_shape(mesh, len(centers))[0],
+    hold=False,
   )
   labels = np.zeros((embeddings.shape[0], num_labels), np.int32)
   scores = np.zeros(labels.shape, np.float32)
@@ -288,7 +342,7 @@ def _first_centers(
     init = rng.choice(num_points, num_centers, replace=False)
   init = np.asarray(init)
   if init.ndim == 1 and len(init) == num_centers:
-    init = np.concatenate([embeddings[i : i + 1] for i in init.tolist()])
+    return points.unit_rows_at(embeddings, init)
   if init.shape != (num_centers, dim):
     raise ValueError(
       f'init has shape {init.shape}; give row numbers [{num_centers}] or '
@@ -300,7 +354,14 @@ def _first_centers(
 class _Programs:
   """The compiled parts of an iteration."""
 
-  def __init__(self, mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
+  def __init__(
+    self,
+    mesh: Mesh,
+    num_centers: int,
+    score_dtype: jnp.dtype,
+    mean: np.ndarray,
+  ):
+    self.mean = mean
     self.mesh = mesh
     self._num_centers = num_centers
     self.add = _make_add(mesh, num_centers, score_dtype)
@@ -333,59 +394,45 @@ class _Programs:
 
 @functools.cache
 def _make_add(mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
-  """Centers, sums, counts, points -> sums, counts, cosines, bad points."""
-  tile = nearest.tile_shape(mesh)
+  """A chunk -> sums, counts, labels, scores, cosines, bad points."""
+  tile = nearest.tile_shape(mesh, num_centers)
 
-  def add(c_kD, sums_1kD, counts_1k, x_nD):
-    k = c_kD.shape[0]
+  def add(c_kD, mean_D, sums_1kD, counts_1k, x_nD):
     usable_n = jnp.any(x_nD != 0, axis=1)
     # Embeddings share a large mean, which would take up most of a low
     # precision's digits. Without it the order of the centers is the same.
-    mean_D = _mean_of_first_tile(c_kD, tile[1], num_centers)
+    c_kD = nearest.real_centers(c_kD, num_centers) - mean_D[None]
     score, center = nearest.best_center(
-      (c_kD - mean_D[None]).astype(score_dtype),
-      x_nD.astype(score_dtype),
-      tile=tile,
-      num_centers=num_centers,
+      c_kD.astype(score_dtype), x_nD.astype(score_dtype), tile=tile
     )
+    center += lax.axis_index('fsdp') * c_kD.shape[0]
     score, center = nearest.merge(score[:, None], center[:, None], 1)
-    score, center = score[:, 0] + x_nD @ mean_D, center[:, 0]
-    # Rows of other devices' centers, and padding, are dropped.
-    local = center - lax.axis_index('fsdp') * k
-    local = jnp.where(usable_n & (local >= 0) & (local < k), local, k)
+    score_n, center_n = score[:, 0], center[:, 0]
     return (
-      sums_1kD.at[0, local].add(x_nD, mode='drop'),
-      counts_1k.at[0, local].add(1, mode='drop'),
-      jnp.where(usable_n, score, jnp.inf),
+      *nearest.add_points(sums_1kD, counts_1k, x_nD, center_n, usable_n),
+      center_n,
+      score_n,
+      jnp.where(usable_n, score_n + x_nD @ mean_D, jnp.inf),
       lax.psum(jnp.sum(~usable_n), 'data'),
     )
 
+  rows, sums = sharding.POINTS, nearest.SUMS
   return jax.jit(
     jax.shard_map(
       add,
       mesh=mesh,
-      in_specs=(
-        sharding.CENTERS,
-        partial_pass.SUMS,
-        partial_pass.SUMS,
-        sharding.POINTS,
-      ),
-      out_specs=(
-        partial_pass.SUMS,
-        partial_pass.SUMS,
-        sharding.POINTS,
-        sharding.REPLICATED,
-      ),
+      in_specs=(sharding.CENTERS, sharding.REPLICATED, sums, sums, rows),
+      out_specs=(sums, sums, rows, rows, rows, sharding.REPLICATED),
       # Equal on all devices by construction, which types cannot show.
       check_vma=False,
     ),
-    donate_argnums=(1, 2),
+    donate_argnums=(2, 3),
   )
 
 
 @functools.cache
 def _make_update(mesh: Mesh):
-  """Centers, sums, counts -> centers, sum of all cosines, counts [K]."""
+  """Centers, sums, counts -> centers, sum of cosines, counts, shifts [K]."""
 
   def update(c_kD, sums_1kD, counts_1k):
     sums_kD, counts_k = lax.psum((sums_1kD[0], counts_1k[0]), 'data')
@@ -393,14 +440,20 @@ def _make_update(mesh: Mesh):
     total = lax.psum(jnp.sum(sums_kD * c_kD), 'fsdp')
     norm = jnp.sqrt(jnp.sum(jnp.square(sums_kD), axis=1, keepdims=True))
     new_kD = jnp.where(norm > 0, sums_kD / jnp.where(norm > 0, norm, 1), c_kD)
-    return new_kD, total, counts_k
+    shift_k = jnp.sqrt(jnp.sum(jnp.square(new_kD - c_kD), axis=1))
+    return new_kD, total, counts_k, shift_k
 
   return jax.jit(
     jax.shard_map(
       update,
       mesh=mesh,
-      in_specs=(sharding.CENTERS, partial_pass.SUMS, partial_pass.SUMS),
-      out_specs=(sharding.CENTERS, sharding.REPLICATED, sharding.CENTERS),
+      in_specs=(sharding.CENTERS, nearest.SUMS, nearest.SUMS),
+      out_specs=(
+        sharding.CENTERS,
+        sharding.REPLICATED,
+        sharding.CENTERS,
+        sharding.CENTERS,
+      ),
       check_vma=False,
     ),
     donate_argnums=0,
@@ -415,7 +468,7 @@ def _make_zeros(mesh: Mesh, rows: int, dim: int):
       jnp.zeros((parts, rows, dim), jnp.float32),
       jnp.zeros((parts, rows), jnp.int32),
     ),
-    out_shardings=NamedSharding(mesh, partial_pass.SUMS),
+    out_shardings=NamedSharding(mesh, nearest.SUMS),
   )
 
 
@@ -432,10 +485,3 @@ def _make_replace(mesh: Mesh):
 def _lowest(score_n: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   negative, place = lax.top_k(-score_n, count)
   return -negative, place
-
-
-def _mean_of_first_tile(c_kD, tile_centers, num_centers):
-  """Mean [D] of the first centers, with the same bits on every mesh."""
-  first = c_kD[:tile_centers]  # On the first device; padding is zero.
-  mean = jnp.sum(first, axis=0) / min(tile_centers, num_centers)
-  return lax.psum(jnp.where(lax.axis_index('fsdp') == 0, mean, 0), 'fsdp')

@@ -18,21 +18,36 @@ import numpy as np
 from mlcd_jax import sharding
 
 # Rows and centers of a score tile. Mesh-independent, so that products are
-# computed alike everywhere; on CPUs a tile must stay in the cache.
-_CPU_TILE = (256, 512)
+# computed alike everywhere. On CPUs products with many centers are fastest.
+_CPU_TILE = (256, 4_096)
 _ACCELERATOR_TILE = (4_096, 2_048)
 
+# Each part of the mesh sums its own points; the parts meet once a pass.
+SUMS = jax.sharding.PartitionSpec('data', 'fsdp')
 
-def tile_shape(mesh: Mesh) -> tuple[int, int]:
+
+def on_cpu(mesh: Mesh) -> bool:
+  """Whether the devices of a mesh are CPUs."""
+  return mesh.devices.flat[0].platform == 'cpu'
+
+
+def tile_shape(mesh: Mesh, num_centers: int) -> tuple[int, int]:
   """Points and centers of a score tile."""
-  cpu = mesh.devices.flat[0].platform == 'cpu'
-  return _CPU_TILE if cpu else _ACCELERATOR_TILE
+  if not on_cpu(mesh):
+    return _ACCELERATOR_TILE
+  rows, centers = _CPU_TILE
+  return rows, min(centers, up(num_centers, 256))
 
 
 def padded_centers(num_centers: int, mesh: Mesh) -> int:
   """Centers on the devices, padding included."""
-  tile = tile_shape(mesh)[1] * mesh.shape['fsdp']
-  return -(-num_centers // tile) * tile
+  tile = tile_shape(mesh, num_centers)[1]
+  return up(num_centers, tile * mesh.shape['fsdp'])
+
+
+def up(number: int, multiple: int) -> int:
+  """The next multiple that is not lower."""
+  return -(-number // multiple) * multiple
 
 
 def put_centers(centers: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -56,52 +71,95 @@ def to_host(x: jax.Array) -> np.ndarray:
 
 
 def _scores(c_kD, x_TD, first_center, num_centers, precision=None):
-  """Cosines [k, T] with float32 accumulation; -inf for padded centers.
+  """Cosines [k, T]; -inf for padded centers."""
+  s_kT = products(c_kD, x_TD, precision)
+  center = first_center + lax.broadcasted_iota(jnp.int32, s_kT.shape, 0)
+  return jnp.where(center < num_centers, s_kT, -jnp.inf)
+
+
+def real_centers(c_kD: jax.Array, num_centers: int) -> jax.Array:
+  """Centers with copies of the first one in the place of padding.
+
+  A copy never wins: among equals the lower center is taken.
+  """
+  k = c_kD.shape[0]
+  shard = lax.axis_index('fsdp')
+  first_D = lax.psum(jnp.where(shard == 0, c_kD[0], 0), 'fsdp')
+  center = shard * k + lax.broadcasted_iota(jnp.int32, c_kD.shape, 0)
+  return jnp.where(center < num_centers, c_kD, first_D[None])
+
+
+def first_max(s_tT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Largest value and its first row [T]."""
+  # Two plain reductions: argmax costs as much as the product on CPUs.
+  score = jnp.max(s_tT, axis=0)
+  row = lax.broadcasted_iota(jnp.int32, s_tT.shape, 0)
+  rows = s_tT.shape[0]
+  return score, jnp.min(jnp.where(s_tT == score[None], row, rows), axis=0)
+
+
+def products(c_tD: jax.Array, x_TD: jax.Array, precision=None) -> jax.Array:
+  """Scores [t, T] with float32 accumulation.
 
   Centers run down the rows, so that reducing over them is element-wise.
   """
-  s_kT = lax.dot_general(
-    c_kD,
+  return lax.dot_general(
+    c_tD,
     x_TD,
     (((1,), (1,)), ((), ())),
     precision=precision,
     preferred_element_type=jnp.float32,
   )
-  center = first_center + lax.broadcasted_iota(jnp.int32, s_kT.shape, 0)
-  return jnp.where(center < num_centers, s_kT, -jnp.inf)
 
 
-def best_center(c_kD, x_nD, *, tile, num_centers):
-  """Best score and center [n] among this device's centers, tile by tile."""
+def best_center(
+  c_kD: jax.Array, x_nD: jax.Array, *, tile: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+  """Best score and first row of it [n] among centers without padding."""
   tile_rows, tile_centers = tile
   k, dim = c_kD.shape
-  offset = lax.axis_index('fsdp') * k
+  rows = x_nD.reshape(-1, tile_rows, dim)
+
+  def among(c_tD):
+    score, place = lax.map(lambda x_TD: first_max(products(c_tD, x_TD)), rows)
+    return score.reshape(-1), place.reshape(-1)
+
+  if k == tile_centers:
+    return among(c_kD)
+
+  def merge_tile(best, start_and_tile):
+    start, c_tD = start_and_tile
+    score, place = among(c_tD)
+    better = score > best[0]
+    return (
+      jnp.where(better, score, best[0]),
+      jnp.where(better, start + place, best[1]),
+    ), None
+
   starts = jnp.arange(0, k, tile_centers, dtype=jnp.int32)
-  c_tiles = c_kD.reshape(-1, tile_centers, dim)
+  nothing = (
+    jnp.full(x_nD.shape[0], -jnp.inf, jnp.float32),
+    jnp.zeros(x_nD.shape[0], jnp.int32),
+  )
+  tiles = c_kD.reshape(-1, tile_centers, dim)
+  return lax.scan(merge_tile, nothing, (starts, tiles))[0]
 
-  def rows(x_TD):
-    def centers(best, start_and_tile):
-      best_score, best_id = best
-      start, c_tD = start_and_tile
-      s_tT = _scores(c_tD, x_TD, offset + start, num_centers)
-      # Two plain reductions: argmax costs as much as the product on CPUs.
-      score = jnp.max(s_tT, axis=0)
-      row = lax.broadcasted_iota(jnp.int32, s_tT.shape, 0)
-      first = jnp.min(jnp.where(s_tT == score[None], row, tile_centers), axis=0)
-      better = score > best_score
-      return (
-        jnp.where(better, score, best_score),
-        jnp.where(better, offset + start + first, best_id),
-      ), None
 
-    unknown = (
-      jnp.full(tile_rows, -jnp.inf, jnp.float32),
-      jnp.full(tile_rows, num_centers, jnp.int32),
-    )
-    return lax.scan(centers, unknown, (starts, c_tiles))[0]
-
-  score, center = lax.map(rows, x_nD.reshape(-1, tile_rows, dim))
-  return score.reshape(-1), center.reshape(-1)
+def add_points(
+  sums_1kD: jax.Array,
+  counts_1k: jax.Array,
+  x_nD: jax.Array,
+  center_n: jax.Array,
+  usable_n: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Adds points to this device's sums; other devices' centers are left out."""
+  k = counts_1k.shape[1]
+  local = center_n - lax.axis_index('fsdp') * k
+  local = jnp.where(usable_n & (local >= 0) & (local < k), local, k)
+  return (
+    sums_1kD.at[0, local].add(x_nD, mode='drop'),
+    counts_1k.at[0, local].add(1, mode='drop'),
+  )
 
 
 def merge(score, center, num_labels):
@@ -118,7 +176,7 @@ def merge(score, center, num_labels):
 @functools.cache
 def make_lookup(mesh: Mesh, num_centers: int, num_labels: int):
   """Makes: centers, points -> scores and nearest centers, both [n, L]."""
-  tile_rows, tile_centers = tile_shape(mesh)
+  tile_rows, tile_centers = tile_shape(mesh, num_centers)
 
   def lookup(c_kD, x_nD):
     k, dim = c_kD.shape

@@ -58,12 +58,17 @@ class Points:
     self._rows = rows
     self._mesh = mesh
     num_rows, dim = rows.shape
-    self.chunk = min(
-      chunk_rows(mesh, tile), _up(max(num_rows, 1), tile * mesh.shape['data'])
-    )
+    # As few chunks as can be, of nearly equal size: padding costs time.
+    count = max(1, -(-num_rows // chunk_rows(mesh, tile)))
+    self.chunk = _up(max(1, -(-num_rows // count)), tile * mesh.shape['data'])
     padded = _up(num_rows, self.chunk)
     hold = hold and held_bytes(padded, dim, mesh, _memory(mesh)) > 0
     self._held = [] if hold else None
+
+  @property
+  def held(self) -> bool:
+    """Whether the chunks stay on the devices."""
+    return self._held is not None
 
   def __len__(self) -> int:
     """Number of chunks."""
@@ -122,7 +127,7 @@ class Points:
     """Rows as they are stored; zero from `stop` on."""
     rows = np.asarray(self._rows[first : max(first, min(last, stop))])
     if rows.dtype != np.float16:
-      rows = rows.astype(np.float32)
+      rows = rows.astype(np.float32, copy=False)
     if len(rows) == last - first:
       return rows
     shape = (last - first - len(rows), rows.shape[1])
@@ -131,10 +136,15 @@ class Points:
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
   """float32 unit rows; what is not finite or zero becomes zero."""
-  rows = rows.astype(np.float32)
+  rows = np.asarray(rows, np.float32)
   norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
   usable = np.isfinite(norm) & (norm > 0)
   return np.where(usable, rows / np.where(usable, norm, 1), 0)
+
+
+def unit_rows_at(rows: Rows, places: np.ndarray) -> np.ndarray:
+  """`unit_rows` of the rows at these places."""
+  return unit_rows(np.concatenate([rows[i : i + 1] for i in places.tolist()]))
 
 
 @jax.jit

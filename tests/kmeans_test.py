@@ -117,7 +117,9 @@ def test_goes_on_with_the_same_bits():
   again = kmeans.fit(x, 50, resume=saved[2], **options)
   np.testing.assert_array_equal(again.centers, whole.centers)
   np.testing.assert_array_equal(again.counts, whole.counts)
-  assert again[1:2] + again[3:] == whole[1:2] + whole[3:]
+  assert again.objective == whole.objective
+  assert again.reseeded == whole.reseeded
+  assert (again.skipped, again.bad_rows) == (1, [5])
   assert whole.part is None
 
 
@@ -140,7 +142,9 @@ def test_read_anew_or_held_gives_the_same_bits(monkeypatch, dtype):
   reads_held = len(reads)
   monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
   streamed = kmeans.fit(Counted(), 60, iterations=4, mesh=mesh)
-  assert len(reads) - reads_held > 3 * reads_held // 2
+  in_chunks = [rows for rows in reads if rows.stop - rows.start > 1]
+  chunks_held = sum(r.stop - r.start > 1 for r in reads[:reads_held])
+  assert len(in_chunks) - chunks_held > 3 * chunks_held // 2
   assert held.bad_rows == streamed.bad_rows == [4_999]
   for a, b in zip(held, streamed):
     np.testing.assert_array_equal(a, b)

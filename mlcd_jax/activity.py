@@ -1,0 +1,389 @@
+"""Assignment that looks only where a label can change, for CPUs.
+
+After the first pass a point is compared with the centers that moved, and with
+all of them only if its own score fell. Without screening that gives the labels
+of a plain pass. With it, centers are scored on a few leading dimensions, and
+only the best candidates and the point's own center on all of them.
+
+Shapes: N points, K centers, D dimensions, P leading dimensions, T points a
+tile, S sampled points. Upper case is global, lower case this device's part.
+"""
+
+from collections.abc import Sequence
+import functools
+import logging
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+import numpy as np
+
+from mlcd_jax import nearest
+from mlcd_jax import points
+from mlcd_jax import screening
+from mlcd_jax import sharding
+
+_log = logging.getLogger(__name__)
+
+# A screened pass passes over centers that moved by less, and points whose own
+# score fell by less: their labels would change the objective by less than 1e-5.
+_SCREENED_SHIFT = 0.01
+_SCREENED_FALL = 1e-3
+
+# Compared with this share of the centers or fewer, a pass looks only at those
+# that moved. Few sizes, since each is a program.
+_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+
+
+class Activity:
+  """What the points' last labels say about where labels can change.
+
+  Attributes:
+    labels: int32 [N] of the last pass; empty before the first.
+    scores: float32 [N], the points' scores then.
+    moved: bool [K], centers that moved since.
+    basis: float32 [D, P], the leading dimensions, if any are in use.
+    width: dimensions that are scored; 0 = all.
+  """
+
+  def __init__(
+    self,
+    mesh: Mesh,
+    num_centers: int,
+    chunks: points.Points,
+    *,
+    sample: screening.Sample,
+    score_dtype: jnp.dtype,
+    screens: bool,
+  ):
+    """Starts without labels.
+
+    Args:
+      mesh: of all devices.
+      num_centers: K.
+      chunks: of the points.
+      sample: of the points.
+      score_dtype: of the operands over all dimensions.
+      screens: score on leading dimensions where the sample allows it.
+    """
+    self._mesh = mesh
+    self._num_centers = num_centers
+    self._chunks = chunks
+    self._score_dtype = score_dtype
+    self._sample = sample
+    self._labels, self._scores, self._leading = [], [], {}
+    self.moved = np.ones(num_centers, bool)
+    self.basis = np.zeros((0, 0), np.float32)
+    self.width = 0
+    self._size = 0
+    self._must_choose = screens
+
+  @property
+  def labels(self) -> np.ndarray:
+    """int32 [N]."""
+    return self._on_host(self._labels, np.int32)
+
+  @property
+  def scores(self) -> np.ndarray:
+    """float32 [N]."""
+    return self._on_host(self._scores, np.float32)
+
+  def state(self) -> dict[str, Any]:
+    """The attributes by name, to go on from."""
+    names = ('labels', 'scores', 'moved', 'basis', 'width')
+    return {name: getattr(self, name) for name in names}
+
+  def restore(self, state: Any) -> None:
+    """Goes on from an object with these attributes, if it has labels."""
+    if len(state.labels):
+      self._labels = self._on_devices(state.labels)
+      self._scores = self._on_devices(state.scores)
+      self.moved, self.basis = state.moved, state.basis
+      self.width = state.width
+      # Labels of some chunks: the first pass, after which a width is chosen.
+      if len(self._labels) == len(self._chunks):
+        self._must_choose = False
+
+  def begin(self, c_KD: jax.Array) -> bool:
+    """Before a pass: whether `add` serves it, not a plain one."""
+    self._size = self._choose_size()
+    if self._size:
+      prepare = screening.make_prepare(
+        self._mesh, self._num_centers, self.width, self._score_dtype
+      )
+      mean = self._sample.mean
+      basis = self.basis if self.width else mean[:, None]
+      self._centers = prepare(c_KD, mean, basis)
+    return self._size > 0
+
+  def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
+    """Adds a chunk of points to sums and counts, which are given up.
+
+    Returns:
+      sums, counts, cosines [n] of the points, number of bad points.
+    """
+    program = _make_add(
+      self._mesh, self._num_centers, self._size, self.width, self._score_dtype
+    )
+    *found, label_n, score_n, cosine_n, num_bad = program(
+      *self._centers,
+      self._moved_flags(),
+      sums,
+      counts,
+      x_nD,
+      self._leading_of(chunk, x_nD),
+      self._sample.mean,
+      self._labels[chunk],
+      self._scores[chunk],
+    )
+    self._labels[chunk], self._scores[chunk] = label_n, score_n
+    return *found, cosine_n, num_bad
+
+  def keep(self, chunk: int, label_n: jax.Array, score_n: jax.Array) -> None:
+    """Takes a chunk's labels and scores from a plain pass."""
+    if chunk == len(self._labels):
+      self._labels.append(label_n)
+      self._scores.append(score_n)
+    else:
+      self._labels[chunk], self._scores[chunk] = label_n, score_n
+
+  def check(self, c_KD: jax.Array) -> None:
+    """Before the update: what screening cost a sample, in this pass."""
+    if self.width > 0 and self._size:
+      loss, best = self._sample.loss(
+        c_KD, self._num_centers, self._sample_labels()
+      )
+      wider = loss > screening.MAX_CHECKED_LOSS * best
+      _log.info(
+        'screening: %d dimensions, cosines of the sample %.1e low%s',
+        self.width,
+        loss,
+        '; more from here on' if wider else '',
+      )
+      if wider:
+        self._must_choose = True
+
+  def finish(self, c_KD: jax.Array, shift: np.ndarray) -> None:
+    """After the update: chooses the width where that is due.
+
+    Args:
+      c_KD: the new centers.
+      shift: [K], how far each moved.
+    """
+    if self._must_choose:
+      self.width, self.basis = self._sample.choose(
+        c_KD,
+        self._num_centers,
+        self._sample_labels(),
+        wider_than=self.width,
+      )
+      self._must_choose = False
+      self._leading = {}
+    self.moved = shift > (_SCREENED_SHIFT if self.width else 0)
+
+  def _choose_size(self) -> int:
+    """Centers that this pass looks at, padding included; 0 = a plain pass."""
+    if len(self._labels) < len(self._chunks):
+      return 0
+    padded = nearest.padded_centers(self._num_centers, self._mesh)
+    moved = int(self.moved.sum())
+    for share in _SHARES:
+      size = nearest.up(int(share * padded), screening.NUM_BUCKETS)
+      if moved <= size < padded:
+        return size
+    return padded if self.width > 0 else 0
+
+  def _moved_flags(self) -> np.ndarray:
+    padded = nearest.padded_centers(self._num_centers, self._mesh)
+    return np.pad(self.moved, (0, padded - self._num_centers))
+
+  def _leading_of(self, chunk: int, x_nD: jax.Array) -> jax.Array:
+    """The chunk on its leading dimensions; kept as long as the chunk is."""
+    if not self.width:
+      return x_nD
+    if chunk in self._leading:
+      return self._leading[chunk]
+    program = screening.make_project(self._mesh, self.width)
+    xs_nP = program(x_nD, self.basis)
+    if self._chunks.held:
+      self._leading[chunk] = xs_nP
+    return xs_nP
+
+  def _sample_labels(self) -> np.ndarray:
+    return self.labels[self._sample.rows]
+
+  def _on_host(self, parts: Sequence[jax.Array], dtype) -> np.ndarray:
+    if not parts:
+      return np.zeros(0, dtype)
+    whole = np.concatenate([nearest.to_host(part) for part in parts])
+    return whole[: self._chunks.rows_of(len(parts) - 1)[1]]
+
+  def _on_devices(self, values: np.ndarray) -> list[jax.Array]:
+    found = []
+    for i in range(len(self._chunks)):
+      start, stop = self._chunks.rows_of(i)
+      if stop > len(values):
+        break
+      padded = np.zeros(self._chunks.chunk, values.dtype)
+      padded[: stop - start] = values[start:stop]
+      found.append(
+        jax.make_array_from_callback(
+          padded.shape,
+          NamedSharding(self._mesh, sharding.POINTS),
+          lambda index, padded=padded: padded[index],
+        )
+      )
+    return found
+
+
+@functools.cache
+def _make_add(mesh, num_centers, size, width, score_dtype):
+  """A chunk -> sums, counts, labels, scores, cosines, bad points."""
+  look = _look_screened if width else _look_exactly
+
+  def add(
+    c_KD, cs_KP, moved_K, sums_1kD, counts_1k, x_nD, xs_nP, mean_D, label_n,
+    score_n,
+  ):  # fmt: skip
+    usable_n = jnp.any(x_nD != 0, axis=1)
+    label_n, score_n = look(
+      c_KD,
+      cs_KP,
+      moved_K,
+      x_nD,
+      xs_nP if width else xs_nP.astype(score_dtype),
+      label_n,
+      score_n,
+      size=size,
+      tile=nearest.tile_shape(mesh, num_centers),
+    )
+    cosine_n = score_n if width else score_n + x_nD @ mean_D
+    return (
+      *nearest.add_points(sums_1kD, counts_1k, x_nD, label_n, usable_n),
+      label_n,
+      score_n,
+      jnp.where(usable_n, cosine_n, jnp.inf),
+      lax.psum(jnp.sum(~usable_n), 'data'),
+    )
+
+  rows, all_, sums = sharding.POINTS, sharding.REPLICATED, nearest.SUMS
+  return jax.jit(
+    jax.shard_map(
+      add,
+      mesh=mesh,
+      in_specs=(all_, all_, all_, sums, sums, rows, rows, all_, rows, rows),
+      out_specs=(sums, sums, rows, rows, rows, all_),
+      check_vma=False,
+    ),
+    donate_argnums=(3, 4),
+  )
+
+
+def _look_exactly(
+  c_KD, cs_KD, moved_K, x_nD, xs_nD, label_n, score_n, *, size, tile
+):
+  """Labels and scores of a plain pass, from those of the pass before."""
+  del c_KD, x_nD
+  ids, num_moved = _moved_first(moved_K, size)
+  # Copies of the first in the place of those that did not move.
+  ids = jnp.where(jnp.arange(size) < num_moved, ids, ids[0])
+  tile_rows, tile_centers = tile
+  best_n, place_n = nearest.best_center(
+    cs_KD[ids], xs_nD, tile=(tile_rows, _divisor(size, tile_centers))
+  )
+  new_n = ids[place_n]
+  own_moved_n = moved_K[label_n]
+  better_n = (best_n > score_n) | ((best_n == score_n) & (new_n < label_n))
+  # Centers that stayed have at most the old score: what exceeds it is best.
+  fell_n = own_moved_n & (best_n <= score_n)
+  take_n = own_moved_n | better_n
+  label_n = jnp.where(take_n, new_n, label_n)
+  score_n = jnp.where(take_n, best_n, score_n)
+
+  def everywhere(rows, label_T):
+    del label_T
+    return nearest.best_center(cs_KD, xs_nD[rows], tile=tile)
+
+  return _where_fell(everywhere, fell_n, score_n, label_n, tile_rows)
+
+
+def _look_screened(
+  c_KD, cs_KP, moved_K, x_nD, xs_nP, label_n, score_n, *, size, tile
+):
+  """Labels and cosines by the leading dimensions, of the best by all."""
+  del tile
+  num_rows = x_nD.shape[0]
+  tile_rows = screening.tile_rows(len(cs_KP))
+
+  def everywhere(rows, label_T):
+    candidates = screening.candidates(cs_KP, xs_nP[rows], screening.NUM_ALL)
+    found = screening.rescore(x_nD[rows], c_KD, [label_T, *candidates])
+    return found[:2]
+
+  if size == len(cs_KP):
+    starts = jnp.arange(0, num_rows, tile_rows)
+    score_n, label_n = lax.map(
+      lambda start: everywhere(
+        start + jnp.arange(tile_rows),
+        lax.dynamic_slice_in_dim(label_n, start, tile_rows),
+      ),
+      starts,
+    )
+    return label_n.reshape(-1), score_n.reshape(-1)
+  ids, _ = _moved_first(moved_K, size)
+  few_PS = cs_KP[ids]
+  few_rows = screening.tile_rows(size)
+
+  def among_moved(part):
+    x_TD, xs_TP, label_T, score_T = part
+    candidates = screening.candidates(few_PS, xs_TP, screening.NUM_MOVED)
+    score, label, own = screening.rescore(
+      x_TD, c_KD, [label_T, *(ids[place] for place in candidates)]
+    )
+    return score, label, own < score_T - _SCREENED_FALL
+
+  parts = (x_nD, xs_nP, label_n, score_n)
+  score_n, label_n, fell_n = (
+    found.reshape(-1)
+    for found in lax.map(
+      among_moved,
+      tuple(a.reshape(-1, few_rows, *a.shape[1:]) for a in parts),
+    )
+  )
+  return _where_fell(everywhere, fell_n, score_n, label_n, tile_rows)
+
+
+def _moved_first(moved_K, size):
+  """Numbers of the centers that moved, then others; and how many moved."""
+  ids = jnp.argsort(~moved_K, stable=True).astype(jnp.int32)
+  return ids[:size], jnp.sum(moved_K)
+
+
+def _where_fell(search, fell_n, score_n, label_n, tile_rows):
+  """Searches anew for the points that fell, a tile of them at a time."""
+  num_rows = fell_n.shape[0]
+  place_n = jnp.where(fell_n, jnp.cumsum(fell_n) - 1, num_rows)
+  # The last tile is filled with row 0, which searching anew does not harm.
+  todo = jnp.zeros(num_rows, jnp.int32)
+  todo = todo.at[place_n].set(jnp.arange(num_rows, dtype=jnp.int32),
+                              mode='drop')  # fmt: skip
+
+  def tile(i, found):
+    score_n, label_n = found
+    rows = lax.dynamic_slice_in_dim(todo, i * tile_rows, tile_rows)
+    score, label = search(rows, label_n[rows])
+    return score_n.at[rows].set(score), label_n.at[rows].set(label)
+
+  count = (jnp.sum(fell_n) + tile_rows - 1) // tile_rows
+  score_n, label_n = lax.fori_loop(0, count, tile, (score_n, label_n))
+  return label_n, score_n
+
+
+def _divisor(size: int, most: int) -> int:
+  """Centers of a tile when `size` of them are compared."""
+  return size if size <= most else next(
+    tile for tile in range(most, 0, -1) if not size % tile
+  )  # fmt: skip

@@ -1,0 +1,271 @@
+"""Scores on leading dimensions, and the width at which they are good enough.
+
+The leading dimensions are those of the centers: what separates centers is what
+a score must see. Shapes: K centers, D dimensions, P leading dimensions, T
+points a tile, S sampled points.
+"""
+
+import functools
+import logging
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from mlcd_jax import nearest
+from mlcd_jax import points
+from mlcd_jax import sharding
+
+_log = logging.getLogger(__name__)
+
+# Widths to choose from.
+_WIDTHS = (96, 128, 160, 256, 384)
+
+# What a width may cost the mean cosine of a sample when it is chosen, and as a
+# share of the objective before a wider one is taken.
+_MAX_LOSS = 5e-5
+MAX_CHECKED_LOSS = 1e-4
+
+# Sampled rows to choose by, and the first of them to check by.
+_SAMPLE_ROWS = 2_048
+_CHECKED_ROWS = 512
+
+# Below these a pass is too short for screening to gain.
+_MIN_CENTERS = 512
+_MIN_DIM = 2 * _WIDTHS[0]
+
+# A candidate is the best of a bucket of centers: by this many buckets, among
+# all centers and among those that moved.
+NUM_BUCKETS = 64
+NUM_ALL = 4
+NUM_MOVED = 2
+
+# Centers whose leading dimensions are taken, and spare ones that make those
+# more exact.
+_BASIS_ROWS = 2_048
+_SPARE = 32
+
+
+def pays(num_rows: int, dim: int, num_centers: int) -> bool:
+  """Whether a clustering is large enough to be screened."""
+  return (
+    num_rows >= _SAMPLE_ROWS and num_centers >= _MIN_CENTERS and dim >= _MIN_DIM
+  )
+
+
+def tile_rows(num_centers: int) -> int:
+  """Points of a tile: 2 MB of scores stay in the cache."""
+  rows = max(8, min(256, 2**19 // num_centers))
+  return 1 << (rows.bit_length() - 1)
+
+
+def _next_width(width: int, dim: int) -> int:
+  """The next one, or 0 for all dimensions where it would not pay."""
+  return next((w for w in _WIDTHS if width < w <= dim // 2), 0)
+
+
+class Sample:
+  """Rows by which the width is chosen and checked.
+
+  Attributes:
+    rows: their numbers, ascending, at equal distances.
+    mean: float32 [D] of them.
+  """
+
+  def __init__(self, embeddings: points.Rows, mesh: Mesh):
+    """Reads a sample of the rows [N, D]."""
+    count = min(_SAMPLE_ROWS, embeddings.shape[0])
+    self.rows = np.linspace(0, embeddings.shape[0] - 1, count).astype(int)
+    self._values = points.unit_rows_at(embeddings, self.rows)
+    self.mean = self._values.mean(0)
+    self._mesh = mesh
+
+  def choose(
+    self,
+    c_KD: jax.Array,
+    num_centers: int,
+    labels_S: np.ndarray,
+    *,
+    wider_than: int,
+  ) -> tuple[int, np.ndarray]:
+    """The smallest width that is good enough, and its dimensions.
+
+    Args:
+      c_KD: centers after a plain pass, padded.
+      num_centers: K.
+      labels_S: of the sample in that pass.
+      wider_than: a width that was not good enough.
+
+    Returns:
+      The width, 0 if all dimensions are needed; float32 [D, P], P the width.
+    """
+    prepare = functools.partial(make_prepare, self._mesh, num_centers)
+    whole = prepare(0, jnp.bfloat16)(c_KD, self.mean, self.mean[:, None])
+    best_S = _best_cosines(*whole, self._values, labels_S)
+    basis = np.zeros((len(self.mean), 0), np.float32)
+    width = _next_width(wider_than, len(self.mean))
+    while width:
+      if basis.shape[1] < width:
+        most = 160 if width <= 160 else _WIDTHS[-1]
+        basis = np.asarray(_leading(whole[0], self.mean, most, num_centers))
+      leading = basis[:, :width]
+      _, cs_KP = prepare(width, jnp.bfloat16)(c_KD, self.mean, leading)
+      found_S = _screened_cosines(
+        whole[0], cs_KP, self._values, leading, labels_S
+      )
+      loss = float(jnp.mean(jnp.maximum(best_S - found_S, 0)))
+      _log.info('screening: %d dimensions would cost %.1e', width, loss)
+      if loss < _MAX_LOSS:
+        return width, leading
+      width = _next_width(width, len(self.mean))
+    return 0, basis[:, :0]
+
+  def loss(
+    self,
+    c_KD: jax.Array,
+    num_centers: int,
+    labels_S: np.ndarray,
+  ) -> tuple[float, float]:
+    """Mean cosine that labels lack to the best center's, and the latter."""
+    whole = make_prepare(self._mesh, num_centers, 0, jnp.bfloat16)(
+      c_KD, self.mean, self.mean[:, None]
+    )
+    few = slice(None, None, _SAMPLE_ROWS // _CHECKED_ROWS)
+    values, labels = self._values[few], labels_S[few]
+    best_S = _best_cosines(*whole, values, labels)
+    own_S = _own_cosines(whole[0], values, labels)
+    return float(jnp.mean(best_S - own_S)), float(jnp.mean(best_S))
+
+
+@functools.cache
+def make_prepare(
+  mesh: Mesh, num_centers: int, width: int, score_dtype: jnp.dtype
+):
+  """Makes: centers, mean, dimensions -> all centers, and what is scored.
+
+  Both are on every device, the first in float32 with copies of the first
+  center in the place of padding, the second without the mean and on the
+  leading dimensions if there is a width.
+  """
+
+  def prepare(c_kD, mean_D, basis_DP):
+    c_kD = nearest.real_centers(c_kD, num_centers)
+    c_KD = lax.all_gather(c_kD, 'fsdp', tiled=True)
+    cs_KP = c_KD - mean_D[None]
+    if width:
+      return c_KD, (cs_KP @ basis_DP).astype(jnp.bfloat16)
+    return c_KD, cs_KP.astype(score_dtype)
+
+  return jax.jit(
+    jax.shard_map(
+      prepare,
+      mesh=mesh,
+      in_specs=(sharding.CENTERS, sharding.REPLICATED, sharding.REPLICATED),
+      out_specs=(sharding.REPLICATED, sharding.REPLICATED),
+      check_vma=False,
+    )
+  )
+
+
+@functools.cache
+def make_project(mesh: Mesh, width: int):
+  """Makes: points [n, D], dimensions -> bfloat16 [n, P]."""
+  del width  # The shape of the dimensions; a program for each.
+  return jax.jit(
+    jax.shard_map(
+      lambda x_nD, basis_DP: (x_nD @ basis_DP).astype(jnp.bfloat16),
+      mesh=mesh,
+      in_specs=(sharding.POINTS, sharding.REPLICATED),
+      out_specs=sharding.POINTS,
+    )
+  )
+
+
+def candidates(cs_KP: jax.Array, xs_TP: jax.Array, count: int) -> list:
+  """Numbers [T] of `count` centers, each the best of its bucket."""
+  s_RBT = nearest.products(cs_KP, xs_TP).reshape(-1, NUM_BUCKETS, len(xs_TP))
+  # The row rides in the score's low bits, which bfloat16 operands leave
+  # without meaning: one maximum finds both.
+  mask = (1 << (s_RBT.shape[0] - 1).bit_length()) - 1
+  row_RBT = lax.broadcasted_iota(jnp.int32, s_RBT.shape, 0)
+  key_RBT = lax.bitcast_convert_type(s_RBT, jnp.int32) & ~mask | row_RBT
+  key_BT = jnp.max(lax.bitcast_convert_type(key_RBT, jnp.float32), axis=0)
+  found = []
+  for _ in range(count):
+    key_T, bucket_T = nearest.first_max(key_BT)
+    row_T = lax.bitcast_convert_type(key_T, jnp.int32) & mask
+    found.append(row_T * NUM_BUCKETS + bucket_T)
+    bucket_BT = lax.broadcasted_iota(jnp.int32, key_BT.shape, 0)
+    key_BT = jnp.where(bucket_BT == bucket_T[None], -jnp.inf, key_BT)
+  return found
+
+
+def rescore(
+  x_TD: jax.Array, c_KD: jax.Array, candidates_: list
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Best cosine and its center, float32, and the first candidate's cosine."""
+  ids_TM = jnp.stack(candidates_, axis=1)
+  # Fused into the products, the gather is twice as slow.
+  c_TMD = lax.optimization_barrier(
+    c_KD.at[ids_TM.reshape(-1)].get(mode='promise_in_bounds')
+  ).reshape(*ids_TM.shape, -1)
+  s_TM = jnp.einsum(
+    'td,tmd->tm', x_TD, c_TMD, preferred_element_type=jnp.float32
+  )
+  best_T, place_T = nearest.first_max(s_TM.T)
+  ids_T = jnp.take_along_axis(ids_TM, place_T[:, None], axis=1)[:, 0]
+  return best_T, ids_T, s_TM[:, 0]
+
+
+@jax.jit
+def _own_cosines(c_KD, x_SD, label_S):
+  return jnp.sum(x_SD * c_KD[label_S], axis=1)
+
+
+@jax.jit
+def _best_cosines(c_KD, cs_KD, x_SD, label_S):
+  """Of the center that is best in low precision, or the label if better."""
+  tile = (256, len(cs_KD))
+  _, best_S = nearest.best_center(cs_KD, x_SD.astype(cs_KD.dtype), tile=tile)
+  return jnp.maximum(
+    _own_cosines(c_KD, x_SD, best_S), _own_cosines(c_KD, x_SD, label_S)
+  )
+
+
+@jax.jit
+def _screened_cosines(c_KD, cs_KP, x_SD, basis_DP, label_S):
+  xs_SP = (x_SD @ basis_DP).astype(cs_KP.dtype)
+  rows = tile_rows(len(cs_KP))
+
+  def tile(part):
+    x_TD, xs_TP, label_T = part
+    found = candidates(cs_KP, xs_TP, NUM_ALL)
+    return rescore(x_TD, c_KD, [label_T, *found])[0]
+
+  parts = (x_SD, xs_SP, label_S)
+  return lax.map(
+    tile, tuple(a.reshape(-1, rows, *a.shape[1:]) for a in parts)
+  ).reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _leading(c_KD, mean_D, width, num_centers):
+  """The leading directions [D, P] of some centers, the first ones first.
+
+  Two steps of subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm
+  4.4), then the eigenvectors within the subspace.
+  """
+  rows = np.linspace(0, num_centers - 1, min(_BASIS_ROWS, num_centers))
+  c_SD = c_KD[rows.astype(int)] - mean_D[None]
+  y_DP = jax.random.normal(
+    jax.random.key(0), (len(mean_D), min(width + _SPARE, len(mean_D)))
+  )
+  for _ in range(2):
+    y_DP = c_SD.T @ (c_SD @ y_DP)
+    y_DP /= jnp.linalg.norm(y_DP, axis=0, keepdims=True)
+  q_DP = jnp.linalg.qr(y_DP)[0]
+  within = c_SD @ q_DP
+  _, vectors = jnp.linalg.eigh(within.T @ within)
+  return q_DP @ vectors[:, ::-1][:, :width]

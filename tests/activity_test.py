@@ -1,0 +1,131 @@
+"""Passes that look only where labels can change, against plain ones."""
+
+import jax
+import numpy as np
+import pytest
+
+from mlcd_jax import activity
+from mlcd_jax import kmeans
+from mlcd_jax import points
+from mlcd_jax import screening
+from mlcd_jax import sharding
+
+
+def make_groups(num_rows, dim, num_groups, *, noise, seed=0):
+  """Rows around group means, with a spectrum that falls."""
+  rng = np.random.default_rng(seed)
+  spectrum = np.arange(1, dim + 1) ** -0.7
+  groups = rng.normal(size=(num_groups, dim)) * spectrum
+  rows = groups[rng.integers(0, num_groups, num_rows)]
+  rows += noise * rng.normal(size=rows.shape) * spectrum
+  return rows.astype(np.float32)
+
+
+TIGHT = make_groups(2_600, 256, 600, noise=0.4)
+
+
+def spied_sizes(monkeypatch):
+  """How many centers each pass looks at, 0 for a plain one."""
+  sizes = []
+  choose = activity.Activity._choose_size
+
+  def spy(self):
+    sizes.append(choose(self))
+    return sizes[-1]
+
+  monkeypatch.setattr(activity.Activity, '_choose_size', spy)
+  return sizes
+
+
+def assert_same(a, b):
+  for name, x, y in zip(a._fields, a, b):
+    np.testing.assert_array_equal(x, y, name)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
+def test_unscreened_is_a_plain_pass_in_every_bit(monkeypatch, shape):
+  x = make_groups(3_000, 16, 300, noise=0.3)
+  x[7] = np.nan
+  mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+  sizes = spied_sizes(monkeypatch)
+  found = kmeans.fit(x, 700, iterations=10, mesh=mesh)
+  assert sum(size > 0 for size in sizes) >= 5
+  assert min(size for size in sizes if size) < max(sizes)
+  monkeypatch.setattr(activity.Activity, '_choose_size', lambda self: 0)
+  assert_same(found, kmeans.fit(x, 700, iterations=10, mesh=mesh))
+
+
+def test_ties_stay_with_the_lower_index_when_centers_move(monkeypatch):
+  # Rows come in equal pairs, so that centers coincide while others move.
+  x = np.repeat(make_groups(600, 16, 100, noise=0.5), 2, axis=0)
+  sizes = spied_sizes(monkeypatch)
+  options = dict(iterations=8, init=np.arange(800))
+  found = kmeans.fit(x, 800, **options)
+  assert any(sizes)
+  monkeypatch.setattr(activity.Activity, '_choose_size', lambda self: 0)
+  assert_same(found, kmeans.fit(x, 800, **options))
+
+
+def test_screened_labels_are_nearly_the_best(monkeypatch):
+  sizes = spied_sizes(monkeypatch)
+  saved = []
+  fit = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
+  assert fit.width > 0 and len(fit.basis.T) == fit.width
+  assert 0 < min(sizes[1:]) < max(sizes)
+  centers = saved[-2].centers  # Those that the last labels were found with.
+  x = points.unit_rows(TIGHT)
+  own = np.sum(x * centers[fit.labels], axis=1)
+  np.testing.assert_allclose(own, fit.scores, atol=1e-5)
+  _, best = kmeans.nearest_centers(TIGHT, centers, 1)
+  assert np.mean(best[:, 0] - own) < 1e-4 * fit.objective[-1]
+  plain = kmeans.fit(TIGHT, 520, iterations=6, screening='off')
+  assert plain.width == 0
+  assert fit.objective[-1] == pytest.approx(plain.objective[-1], rel=2e-3)
+
+
+def test_loose_data_are_not_screened():
+  x = np.random.default_rng(0).normal(size=(2_500, 200)).astype(np.float32)
+  fit = kmeans.fit(x, 520, iterations=2)
+  assert fit.width == 0 and not fit.basis.size
+
+
+def test_a_width_that_costs_too_much_is_left(monkeypatch):
+  monkeypatch.setattr(screening, 'MAX_CHECKED_LOSS', -1.0)
+  widths = []
+  kmeans.fit(
+    TIGHT, 520, iterations=6, save=lambda fit: widths.append(fit.width)
+  )
+  assert widths[0] > 0 and widths[-1] == 0
+  positive = [width for width in widths if width]
+  assert positive == sorted(set(positive))
+
+
+def test_goes_on_screened_with_the_same_bits():
+  saved = []
+  whole = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
+  for state in saved[0], saved[2]:
+    assert state.width > 0
+    assert_same(kmeans.fit(TIGHT, 520, iterations=6, resume=state), whole)
+
+
+def test_screened_read_anew_or_held_gives_the_same_bits(monkeypatch):
+  monkeypatch.setattr(points, '_CPU_CHUNK', 1_024)
+  mesh = sharding.make_mesh(2, 1, devices=jax.devices()[:2])
+  held = kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh)
+  assert held.width > 0
+  monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
+  assert_same(kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh), held)
+
+
+def test_screened_meshes_agree():
+  found = [
+    kmeans.fit(
+      TIGHT,
+      520,
+      iterations=3,
+      mesh=sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)]),
+    )
+    for shape in ((1, 1), (2, 2))
+  ]
+  assert found[0].width == found[1].width > 0
+  np.testing.assert_allclose(found[0].objective, found[1].objective, rtol=1e-6)
