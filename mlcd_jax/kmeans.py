@@ -140,8 +140,8 @@ def abstract_pass(
     jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
     for shape, dtype, spec in (
       ((rows, dim), jnp.float32, sharding.CENTERS),
-      ((parts, rows, dim), jnp.float32, partial_pass.SUMS),
-      ((parts, rows), jnp.int32, partial_pass.SUMS),
+      ((parts, rows, dim), jnp.float32, nearest.SUMS),
+      ((parts, rows), jnp.int32, nearest.SUMS),
       ((chunk, dim), jnp.float32, sharding.POINTS),
     )
   )
@@ -160,7 +160,7 @@ def _iterate(c_KD, done, chunks, embeddings, programs, save, every):
   first_pass = not done.objective
   part = done.part or partial_pass.NOTHING
   if done.part:
-    sums, counts = partial_pass.to_devices(part, programs.mesh)
+    sums, counts = partial_pass.to_devices(part, c_KD.sharding.mesh)
   else:
     sums, counts = programs.zeros(c_KD.shape[1])
   scores, bad_rows = {}, list(done.bad_rows)
@@ -179,7 +179,7 @@ def _iterate(c_KD, done, chunks, embeddings, programs, save, every):
         *partial_pass.to_host(sums, counts, num_centers),
         *_worst(part, scores, chunks, programs),
       )
-      sums, counts = partial_pass.to_devices(part, programs.mesh)
+      sums, counts = partial_pass.to_devices(part, c_KD.sharding.mesh)
       scores = {}
       if save:
         save(
@@ -301,15 +301,15 @@ class _Programs:
   """The compiled parts of an iteration."""
 
   def __init__(self, mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
-    self.mesh = mesh
+    self._mesh = mesh
     self._num_centers = num_centers
     self.add = _make_add(mesh, num_centers, score_dtype)
     self.update = _make_update(mesh)
 
   def zeros(self, dim: int) -> tuple[jax.Array, jax.Array]:
     """Sums [data, K, D] and counts [data, K], padding included."""
-    rows = nearest.padded_centers(self._num_centers, self.mesh)
-    return _make_zeros(self.mesh, rows, dim)()
+    rows = nearest.padded_centers(self._num_centers, self._mesh)
+    return _make_zeros(self._mesh, rows, dim)()
 
   def worst(self, score_n: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The lowest scores of a chunk and their places."""
@@ -328,7 +328,7 @@ class _Programs:
     new = np.zeros((_MAX_RESEEDED, c_KD.shape[1]), np.float32)
     for i, row in enumerate(rows.tolist()):
       new[i] = points.unit_rows(np.asarray(embeddings[row : row + 1]))[0]
-    return _make_replace(self.mesh)(c_KD, ids, new)
+    return _make_replace(self._mesh)(c_KD, ids, new)
 
 
 @functools.cache
@@ -366,13 +366,13 @@ def _make_add(mesh: Mesh, num_centers: int, score_dtype: jnp.dtype):
       mesh=mesh,
       in_specs=(
         sharding.CENTERS,
-        partial_pass.SUMS,
-        partial_pass.SUMS,
+        nearest.SUMS,
+        nearest.SUMS,
         sharding.POINTS,
       ),
       out_specs=(
-        partial_pass.SUMS,
-        partial_pass.SUMS,
+        nearest.SUMS,
+        nearest.SUMS,
         sharding.POINTS,
         sharding.REPLICATED,
       ),
@@ -399,7 +399,7 @@ def _make_update(mesh: Mesh):
     jax.shard_map(
       update,
       mesh=mesh,
-      in_specs=(sharding.CENTERS, partial_pass.SUMS, partial_pass.SUMS),
+      in_specs=(sharding.CENTERS, nearest.SUMS, nearest.SUMS),
       out_specs=(sharding.CENTERS, sharding.REPLICATED, sharding.CENTERS),
       check_vma=False,
     ),
@@ -415,7 +415,7 @@ def _make_zeros(mesh: Mesh, rows: int, dim: int):
       jnp.zeros((parts, rows, dim), jnp.float32),
       jnp.zeros((parts, rows), jnp.int32),
     ),
-    out_shardings=NamedSharding(mesh, partial_pass.SUMS),
+    out_shardings=NamedSharding(mesh, nearest.SUMS),
   )
 
 

@@ -22,6 +22,9 @@ from mlcd_jax import sharding
 _CPU_TILE = (256, 512)
 _ACCELERATOR_TILE = (4_096, 2_048)
 
+# Each part of the mesh sums its own points; the parts meet once a pass.
+SUMS = jax.sharding.PartitionSpec('data', 'fsdp')
+
 
 def tile_shape(mesh: Mesh) -> tuple[int, int]:
   """Points and centers of a score tile."""

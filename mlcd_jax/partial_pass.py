@@ -16,9 +16,6 @@ import numpy as np
 from mlcd_jax import nearest
 from mlcd_jax import sharding
 
-# Each part of the mesh sums its own points; the parts meet once a pass.
-SUMS = jax.sharding.PartitionSpec('data', 'fsdp')
-
 
 class Part(NamedTuple):
   """What the chunks of points so far have come to.
@@ -61,7 +58,9 @@ def to_devices(part: Part, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
       return held if index[0].indices(rows)[0] == 0 else np.zeros_like(held)
 
     return jax.make_array_from_callback(
-      (mesh.shape['data'], *padded.shape), NamedSharding(mesh, SUMS), block
+      (mesh.shape['data'], *padded.shape),
+      NamedSharding(mesh, nearest.SUMS),
+      block,
     )
 
   return put(part.sums), put(part.counts)
@@ -81,7 +80,7 @@ def _make_total(mesh: Mesh):
     jax.shard_map(
       lambda sums_1kD, counts_1k: lax.psum((sums_1kD[0], counts_1k[0]), 'data'),
       mesh=mesh,
-      in_specs=(SUMS, SUMS),
+      in_specs=(nearest.SUMS, nearest.SUMS),
       out_specs=(sharding.CENTERS, sharding.CENTERS),
       check_vma=False,
     )

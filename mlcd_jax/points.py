@@ -122,7 +122,7 @@ class Points:
     """Rows as they are stored; zero from `stop` on."""
     rows = np.asarray(self._rows[first : max(first, min(last, stop))])
     if rows.dtype != np.float16:
-      rows = rows.astype(np.float32)
+      rows = rows.astype(np.float32, copy=False)
     if len(rows) == last - first:
       return rows
     shape = (last - first - len(rows), rows.shape[1])
