@@ -202,7 +202,7 @@ def _iterate(c_KD, done, chunks, embeddings, programs, known, save, every):
   first_pass = not done.objective
   part = done.part or partial_pass.NOTHING
   if done.part:
-    sums, counts = partial_pass.to_devices(part, programs.mesh)
+    sums, counts = partial_pass.to_devices(part, c_KD.sharding.mesh)
   else:
     sums, counts = programs.zeros(c_KD.shape[1])
   looks = bool(known) and known.begin(c_KD)
@@ -229,7 +229,7 @@ def _iterate(c_KD, done, chunks, embeddings, programs, known, save, every):
         *partial_pass.to_host(sums, counts, num_centers),
         *_worst(part, cosines, chunks, programs),
       )
-      sums, counts = partial_pass.to_devices(part, programs.mesh)
+      sums, counts = partial_pass.to_devices(part, c_KD.sharding.mesh)
       cosines = {}
       if save:
         begun = done._replace(bad_rows=bad_rows[:_MAX_NAMED], part=part)
@@ -362,15 +362,15 @@ class _Programs:
     mean: np.ndarray,
   ):
     self.mean = mean
-    self.mesh = mesh
+    self._mesh = mesh
     self._num_centers = num_centers
     self.add = _make_add(mesh, num_centers, score_dtype)
     self.update = _make_update(mesh)
 
   def zeros(self, dim: int) -> tuple[jax.Array, jax.Array]:
     """Sums [data, K, D] and counts [data, K], padding included."""
-    rows = nearest.padded_centers(self._num_centers, self.mesh)
-    return _make_zeros(self.mesh, rows, dim)()
+    rows = nearest.padded_centers(self._num_centers, self._mesh)
+    return _make_zeros(self._mesh, rows, dim)()
 
   def worst(self, score_n: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The lowest scores of a chunk and their places."""
@@ -389,7 +389,7 @@ class _Programs:
     new = np.zeros((_MAX_RESEEDED, c_KD.shape[1]), np.float32)
     for i, row in enumerate(rows.tolist()):
       new[i] = points.unit_rows(np.asarray(embeddings[row : row + 1]))[0]
-    return _make_replace(self.mesh)(c_KD, ids, new)
+    return _make_replace(self._mesh)(c_KD, ids, new)
 
 
 @functools.cache
