@@ -3,6 +3,7 @@
 The recorder is tests/huggingface/oracles.py.
 """
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -21,7 +22,7 @@ from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import preprocessing
 
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
-MODELS = sorted(p.parent.name for p in GOLDENS.glob('*/config.json'))
+MODELS = sorted({p.parent.name for p in GOLDENS.glob('*/*.safetensors')})
 PROCESSORS = sorted(p.parent.name for p in GOLDENS.glob('*/preprocessor*'))
 
 
@@ -58,8 +59,8 @@ def test_agrees_with_transformers(name, scan_layers):
 
 def test_every_family_is_recorded():
   types = {
-    json.loads((GOLDENS / name / 'config.json').read_text())['model_type']
-    for name in MODELS
+    json.loads(path.read_text())['model_type']
+    for path in GOLDENS.glob('*/config.json')
   }
   assert {configs.read(GOLDENS / name)[0] for name in MODELS} == set(
     configs.PIXELS
@@ -148,6 +149,108 @@ def test_configs_that_do_not_fit_are_refused(folder, field, value, says):
   path = folder / 'config.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
   with pytest.raises(errors.UserError, match=says):
+    convert.from_huggingface(folder)
+
+
+_MALFORMED = {
+  'config.json': (
+    '[]',
+    '{',
+    '\xff',
+    '{"model_type": ["clip"]}',
+    '{"model_type": "clip", "vision_config": 3}',
+    '{"model_type": "mlcd", "rope_parameters": [1]}',
+    *(
+      json.dumps({'model_type': 'clip_vision_model', field: value})
+      for field, value in (
+        ('hidden_size', '20'),
+        ('hidden_size', 0),
+        ('hidden_size', 20.5),
+        ('hidden_size', True),
+        ('num_hidden_layers', 10**9),
+        ('num_attention_heads', 7),
+        ('patch_size', 0),
+        ('image_size', [21, 21]),
+        ('image_size', -7),
+        ('layer_norm_eps', float('nan')),
+        ('layer_norm_eps', None),
+        ('hidden_act', ['gelu']),
+        ('hidden_act', None),
+      )
+    ),
+  ),
+  preprocessing.NAME: (
+    '[]',
+    '{"size": "24"}',
+    '{"size": 10000000, "do_center_crop": true, "crop_size": 24}',
+    '{"size": 24, "crop_size": [24], "do_center_crop": true}',
+    '{"size": 24, "crop_size": -4, "do_center_crop": true}',
+    *(
+      json.dumps(
+        {'size': 24, 'crop_size': 24, 'do_center_crop': True, field: value}
+      )
+      for field, value in (
+        ('image_mean', 0.5),
+        ('image_mean', [0.5, 0.5]),
+        ('image_std', [1, 1, 0]),
+        ('image_std', ['a', 'b', 'c']),
+        ('resample', 17),
+        ('rescale_factor', '1/255'),
+      )
+    ),
+  ),
+  'model.safetensors.index.json': (
+    '[]',
+    '{"weight_map": ["model.safetensors"]}',
+    '{"weight_map": {"a": 3}}',
+    '{"weight_map": {"a": "../../../../etc/passwd"}}',
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [(name, text) for name, texts in _MALFORMED.items() for text in texts],
+  ids=itertools.count(),
+)
+def test_malformed_files_are_refused_by_name(folder, name, content):
+  if name.endswith('index.json'):
+    (folder / 'model.safetensors').rename(folder / 'other.safetensors')
+  (folder / name).write_bytes(content.encode('latin-1'))
+  with pytest.raises(errors.UserError) as e:
+    convert.from_huggingface(folder)
+  assert str(folder) in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('change', 'says'),
+  [
+    ({'vision_cfg': {'timm_model_name': 'vit'}}, 'timm_model_name'),
+    ({'vision_cfg': {'attentional_pool': True}}, 'attentional_pool=True'),
+    ({'vision_cfg': {'layers': [3, 4, 6, 3]}}, 'num_hidden_layers'),
+    ({'vision_cfg': {'head_width': 0}}, 'not as OpenCLIP writes it'),
+    ({'vision_cfg': []}, 'not as OpenCLIP writes it'),
+    ({'embed_dim': 7}, r'misshapen: proj \[20, 6\]'),
+  ],
+)
+def test_open_clip_configs_that_do_not_fit_are_refused(tmp_path, change, says):
+  folder = shutil.copytree(GOLDENS / 'open_clip', tmp_path / 'a')
+  path = folder / 'open_clip_config.json'
+  content = json.loads(path.read_text())
+  if change.get('vision_cfg'):
+    content['model_cfg']['vision_cfg'] |= change['vision_cfg']
+  else:
+    content['model_cfg'] |= change
+  path.write_text(json.dumps(content))
+  with pytest.raises(errors.UserError, match=says):
+    convert.from_huggingface(folder)
+
+
+def test_weights_of_other_types_are_refused(folder):
+  rewrite(
+    folder, lambda tensors: {k: v.astype(np.int8) for k, v in tensors.items()}
+  )
+  with pytest.raises(errors.UserError, match='of type I8.*only F32'):
     convert.from_huggingface(folder)
 
 
