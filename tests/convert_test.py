@@ -7,7 +7,10 @@ import itertools
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
+import flax
 from huggingface_hub import constants
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from mlcd_jax import errors
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import preprocessing
+from mlcd_jax.huggingface import tensors
 
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 MODELS = sorted({p.parent.name for p in GOLDENS.glob('*/*.safetensors')})
@@ -272,6 +276,68 @@ def test_missing_shard_is_named(tmp_path):
   (folder / 'model-00003-of-00006.safetensors').unlink()
   with pytest.raises(errors.UserError, match='00003-of-00006.*missing'):
     convert.from_huggingface(folder)
+
+
+_IMPORT = """
+import pathlib, sys
+from mlcd_jax import convert
+from mlcd_jax import encoders
+
+def memory(field):
+  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  return next(int(x.split()[1]) for x in lines if x.startswith(field)) << 10
+
+def run(source, target):
+  model, parameters = convert.stream_huggingface(source)
+  encoders.save(pathlib.Path(target), model, parameters, source=source)
+
+run(sys.argv[1], sys.argv[2] + '/small')  # What is made once.
+pathlib.Path('/proc/self/clear_refs').write_text('5')  # The peak begins anew.
+before = memory('VmRSS')
+run(sys.argv[3], sys.argv[2] + '/large')
+print(memory('VmHWM') - before)
+"""
+
+
+@pytest.mark.skipif(
+  not pathlib.Path('/proc/self/clear_refs').exists(), reason='needs Linux'
+)
+def test_import_needs_less_memory_than_the_weights(tmp_path):
+  folder = shutil.copytree(GOLDENS / 'clip', tmp_path / 'clip')
+  path = folder / 'config.json'
+  sizes = dict(hidden_size=512, intermediate_size=2_048, num_hidden_layers=24)
+  path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+  (folder / 'model.safetensors').unlink()
+  model = configs.to_model(
+    *configs.read(folder),
+    embedding_dim=0,
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+    dtype='float32',
+    scan_layers=False,
+  )
+  params = {
+    path: np.ones(shape, np.float32)
+    for path, shape in convert.shapes(model).items()
+  }
+  weights = sum(x.nbytes for x in params.values())
+  table = tensors.layout('clip', model)
+  safetensors_numpy.save_file(
+    tensors.write(
+      'clip', table, flax.traverse_util.unflatten_dict(params, sep='/')
+    ),
+    folder / 'model.safetensors',
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', _IMPORT, GOLDENS / 'clip', tmp_path, folder],
+    cwd=GOLDENS.parent.parent,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  largest = max(x.nbytes for x in params.values())
+  assert weights > 300e6
+  assert int(done.stdout) < weights / 2 + largest
 
 
 def test_names_are_looked_up_in_the_hubs_cache(tmp_path, monkeypatch, caplog):
