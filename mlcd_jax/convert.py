@@ -1,17 +1,18 @@
 """Hugging Face weights in and out.
 
   python -m mlcd_jax.convert import SRC DST
-  python -m mlcd_jax.convert export WORKDIR DST
+  python -m mlcd_jax.convert export WORKDIR DST [--layout=open_clip]
 
-`import` reads a vision tower that `transformers` wrote, a folder or
+`import` reads a vision tower that `transformers` or OpenCLIP wrote, a folder or
 ORG/NAME[@REVISION], and writes it as this project keeps encoders. `export`
-writes a trained run as a folder that `transformers` loads.
+writes a trained run as a folder that `transformers`, OpenCLIP or timm loads.
 """
 
 from collections.abc import Iterator
 import pathlib
 from typing import Any
 
+from absl import flags
 import flax
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from mlcd_jax import cli
 from mlcd_jax import errors
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
+from mlcd_jax.huggingface import open_clip
 from mlcd_jax.huggingface import preprocessing
 from mlcd_jax.huggingface import tensors
 from mlcd_jax.models import vit
@@ -42,7 +44,7 @@ def main(rest: list[str]) -> None:
     model, parameters = stream_huggingface(source, field='SRC')
     encoders.save(target, model, parameters, source=source)
   else:
-    encoders.export(source, target)
+    encoders.export(source, target, layout=flags.FLAGS.layout)
   print(f'{target} written')
 
 
@@ -56,7 +58,8 @@ def from_huggingface(
   """Loads the vision tower of a CLIP, MLCD, SigLIP or DINOv2 checkpoint.
 
   Args:
-    path: a folder as `transformers` writes it, or ORG/NAME[@REVISION].
+    path: a folder as `transformers` or OpenCLIP writes it, or
+      ORG/NAME[@REVISION].
     dtype: of the products; the weights are float32.
     scan_layers: see vit.ViT.
     field: what to call the path in errors.
@@ -89,12 +92,13 @@ def stream_huggingface(
   """
   folder = folders.resolve(str(path), field)
   family, config = configs.read(folder)
-  reader = tensors.Reader(folder)
+  prefix = tensors.OPEN_CLIP_PREFIX if family == 'open_clip' else ''
+  reader = tensors.Reader(folder, prefix=prefix)
   pixels = preprocessing.read(folder, family, config['image_size'])
   model = configs.to_model(
     family,
     config,
-    embedding_dim=_embedding_dim(reader, config),
+    embedding_dim=_embedding_dim(reader, family, config),
     mean=pixels.mean,
     std=pixels.std,
     dtype=dtype,
@@ -120,8 +124,12 @@ def shapes(model: vit.ViT) -> dict[str, tuple[int, ...]]:
   return {path: x.shape for path, x in flat.items()}
 
 
-def _embedding_dim(reader: tensors.Reader, config: dict[str, Any]) -> int:
+def _embedding_dim(
+  reader: tensors.Reader, family: str, config: dict[str, Any]
+) -> int:
   """Width of the projection; one that is announced must be there."""
+  if family == 'open_clip':
+    return config['projection_dim']
   if tensors.PROJECTION in reader.names():
     return reader.shape(tensors.PROJECTION)[0]
   announced = {'CLIPModel', 'CLIPVisionModelWithProjection'}
@@ -131,4 +139,7 @@ def _embedding_dim(reader: tensors.Reader, config: dict[str, Any]) -> int:
 
 
 if __name__ == '__main__':
+  flags.DEFINE_enum(
+    'layout', 'transformers', open_clip.LAYOUTS, 'Of the exported folder.'
+  )
   cli.run(main, required=())

@@ -21,6 +21,7 @@ from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import models
 from mlcd_jax.huggingface import configs
+from mlcd_jax.huggingface import open_clip
 from mlcd_jax.huggingface import preprocessing
 from mlcd_jax.huggingface import tensors
 from mlcd_jax.models import vit
@@ -133,18 +134,22 @@ def from_run(
   return model, params, found
 
 
-def export(workdir: str, target: pathlib.Path) -> None:
-  """Writes a run's or an imported encoder as a folder for `transformers`.
+def export(
+  workdir: str, target: pathlib.Path, *, layout: str = 'transformers'
+) -> None:
+  """Writes a run's or an imported encoder for others to load.
 
-  A class token and a table of positions make a CLIPVisionModelWithProjection,
-  rotary positions an MLCDVisionModel, which has no projection.
+  For `transformers` a class token and a table of positions make a
+  CLIPVisionModelWithProjection, rotary positions an MLCDVisionModel, which has
+  no projection.
 
   Args:
     workdir: of the run, or a folder of `convert import`.
     target: new folder.
+    layout: one of open_clip.LAYOUTS.
 
   Raises:
-    UserError: there is no encoder, or `transformers` has no class for it.
+    UserError: there is no encoder, or the layout has nothing like it.
   """
   folder = pathlib.Path(workdir)
   if (folder / _MODEL).is_file():
@@ -154,7 +159,7 @@ def export(workdir: str, target: pathlib.Path) -> None:
   else:
     model, params, found = from_run(folder)
     variables, said = {'params': params}, _recipe(folder, found)
-  to_huggingface(target, model, variables, said=said)
+  to_huggingface(target, model, variables, said=said, layout=layout)
 
 
 def to_huggingface(
@@ -163,63 +168,102 @@ def to_huggingface(
   variables: Mapping[str, Any],
   *,
   said: str = '',
+  layout: str = 'transformers',
 ) -> None:
-  """Writes a model as a folder that `transformers` loads.
+  """Writes a model as a folder that `transformers`, OpenCLIP or timm loads.
 
   Args:
     folder: new, or empty.
     model: with a class token and the norm before the blocks.
     variables: of the model.
     said: about its origin, for the model card.
+    layout: one of open_clip.LAYOUTS.
 
   Raises:
-    UserError: `transformers` has no class for it.
+    UserError: the layout has nothing like it.
   """
-  family, config = configs.from_model(model)
+  family, weights, jsons = layout, 'model.safetensors', {}
+  if layout == 'open_clip':
+    weights = 'open_clip_model.safetensors'
+    jsons[open_clip.NAME] = open_clip.to_open_clip(model)
+  elif layout == 'timm':
+    jsons['config.json'] = open_clip.to_timm(model)
+  else:
+    family, jsons['config.json'] = configs.from_model(model)
+    jsons[preprocessing.NAME] = preprocessing.to_json(
+      model.image_size, model.mean, model.std
+    )
   table = tensors.layout(family, model)
   folder.mkdir(parents=True, exist_ok=True)
-  with files.atomic(folder / 'model.safetensors') as temporary:
+  with files.atomic(folder / weights) as temporary:
     safetensors_numpy.save_file(
-      tensors.write(table, variables['params']),
+      tensors.write(family, table, variables['params']),
       temporary,
       metadata={'format': 'pt'},  # What transformers asks for.
     )
-  files.write_json(folder / 'config.json', config)
-  files.write_json(
-    folder / preprocessing.NAME,
-    preprocessing.to_json(model.image_size, model.mean, model.std),
-  )
-  class_name = config['architectures'][0]
+  for name, content in jsons.items():
+    files.write_json(folder / name, content)
   with files.atomic(folder / 'README.md') as temporary:
-    temporary.write_text(
-      _CARD.format(
-        class_name=class_name,
-        said=said,
-        size=model.image_size,
-        features='image_embeds' if 'Proj' in class_name else 'pooler_output',
-      )
-    )
+    temporary.write_text(_card(layout, model, jsons, said))
+
+
+def _card(
+  layout: str, model: vit.ViT, jsons: Mapping[str, Any], said: str
+) -> str:
+  """The model card."""
+  code = _USE[layout]
+  if layout == 'transformers':
+    name = jsons['config.json']['architectures'][0]
+    features = 'image_embeds' if 'Proj' in name else 'pooler_output'
+    code = code.format(class_name=name, features=features)
+  return _CARD.format(
+    library=layout, code=code, size=model.image_size, said=said
+  )
 
 
 _CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: image-feature-extraction
 ---
 
 A vision encoder made with mlcd_jax. {said}
 
 ```python
+{code}
+```
+
+Images are {size} x {size} pixels. What linear probes use is the class token
+after the last norm, before the projection.
+"""
+
+_USE = {
+  'transformers': """\
 from transformers import AutoImageProcessor, {class_name}
 
 model = {class_name}.from_pretrained('this folder')
 processor = AutoImageProcessor.from_pretrained('this folder')
-features = model(**processor(image, return_tensors='pt')).{features}
-```
+features = model(**processor(image, return_tensors='pt')).{features}""",
+  'open_clip': """\
+import open_clip
+from safetensors.torch import load_file
 
-Images are {size} x {size} pixels. `pooler_output`, or the first token after
-the last norm, is what linear probes use.
-"""
+# There is no text tower in the file; the one that is made stays random.
+model, _, processor = open_clip.create_model_and_transforms(
+  'local-dir:this folder', load_weights=False
+)
+weights = load_file('this folder/open_clip_model.safetensors')
+model.load_state_dict(weights, strict=False)
+features = model.eval().encode_image(processor(image)[None])""",
+  'timm': """\
+import timm
+
+model = timm.create_model('local-dir:this folder', pretrained=True).eval()
+processor = timm.data.create_transform(
+  **timm.data.resolve_model_data_config(model)
+)
+features = model(processor(image)[None])""",
+}
 
 
 def _recipe(workdir: pathlib.Path, found: Mapping[str, Any]) -> str:

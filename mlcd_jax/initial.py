@@ -32,9 +32,6 @@ _ALIKE = {
   'position': 'position',
   'activation': 'activation',
   'pre_norm': '',
-  'patch_bias': '',
-  'layer_scale': '',
-  'registers': '',
   'norm_epsilon': '',
   'mean': '',
   'std': '',
@@ -80,6 +77,11 @@ def _adapted(
   model: vit.ViT, source: vit.ViT, loaded: dict[str, Any], params: Any
 ) -> dict[str, Any]:
   """The encoder's parameters, with positions for its own size."""
+  if source.patch_bias:
+    raise errors.UserError(
+      f"{_FIELD}: SigLIP's and DINOv2's towers are embedders only; start from "
+      "CLIP's or MLCD's, or from a run"
+    )
   for name, field in _ALIKE.items():
     ours, theirs = getattr(model, name), getattr(source, name)
     if ours != theirs:

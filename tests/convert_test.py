@@ -3,10 +3,14 @@
 The recorder is tests/huggingface/oracles.py.
 """
 
+import itertools
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
+import flax
 from huggingface_hub import constants
 import jax
 import jax.numpy as jnp
@@ -19,9 +23,10 @@ from mlcd_jax import errors
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import preprocessing
+from mlcd_jax.huggingface import tensors
 
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
-MODELS = sorted(p.parent.name for p in GOLDENS.glob('*/config.json'))
+MODELS = sorted({p.parent.name for p in GOLDENS.glob('*/*.safetensors')})
 PROCESSORS = sorted(p.parent.name for p in GOLDENS.glob('*/preprocessor*'))
 
 
@@ -58,8 +63,8 @@ def test_agrees_with_transformers(name, scan_layers):
 
 def test_every_family_is_recorded():
   types = {
-    json.loads((GOLDENS / name / 'config.json').read_text())['model_type']
-    for name in MODELS
+    json.loads(path.read_text())['model_type']
+    for path in GOLDENS.glob('*/config.json')
   }
   assert {configs.read(GOLDENS / name)[0] for name in MODELS} == set(
     configs.PIXELS
@@ -151,6 +156,108 @@ def test_configs_that_do_not_fit_are_refused(folder, field, value, says):
     convert.from_huggingface(folder)
 
 
+_MALFORMED = {
+  'config.json': (
+    '[]',
+    '{',
+    '\xff',
+    '{"model_type": ["clip"]}',
+    '{"model_type": "clip", "vision_config": 3}',
+    '{"model_type": "mlcd", "rope_parameters": [1]}',
+    *(
+      json.dumps({'model_type': 'clip_vision_model', field: value})
+      for field, value in (
+        ('hidden_size', '20'),
+        ('hidden_size', 0),
+        ('hidden_size', 20.5),
+        ('hidden_size', True),
+        ('num_hidden_layers', 10**9),
+        ('num_attention_heads', 7),
+        ('patch_size', 0),
+        ('image_size', [21, 21]),
+        ('image_size', -7),
+        ('layer_norm_eps', float('nan')),
+        ('layer_norm_eps', None),
+        ('hidden_act', ['gelu']),
+        ('hidden_act', None),
+      )
+    ),
+  ),
+  preprocessing.NAME: (
+    '[]',
+    '{"size": "24"}',
+    '{"size": 10000000, "do_center_crop": true, "crop_size": 24}',
+    '{"size": 24, "crop_size": [24], "do_center_crop": true}',
+    '{"size": 24, "crop_size": -4, "do_center_crop": true}',
+    *(
+      json.dumps(
+        {'size': 24, 'crop_size': 24, 'do_center_crop': True, field: value}
+      )
+      for field, value in (
+        ('image_mean', 0.5),
+        ('image_mean', [0.5, 0.5]),
+        ('image_std', [1, 1, 0]),
+        ('image_std', ['a', 'b', 'c']),
+        ('resample', 17),
+        ('rescale_factor', '1/255'),
+      )
+    ),
+  ),
+  'model.safetensors.index.json': (
+    '[]',
+    '{"weight_map": ["model.safetensors"]}',
+    '{"weight_map": {"a": 3}}',
+    '{"weight_map": {"a": "../../../../etc/passwd"}}',
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [(name, text) for name, texts in _MALFORMED.items() for text in texts],
+  ids=itertools.count(),
+)
+def test_malformed_files_are_refused_by_name(folder, name, content):
+  if name.endswith('index.json'):
+    (folder / 'model.safetensors').rename(folder / 'other.safetensors')
+  (folder / name).write_bytes(content.encode('latin-1'))
+  with pytest.raises(errors.UserError) as e:
+    convert.from_huggingface(folder)
+  assert str(folder) in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('change', 'says'),
+  [
+    ({'vision_cfg': {'timm_model_name': 'vit'}}, 'timm_model_name'),
+    ({'vision_cfg': {'attentional_pool': True}}, 'attentional_pool=True'),
+    ({'vision_cfg': {'layers': [3, 4, 6, 3]}}, 'num_hidden_layers'),
+    ({'vision_cfg': {'head_width': 0}}, 'not as OpenCLIP writes it'),
+    ({'vision_cfg': []}, 'not as OpenCLIP writes it'),
+    ({'embed_dim': 7}, r'misshapen: proj \[20, 6\]'),
+  ],
+)
+def test_open_clip_configs_that_do_not_fit_are_refused(tmp_path, change, says):
+  folder = shutil.copytree(GOLDENS / 'open_clip', tmp_path / 'a')
+  path = folder / 'open_clip_config.json'
+  content = json.loads(path.read_text())
+  if change.get('vision_cfg'):
+    content['model_cfg']['vision_cfg'] |= change['vision_cfg']
+  else:
+    content['model_cfg'] |= change
+  path.write_text(json.dumps(content))
+  with pytest.raises(errors.UserError, match=says):
+    convert.from_huggingface(folder)
+
+
+def test_weights_of_other_types_are_refused(folder):
+  rewrite(
+    folder, lambda tensors: {k: v.astype(np.int8) for k, v in tensors.items()}
+  )
+  with pytest.raises(errors.UserError, match='of type I8.*only F32'):
+    convert.from_huggingface(folder)
+
+
 def test_pickles_and_broken_files_are_refused(folder):
   path = folder / 'model.safetensors'
   path.write_bytes(path.read_bytes()[:1000])
@@ -169,6 +276,68 @@ def test_missing_shard_is_named(tmp_path):
   (folder / 'model-00003-of-00006.safetensors').unlink()
   with pytest.raises(errors.UserError, match='00003-of-00006.*missing'):
     convert.from_huggingface(folder)
+
+
+_IMPORT = """
+import pathlib, sys
+from mlcd_jax import convert
+from mlcd_jax import encoders
+
+def memory(field):
+  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  return next(int(x.split()[1]) for x in lines if x.startswith(field)) << 10
+
+def run(source, target):
+  model, parameters = convert.stream_huggingface(source)
+  encoders.save(pathlib.Path(target), model, parameters, source=source)
+
+run(sys.argv[1], sys.argv[2] + '/small')  # What is made once.
+pathlib.Path('/proc/self/clear_refs').write_text('5')  # The peak begins anew.
+before = memory('VmRSS')
+run(sys.argv[3], sys.argv[2] + '/large')
+print(memory('VmHWM') - before)
+"""
+
+
+@pytest.mark.skipif(
+  not pathlib.Path('/proc/self/clear_refs').exists(), reason='needs Linux'
+)
+def test_import_needs_less_memory_than_the_weights(tmp_path):
+  folder = shutil.copytree(GOLDENS / 'clip', tmp_path / 'clip')
+  path = folder / 'config.json'
+  sizes = dict(hidden_size=512, intermediate_size=2_048, num_hidden_layers=24)
+  path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+  (folder / 'model.safetensors').unlink()
+  model = configs.to_model(
+    *configs.read(folder),
+    embedding_dim=0,
+    mean=(0.5,) * 3,
+    std=(0.5,) * 3,
+    dtype='float32',
+    scan_layers=False,
+  )
+  params = {
+    path: np.ones(shape, np.float32)
+    for path, shape in convert.shapes(model).items()
+  }
+  weights = sum(x.nbytes for x in params.values())
+  table = tensors.layout('clip', model)
+  safetensors_numpy.save_file(
+    tensors.write(
+      'clip', table, flax.traverse_util.unflatten_dict(params, sep='/')
+    ),
+    folder / 'model.safetensors',
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', _IMPORT, GOLDENS / 'clip', tmp_path, folder],
+    cwd=GOLDENS.parent.parent,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  largest = max(x.nbytes for x in params.values())
+  assert weights > 300e6
+  assert int(done.stdout) < weights / 2 + largest
 
 
 def test_names_are_looked_up_in_the_hubs_cache(tmp_path, monkeypatch, caplog):

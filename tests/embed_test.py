@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 
+from huggingface_hub import constants
 import jax
 import numpy as np
 import pytest
@@ -201,3 +202,21 @@ def test_huggingface_goes_on_and_refuses_other_weights(clip_config, tmp_path):
   config.write_text(config.read_text().replace('quick_gelu', 'gelu'))
   with pytest.raises(errors.UserError, match='not those the embeddings were'):
     again()
+
+
+def test_a_name_is_kept_with_its_commit(clip_config, tmp_path, monkeypatch):
+  commit = '0123456789abcdef0123456789abcdef01234567'
+  cached = tmp_path / 'models--org--name'
+  shutil.copytree(CLIP, cached / 'snapshots' / commit)
+  (cached / 'refs').mkdir()
+  (cached / 'refs/main').write_text(commit)
+  monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+  monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+  clip_config.embed.path = 'org/name'
+  clip_config.data.split = 'train[:20]'
+  folder = tmp_path / 'embeddings'
+  embed.run(clip_config, clip_manifest(folder, 'org/name'))
+  assert manifests.load(folder).notes['path'] == f'org/name@{commit}'
+  # It stays with that commit when the name moves on.
+  (cached / 'refs/main').write_text('f' * 40)
+  assert embed.load_embedder(manifests.load(folder)).image_size == 21

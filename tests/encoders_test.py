@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlcd_jax import checkpoint
+from mlcd_jax import config as config_lib
 from mlcd_jax import convert
 from mlcd_jax import encoders
 from mlcd_jax import errors
@@ -22,6 +23,7 @@ from mlcd_jax import sampling
 from mlcd_jax import sharding
 from mlcd_jax import stages
 from mlcd_jax import train_step
+from mlcd_jax.huggingface import open_clip
 from mlcd_jax.models import positions
 
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
@@ -122,6 +124,34 @@ def test_rotary_models_are_exported_as_mlcd(config, tmp_path):
   assert again.position == 'rope2d'
 
 
+def test_open_clip_layout_goes_out_and_in(run, tmp_path):
+  encoders.export(str(run), tmp_path, layout='open_clip')
+  assert_same(
+    convert.from_huggingface(tmp_path)[1]['params'], encoders.from_run(run)[1]
+  )
+  config = json.loads((tmp_path / 'open_clip_config.json').read_text())
+  assert config['model_cfg']['vision_cfg']['image_size'] == 28
+  assert 'step 2' in (tmp_path / 'README.md').read_text()
+
+
+def test_hidden_width_survives_the_ratio():
+  # 4304 / 1152 and its like, where int(width * ratio) would be one less.
+  for width, mlp_dim in ((1_152, 4_304), (768, 3_072), (49, 106), (22, 31)):
+    model = models.make(config_lib.default().model).clone(
+      width=width, mlp_dim=mlp_dim
+    )
+    ratio = open_clip.to_timm(model)['model_args']['mlp_ratio']
+    assert int(width * ratio) == mlp_dim
+
+
+@pytest.mark.parametrize('layout', ['open_clip', 'timm'])
+def test_what_the_layouts_have_not_is_refused(config, layout, tmp_path):
+  config.model.position = 'rope2d'
+  model = models.make(config.model)
+  with pytest.raises(errors.UserError, match='model.position=rope2d.*--layout'):
+    encoders.to_huggingface(tmp_path, model, {}, layout=layout)
+
+
 def test_what_transformers_has_no_class_for_is_refused(config, tmp_path):
   config.model.pooling = 'average'
   model = models.make(config.model)
@@ -168,6 +198,7 @@ def test_command(tmp_path):
   for words, says in (
     (('export', imported, exported), 'exists already'),
     (('import', imported), 'import SRC DST'),
+    (('export', imported, tmp_path / 'c', '--layout=jax'), 'open_clip'),
     (('export', tmp_path / 'none', tmp_path / 'b'), 'nothing is trained yet'),
   ):
     done = convert_command(*words)
@@ -225,6 +256,8 @@ def test_released_weights_start_training(run, config, tmp_path):
   ('changes', 'says'),
   [
     ({'init_from': 'clip'}, 'its width is 20.*set model.variant'),
+    ({'init_from': 'dinov2'}, 'embedders only; start from'),
+    ({'init_from': 'siglip'}, 'embedders only; start from'),
     ({'activation': 'quick_gelu'}, "its activation is 'gelu'"),
     ({'embedding_dim': 16, 'init_classifier': 'kept'}, r'class centers \['),
     ({'init_classifier': 'centers'}, '324 columns, model.embedding_dim=32'),
@@ -234,7 +267,7 @@ def test_released_weights_start_training(run, config, tmp_path):
 def test_weights_that_do_not_fit_are_refused(run, config, changes, says):
   config.model.init_from = str(run)
   config.model.update(changes)
-  if changes.get('init_from') == 'clip':
-    config.model.init_from = str(GOLDENS / 'clip')
+  if (GOLDENS / config.model.init_from).is_dir():
+    config.model.init_from = str(GOLDENS / config.model.init_from)
   with pytest.raises(errors.UserError, match=says):
     state_of(config, run)

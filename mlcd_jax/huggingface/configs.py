@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.huggingface import open_clip
 from mlcd_jax.models import vit
 
 ACTIVATIONS = {
@@ -74,8 +75,23 @@ _FIXED = {
   'num_key_value_groups': 1,
 }
 
+# Sizes that models may have; what is far outside is a damaged file.
+_RANGES = {
+  'hidden_size': (1, 65_536),
+  'intermediate_size': (1, 1_048_576),
+  'mlp_ratio': (0.01, 100.0),
+  'num_hidden_layers': (1, 1_000),
+  'num_attention_heads': (1, 1_024),
+  'image_size': (1, 16_384),
+  'patch_size': (1, 1_024),
+  'num_register_tokens': (0, 1_024),
+  'projection_dim': (0, 65_536),
+  'layer_norm_eps': (1e-12, 1.0),
+}
+
 _OF_FAMILY = {
   'clip': dict(pooling='class_token', pre_norm=True),
+  'open_clip': dict(pooling='class_token', pre_norm=True),
   'mlcd': dict(pooling='class_token', pre_norm=True, position='rope2d'),
   'siglip': dict(pooling='attention', patch_bias=True),
   'dinov2': dict(pooling='class_token', patch_bias=True, layer_scale=True),
@@ -84,6 +100,7 @@ _OF_FAMILY = {
 # Mean and deviation where there is no preprocessor_config.json.
 PIXELS = {
   'clip': (vit.CLIP_MEAN, vit.CLIP_STD),
+  'open_clip': (vit.CLIP_MEAN, vit.CLIP_STD),
   'mlcd': (vit.CLIP_MEAN, vit.CLIP_STD),
   'siglip': ((0.5,) * 3, (0.5,) * 3),
   'dinov2': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -97,21 +114,53 @@ def read(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
     UserError: no config.json, or none of a vision tower known here.
   """
   path = folder / 'config.json'
+  if not path.is_file() and (folder / open_clip.NAME).is_file():
+    path = folder / open_clip.NAME
+    family, config = 'open_clip', open_clip.read(path)
+  else:
+    family, config = _read_transformers(path)
+  for name, (low, high) in _RANGES.items():
+    value = config.get(name, low)
+    if type(value) not in (int, float) or not low <= value <= high:
+      raise errors.UserError(
+        f'{path}: {name}={value!r} is no number from {low} to {high}'
+      )
+    if isinstance(value, float) and isinstance(high, int):
+      raise errors.UserError(f'{path}: {name}={value!r} is no whole number')
+  if config['hidden_size'] % config['num_attention_heads']:
+    raise errors.UserError(
+      f'{path}: num_attention_heads={config["num_attention_heads"]} does not '
+      f'divide hidden_size={config["hidden_size"]}'
+    )
+  if config['hidden_act'] not in ACTIVATIONS:
+    raise errors.UserError(
+      f'{path}: hidden_act={config["hidden_act"]!r} is unknown; use one of: '
+      + ', '.join(ACTIVATIONS)
+    )
+  return family, config
+
+
+def _read_transformers(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
+  """The family and the vision tower's config in a config.json."""
   if not path.is_file():
     raise errors.UserError(
-      f'{folder}: no config.json; name a folder as transformers writes it'
+      f'{path.parent}: no config.json; name a folder as transformers writes it'
     )
   config = files.read_json(path)
   if not isinstance(config, dict):
     raise errors.UserError(f'{path}: not an object')
-  model_type = config.get('model_type')
+  model_type = str(config.get('model_type'))
   if model_type not in _TYPES:
     raise errors.UserError(
       f'{path}: model_type={model_type!r} is unknown; use one of: '
       + ', '.join(_TYPES)
     )
   family, defaults = _TYPES[model_type]
-  config = defaults | config | config.get('vision_config', {})
+  for name in ('vision_config', 'rope_parameters'):
+    if not isinstance(config.get(name) or {}, dict):
+      raise errors.UserError(f'{path}: {name} is not an object')
+  config = defaults | config | (config.get('vision_config') or {})
+  config['hidden_act'] = str(config['hidden_act'])
   for name, value in _FIXED.items():
     if config.get(name, value) != value:
       raise errors.UserError(
@@ -121,11 +170,6 @@ def read(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
   if rope.get('rope_theta', 1e4) != 1e4:
     raise errors.UserError(
       f'{path}: rope_theta={rope["rope_theta"]} is not supported, only 10000'
-    )
-  if config['hidden_act'] not in ACTIVATIONS:
-    raise errors.UserError(
-      f'{path}: hidden_act={config["hidden_act"]!r} is unknown; use one of: '
-      + ', '.join(ACTIVATIONS)
     )
   return family, config
 

@@ -8,6 +8,7 @@ from mlcd_jax import files
 from mlcd_jax import model_embedder
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
+from mlcd_jax.huggingface import open_clip
 from mlcd_jax.huggingface import preprocessing
 from mlcd_jax.huggingface import tensors
 
@@ -76,6 +77,7 @@ def check(pinned: dict[str, object]) -> None:
 
 
 def _digests(folder: pathlib.Path) -> dict[str, str]:
-  paths = [folder / 'config.json', folder / preprocessing.NAME]
+  names = ('config.json', open_clip.NAME, preprocessing.NAME)
+  paths = [folder / name for name in names]
   paths += tensors.safetensors_files(folder)
   return {p.name: files.sha256(p) for p in paths if p.is_file()}

@@ -11,6 +11,7 @@ from PIL import Image
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax.huggingface import configs
+from mlcd_jax.huggingface import open_clip
 
 NAME = 'preprocessor_config.json'
 
@@ -72,11 +73,42 @@ def read(folder: pathlib.Path, family: str, image_size: int) -> Preprocessing:
   Raises:
     UserError: it asks for what is not done here.
   """
-  path = folder / NAME
-  mean, std = configs.PIXELS[family]
+  path, reads = folder / NAME, _read
+  if family == 'open_clip' and not path.is_file():
+    path, reads = folder / open_clip.NAME, _read_open_clip
   if not path.is_file():
     shorter = 0 if family == 'siglip' else image_size
-    return Preprocessing(image_size, shorter, _BICUBIC, mean, std)
+    pixels = configs.PIXELS[family]
+    return Preprocessing(image_size, shorter, _BICUBIC, *pixels)
+  try:
+    found = reads(path, family, image_size)
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise errors.UserError(
+      f'{path}: not as such files are written ({type(e).__name__}: {e})'
+    ) from e
+  if not 1 <= found.image_size <= 16_384 or found.shorter_side > 16_384:
+    raise errors.UserError(f'{path}: sizes are outside 1 to 16384')
+  for name, values in (('mean', found.mean), ('std', found.std)):
+    if len(values) != 3 or not all(0 <= x < 1_000 for x in values):
+      raise errors.UserError(f'{path}: {name}={values} is no RGB in 0 .. 1')
+  if min(found.std) == 0:
+    raise errors.UserError(f'{path}: std={found.std} divides by zero')
+  return found
+
+
+def _read_open_clip(
+  path: pathlib.Path, family: str, image_size: int
+) -> Preprocessing:
+  """What an OpenCLIP config says."""
+  del family
+  config = open_clip.read(path)
+  mean, std = (tuple(map(float, config[f'image_{x}'])) for x in ('mean', 'std'))
+  return Preprocessing(image_size, image_size, _BICUBIC, mean, std)
+
+
+def _read(path: pathlib.Path, family: str, image_size: int) -> Preprocessing:
+  """What a preprocessor_config.json says."""
+  mean, std = configs.PIXELS[family]
   config = files.read_json(path)
   crops = config.get('do_center_crop') and config.get('crop_size')
   size, shorter = _sides(
@@ -100,9 +132,9 @@ def read(folder: pathlib.Path, family: str, image_size: int) -> Preprocessing:
   return Preprocessing(
     image_size=size,
     shorter_side=shorter,
-    resample=int(config.get('resample', _BICUBIC)),
-    mean=tuple(config.get('image_mean', mean)),
-    std=tuple(config.get('image_std', std)),
+    resample=int(Image.Resampling(config.get('resample', _BICUBIC))),
+    mean=tuple(map(float, config.get('image_mean', mean))),
+    std=tuple(map(float, config.get('image_std', std))),
   )
 
 

@@ -25,7 +25,8 @@ PROJECTION = 'visual_projection.weight'
 TEXT_PROJECTION = 'text_projection.weight'
 
 # Prefixes of the tower inside of larger models.
-_PREFIXES = ('vision_model.', 'dinov2.', 'dinov2_with_registers.')
+_PREFIXES = ('vision_model.', 'dinov2.', 'dinov2_with_registers.', 'visual.')
+OPEN_CLIP_PREFIX = _PREFIXES[-1]
 # What other parts of those models are called, and what is no weight.
 _TEXT = ('text_model.', 'text_projection.')
 _OTHERS = (
@@ -82,6 +83,8 @@ class _Part:
 
 def layout(family: str, model: vit.ViT) -> dict[str, tuple[_Part, ...]]:
   """Every parameter's path and the tensors it is made of."""
+  if family in _FUSED:
+    return dict(_fused(_FUSED[family], model))
   table = dict(_dinov2(model) if family == 'dinov2' else _clip(family, model))
   if model.embedding_dim and family != 'mlcd':
     table['projection/kernel'] = (_Part(PROJECTION, 'matrix'),)
@@ -136,6 +139,62 @@ def _clip_blocks(depth: int, prefix: str = '') -> Iterator[tuple[str, Any]]:
     yield from _linear(f'{ours}/attention/out', f'{attention}.out_proj')
     yield from _linear(f'{ours}/mlp_in', f'{theirs}.mlp.fc1')
     yield from _linear(f'{ours}/mlp_out', f'{theirs}.mlp.fc2')
+
+
+# Layouts that keep queries, keys and values in one tensor.
+_FUSED = {
+  'open_clip': dict(
+    patches='conv1.weight',
+    class_token='class_embedding',
+    positions='positional_embedding',
+    pre_norm='ln_pre',
+    post_norm='ln_post',
+    block='transformer.resblocks',
+    attention_norm='ln_1',
+    qkv='attn.in_proj_',
+    out='attn.out_proj',
+    mlp_norm='ln_2',
+    mlp_in='mlp.c_fc',
+    mlp_out='mlp.c_proj',
+    projection=_Part('proj'),
+  ),
+  'timm': dict(
+    patches='patch_embed.proj.weight',
+    class_token='cls_token',
+    positions='pos_embed',
+    pre_norm='norm_pre',
+    post_norm='norm',
+    block='blocks',
+    attention_norm='norm1',
+    qkv='attn.qkv.',
+    out='attn.proj',
+    mlp_norm='norm2',
+    mlp_in='mlp.fc1',
+    mlp_out='mlp.fc2',
+    projection=_Part('head.weight', 'matrix'),
+  ),
+}
+
+
+def _fused(names: Mapping[str, Any], model: vit.ViT):
+  """The names of CLIP's tower in OpenCLIP and in timm."""
+  yield 'patches/kernel', (_Part(names['patches'], 'convolution'),)
+  for token in ('class_token', 'positions'):
+    yield token, (_Part(names[token]),)
+  for norm in ('pre_norm', 'post_norm'):
+    yield from _norm(norm, names[norm])
+  for i in range(model.depth):
+    ours, theirs = f'block_{i:02d}', f'{names["block"]}.{i}'
+    for norm in ('attention_norm', 'mlp_norm'):
+      yield from _norm(f'{ours}/{norm}', f'{theirs}.{names[norm]}')
+    packed = f'{theirs}.{names["qkv"]}'
+    yield f'{ours}/attention/qkv/kernel', (_Part(f'{packed}weight', 'matrix'),)
+    yield f'{ours}/attention/qkv/bias', (_Part(f'{packed}bias'),)
+    yield from _linear(f'{ours}/attention/out', f'{theirs}.{names["out"]}')
+    for layer in ('mlp_in', 'mlp_out'):
+      yield from _linear(f'{ours}/{layer}', f'{theirs}.{names[layer]}')
+  if model.embedding_dim:
+    yield 'projection/kernel', (names['projection'],)
 
 
 def _siglip_head() -> Iterator[tuple[str, Any]]:
@@ -198,12 +257,15 @@ def _norm(ours: str, theirs: str):
 class Reader:
   """One tower's tensors in a folder's safetensors files, one at a time."""
 
-  def __init__(self, folder: pathlib.Path, *, text: bool = False):
-    """Opens the files.
+  def __init__(
+    self, folder: pathlib.Path, *, text: bool = False, prefix: str = ''
+  ):
+    """Reads what is in the files.
 
     Args:
       folder: of the checkpoint.
       text: CLIP's text tower instead of the vision tower.
+      prefix: of the tower's names, where others may not be looked at.
 
     Raises:
       UserError: there are none, or one is missing or damaged.
@@ -215,6 +277,8 @@ class Reader:
       try:
         with safetensors.safe_open(path, framework='flax') as file:
           for stored in file.keys():
+            if not stored.startswith(prefix):
+              continue
             name, header = _canonical(stored), file.get_slice(stored)
             self._where[name] = path, stored
             self._shapes[name] = tuple(header.get_shape())
@@ -307,19 +371,26 @@ def stream(
 
 
 def write(
-  table: Mapping[str, tuple[_Part, ...]], params: Mapping[str, Any]
+  family: str,
+  table: Mapping[str, tuple[_Part, ...]],
+  params: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
   """The reverse of `read`: tensors by name, for CLIP's and MLCD's towers."""
+  prefixes = {'open_clip': OPEN_CLIP_PREFIX, 'timm': ''}
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   tensors = {}
   for path, parts in table.items():
     array = np.asarray(jax.device_get(flat[path]), np.float32)
-    if path in ('class_token', 'positions'):
+    if path in ('class_token', 'positions') and family != 'timm':
       array = array.reshape(array.shape[-2:])  # [L, D].
       array = array[0] if path == 'class_token' else array
     for part, piece in zip(parts, np.split(array, len(parts), axis=-1)):
-      prefix = '' if part.name == PROJECTION else _PREFIXES[0]
+      prefix = prefixes.get(family, _PREFIXES[0])
+      prefix = '' if part.name == PROJECTION else prefix
       tensors[prefix + part.name] = part.to_theirs(piece)
+  if family == 'timm' and 'projection/kernel' in table:
+    # Its heads have a bias.
+    tensors['head.bias'] = np.zeros(flat['projection/kernel'].shape[1], 'f4')
   return tensors
 
 
@@ -387,8 +458,13 @@ def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [whole]
   if index.is_file():
     content = files.read_json(index)
-    names = content.get('weight_map', {}).values()
-    paths = [folder / pathlib.Path(name).name for name in sorted(set(names))]
+    try:
+      names = sorted(set(content['weight_map'].values()))
+      paths = [folder / pathlib.Path(name).name for name in names]
+    except (AttributeError, KeyError, TypeError) as e:
+      raise errors.UserError(
+        f'{index}: not as transformers writes it; get it again'
+      ) from e
   else:
     paths = sorted(folder.glob('*.safetensors'))
   if not paths:

@@ -84,3 +84,42 @@ def test_exported_folder_gives_the_same_features(position, tmp_path, capfd):
     assert error < 1e-5
   said = capfd.readouterr().err
   assert 'newly initialized' not in said and 'not used' not in said
+
+
+@pytest.mark.parametrize(
+  'name', ['clip', 'clip_with_text', 'clip_bf16', 'mlcd']
+)
+def test_round_trip(name, tmp_path, caplog):
+  """Import, export, and what transformers then makes of the same images."""
+  import torch
+  import transformers
+
+  ours, variables = convert.from_huggingface(oracles.GOLDENS / name)
+  encoders.to_huggingface(tmp_path, ours, variables)
+  class_name = {
+    'clip': 'CLIPVisionModel',
+    'mlcd': 'MLCDVisionModel',
+  }.get(name, 'CLIPVisionModelWithProjection')
+  transformers.utils.logging.enable_propagation()
+  with caplog.at_level('WARNING'):
+    theirs, loading = getattr(transformers, class_name).from_pretrained(
+      tmp_path, output_loading_info=True
+    )
+  transformers.utils.logging.disable_propagation()
+  assert not [r for r in caplog.records if 'transformers' in r.name]
+  assert not any(
+    loading[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')
+  )
+  golden = np.load(oracles.GOLDENS / name / 'golden.npz')
+  for case in range(3):
+    images = golden[f'{case}/images']
+    pixels = (images / 255 - np.asarray(ours.mean)) / np.asarray(ours.std)
+    pixels = torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
+    resized = {} if name == 'mlcd' else {'interpolate_pos_encoding': True}
+    with torch.no_grad():
+      out = theirs.eval()(pixels, **resized)
+    for key in ('last_hidden_state', 'pooler_output', 'image_embeds'):
+      if f'{case}/{key}' in golden and getattr(out, key, None) is not None:
+        value = golden[f'{case}/{key}']
+        error = np.abs(getattr(out, key).numpy() - value).max()
+        assert error < 1e-5 * np.abs(value).max(), (case, key)

@@ -2,10 +2,12 @@
 
   python tests/huggingface/oracles.py
 
-writes tests/goldens anew: folders as transformers writes them, each with
-golden.npz. Needs torch and transformers; the tests of goldens do not.
+writes tests/goldens anew: folders as transformers and OpenCLIP write them, each
+with golden.npz. Needs torch, transformers and open_clip_torch; the tests of
+goldens do not.
 """
 
+import json
 import pathlib
 import shutil
 
@@ -102,6 +104,59 @@ def save(name: str, model, folder: pathlib.Path) -> None:
   model.to(torch.float32)
 
 
+# As in OpenCLIP's own: a whole model, whose text tower is not to be mixed up.
+OPEN_CLIP = dict(
+  embed_dim=6,
+  quick_gelu=True,
+  vision_cfg=dict(
+    image_size=21, layers=2, width=20, head_width=5, mlp_ratio=1.4, patch_size=7
+  ),
+  text_cfg=dict(context_length=4, vocab_size=11, width=8, heads=2, layers=1),
+)
+
+
+def make_open_clip(seed: int = 0, **vision):
+  """A model of OpenCLIP's and its config, with random weights."""
+  import open_clip
+  import torch
+
+  torch.manual_seed(seed)
+  config = OPEN_CLIP | dict(vision_cfg=OPEN_CLIP['vision_cfg'] | vision)
+  model = open_clip.CLIP(**config).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.1 * torch.randn_like(parameter))
+  return model, config
+
+
+def save_open_clip(model, config, folder: pathlib.Path) -> None:
+  """Saves as OpenCLIP's `push_to_hf_hub` does."""
+  from safetensors import torch as safetensors_torch
+
+  folder.mkdir(parents=True, exist_ok=True)
+  safetensors_torch.save_file(
+    model.state_dict(), folder / 'open_clip_model.safetensors'
+  )
+  pixels = dict(mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.25])
+  content = dict(model_cfg=config, preprocess_cfg=pixels)
+  (folder / 'open_clip_config.json').write_text(json.dumps(content))
+
+
+def outputs_open_clip(model, images: np.ndarray) -> dict[str, np.ndarray]:
+  """What OpenCLIP's vision tower makes of uint8 images."""
+  import torch
+
+  pixels = (images / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.25]
+  pixels = torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32)
+  tower = model.visual
+  with torch.no_grad():
+    found = {'image_embeds': tower(pixels)}
+    projection, tower.proj = tower.proj, None
+    found['pooler_output'] = tower(pixels)
+    tower.proj = projection
+  return {k: v.numpy() for k, v in found.items()}
+
+
 def outputs(name: str, model, images: np.ndarray) -> dict[str, np.ndarray]:
   """What a model makes of uint8 images, by the names it has there."""
   import torch
@@ -173,6 +228,14 @@ def main() -> None:
       for key, value in outputs(name, model, golden[f'{i}/images']).items():
         golden[f'{i}/{key}'] = value
     np.savez_compressed(GOLDENS / name / 'golden.npz', **golden)
+  model, config = make_open_clip()
+  save_open_clip(model, config, GOLDENS / 'open_clip')
+  golden = {}
+  for i in range(len(SIZES)):  # OpenCLIP takes its own size only.
+    golden[f'{i}/images'] = images(SIZES[0], seed=i)
+    for key, value in outputs_open_clip(model, golden[f'{i}/images']).items():
+      golden[f'{i}/{key}'] = value
+  np.savez_compressed(GOLDENS / 'open_clip/golden.npz', **golden)
   for name in PROCESSORS:
     folder = GOLDENS / f'preprocessing_{name}'
     process = processor(name)

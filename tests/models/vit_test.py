@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlcd_jax import config as config_lib
+from mlcd_jax import convert
 from mlcd_jax import errors
 from mlcd_jax import models
 from mlcd_jax import products
@@ -23,6 +24,29 @@ def make(**fields):
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'millions'),
+  [
+    # Of the image towers without projection, at 224 pixels: Dosovitskiy et
+    # al. and Touvron et al. (2021), SO400M's blocks, OpenCLIP's table.
+    ('Ti/16', 5.5),
+    ('S/16', 21.7),
+    ('B/16', 85.8),
+    ('L/14', 303),
+    ('SO400M/14', 412),
+    ('H/14', 631),
+    ('g/14', 1_011),
+    ('bigG/14', 1_843),
+  ],
+)
+def test_variants_have_the_published_sizes(variant, millions):
+  model = make(variant=variant, image_size=224)
+  params = dict(convert.abstract_params(model))
+  del params['projection']
+  found = sum(x.size for x in jax.tree.leaves(params)) / 1e6
+  assert found == pytest.approx(millions, rel=5e-3)
 
 
 @pytest.mark.parametrize(
