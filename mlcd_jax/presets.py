@@ -76,7 +76,7 @@ def digits(config: ml_collections.ConfigDict) -> None:
   config.cluster.num_centers = 1_500
   config.loss.scale = 32.0
   config.loss.sample_rate = 1.0
-  config_lib.add_dataset(config, 'digits')
+  config_lib.add_dataset(config, 'digits', attributes_key='attributes')
 
 
 def _embedded(config: ml_collections.ConfigDict) -> None:

@@ -2,7 +2,8 @@
 
 Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
 that is unique in the source, the encoded image's bytes, the class (-1 where
-there is none) and the caption ('' where there is none).
+there is none) and the caption ('' where there is none). TFDS sources with
+`num_attributes` also give `attributes`, the numbers of several labels.
 """
 
 import dataclasses
@@ -96,6 +97,10 @@ class _Subset:
   @property
   def num_classes(self) -> int:
     return self.source.num_classes
+
+  @property
+  def num_attributes(self) -> int:
+    return getattr(self.source, 'num_attributes', 0)
 
   def __len__(self) -> int:
     return len(self.rows)

@@ -26,6 +26,9 @@ class TfdsSource:
     label_key: feature with the class, ignored where the data set has none.
     caption_key: feature with the caption, ignored likewise.
     num_classes: number of classes of `label_key`.
+    attributes_key: feature with several labels, '/' between its parts; ''
+      where there is none.
+    num_attributes: number of classes of `attributes_key`.
   """
 
   data: Any
@@ -34,6 +37,8 @@ class TfdsSource:
   label_key: str
   caption_key: str
   num_classes: int
+  attributes_key: str = ''
+  num_attributes: int = 0
 
   def __len__(self) -> int:
     return len(self.data)
@@ -41,11 +46,15 @@ class TfdsSource:
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self.data[int(index)]
     caption = record.get(self.caption_key, b'')
+    attributes = record if self.attributes_key else []
+    for part in filter(None, self.attributes_key.split('/')):
+      attributes = attributes[part]
     return {
       'key': self._key(index),
       'image': record[self.image_key],
       'label': int(record.get(self.label_key, -1)),
       'caption': caption.decode('utf-8', 'replace'),
+      'attributes': np.unique(np.asarray(attributes, np.int64)),
     }
 
   def keys(self) -> np.ndarray:
@@ -125,7 +134,28 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
     label_key=data.label_key,
     caption_key=data.get('caption_key', ''),
     num_classes=_num_classes(features, data.label_key),
+    attributes_key=data.get('attributes_key', ''),
+    num_attributes=_num_attributes(
+      builder, features, data.get('attributes_key', '')
+    ),
   )
+
+
+def _num_attributes(builder, features, key: str) -> int:
+  """Classes of a sequence of labels; 0 without a key."""
+  if not key:
+    return 0
+  for part in key.split('/'):
+    features = getattr(features, 'feature', features)  # Of a sequence.
+    try:
+      features = features[part]
+    except (KeyError, TypeError) as e:
+      raise errors.UserError(
+        f'attributes_key={key}: {builder.name} has '
+        + ', '.join(sorted(builder.info.features))
+      ) from e
+  features = getattr(features, 'feature', features)
+  return getattr(features, 'num_classes', None) or 0
 
 
 def _num_classes(features, label_key: str) -> int:

@@ -24,17 +24,25 @@ from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
+from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
+from mlcd_jax.evaluate import finetune
 from mlcd_jax.evaluate import knn
 from mlcd_jax.evaluate import linear
+from mlcd_jax.evaluate import multi_label
 
 _TASKS = {
   'linear': linear.run,
   'knn': knn.run,
   'few_shot': few_shot.run,
+  'multi_label': multi_label.run,
+  'finetune': finetune.run,
 }
+
+# Tasks that need one class an image.
+_OF_CLASSES = ('knn', 'few_shot', 'finetune')
 
 _SPLITS = ('train', 'validation', 'test')
 
@@ -111,6 +119,8 @@ def score(
       config=config.evaluate.datasets[dataset],
     )
     for task in config_lib.tasks(config):
+      if not data.num_classes and task in _OF_CLASSES:
+        continue
       for metric, value in _TASKS[task](data, config).items():
         defined = value is not None and math.isfinite(value)
         results[f'{dataset}/{task}/{metric}'] = value if defined else None
@@ -154,8 +164,14 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
         if dataset.get(f'{split}_split')
       }
     except errors.UserError as e:
-      raise errors.UserError(f'{field}: {e}') from e
-    if not opened[name]['train'].num_classes:
+      raise errors.UserError(
+        f'{field}: {e}{datasets.way_out(name, config)}'
+      ) from e
+    datasets.check_sizes(
+      name, config, {split: len(s) for split, s in opened[name].items()}
+    )
+    train = opened[name]['train']
+    if not train.num_classes and not getattr(train, 'num_attributes', 0):
       raise errors.UserError(
         f'{field}.label_key={dataset.label_key}: no class labels there; name '
         'the feature that has them'
