@@ -23,8 +23,18 @@ TASKS = (
   'linear',
   'knn',
   'few_shot',
+  'multi_label',
   'zero_shot',
   'retrieval',
+  'finetune',
+)
+
+METRICS = (
+  'accuracy',
+  'mean_per_class',
+  'mean_top1_top5',
+  'roc_auc',
+  'map_11_point',
 )
 
 
@@ -160,6 +170,13 @@ def default() -> ml_collections.ConfigDict:
   c.evaluate.encoder = ''
   c.evaluate.every_steps = 0  # Of training, into metrics.jsonl; 0 = never.
   c.evaluate.batch_size = 256  # Images a call, over all devices.
+  c.evaluate.finetune_epochs = 10.0
+  c.evaluate.finetune_batch_size = 128
+  c.evaluate.finetune_learning_rate = 1e-3
+  c.evaluate.finetune_layer_decay = 0.75  # From each layer to the one below.
+  # Names of evaluate/datasets.py, or paper, added to the data sets.
+  c.evaluate.named = ()
+  c.evaluate.data_dir = ''  # Where those are; '' = TFDS's folder.
   c.evaluate.datasets = ml_collections.ConfigDict()
 
   # The text tower that zero_shot and retrieval tune to a locked encoder, on
@@ -183,6 +200,8 @@ def add_dataset(
   train_split: str = 'train',
   test_split: str = 'test',
   validation_split: str = '',
+  metric: str = 'accuracy',
+  attributes_key: str = '',
   prompts: str = '',
   present_classes: bool = False,
   **data: Any,
@@ -196,6 +215,9 @@ def add_dataset(
       done, and for retrieval it may be without labels.
     test_split: for scoring.
     validation_split: for choosing a penalty; '' = a part of train_split.
+    metric: of METRICS, for the linear probe.
+    attributes_key: tfds: the feature with several labels an image, such as
+      objects/label.
     prompts: for zero_shot, an entry of assets/prompts.json, or FILE:NAME.
     present_classes: zero_shot chooses among the test split's classes only.
     **data: override the fields of config.data.
@@ -205,6 +227,8 @@ def add_dataset(
       train_split=train_split,
       test_split=test_split,
       validation_split=validation_split,
+      metric=metric,
+      attributes_key=attributes_key,
       prompts=prompts,
       present_classes=present_classes,
     )
@@ -226,7 +250,7 @@ def add_dataset(
 
 def tasks(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """Returns the tasks to evaluate, in the order of TASKS."""
-  wanted = _split(config.evaluate.tasks)
+  wanted = split_names(config.evaluate.tasks)
   return tuple(t for t in TASKS if t in wanted or 'all' in wanted)
 
 
@@ -358,6 +382,10 @@ _RANGES = (
   ('train.stop_after_steps', 0, _MOST),
   ('evaluate.batch_size', 1, _MOST),
   ('evaluate.every_steps', 0, _MOST),
+  ('evaluate.finetune_epochs', 0, 1e6),
+  ('evaluate.finetune_batch_size', 1, _MOST),
+  ('evaluate.finetune_learning_rate', 0, 1e3),
+  ('evaluate.finetune_layer_decay', 0, 1),
   ('lit.steps', 0, _MOST),
   ('lit.batch_size', 1, _MOST),
   ('lit.learning_rate', 0, 1e3),
@@ -446,7 +474,7 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'data.crop_area={area}: needs (low, high) with 0 < low <= high <= 1'
     )
-  for task in _split(c.evaluate.tasks):
+  for task in split_names(c.evaluate.tasks):
     if task not in (*TASKS, 'all'):
       raise errors.UserError(
         f'evaluate.tasks: {task!r} is unknown; use any of: '
@@ -457,6 +485,12 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f'evaluate.datasets.{name}.source={dataset.source!r} is unknown; '
         'use one of: ' + ', '.join(SOURCES)
+      )
+    metric = dataset.get('metric', 'accuracy')
+    if metric not in METRICS:
+      raise errors.UserError(
+        f'evaluate.datasets.{name}.metric={metric!r} is unknown; use one of: '
+        + ', '.join(METRICS)
       )
   if c.mesh.slices < 1:
     raise errors.UserError(f'mesh.slices={c.mesh.slices}: use at least 1')
@@ -475,9 +509,10 @@ def _check_together(c: ml_collections.ConfigDict) -> None:
     )
 
 
-def _split(names: Sequence[str]) -> list[str]:
-  """The names; on the command line a,b comes as one."""
-  return [n.strip() for part in names for n in str(part).split(',')]
+def split_names(names: Sequence[str]) -> list[str]:
+  """Returns the names; on the command line a,b comes as one."""
+  found = [n.strip() for part in names for n in str(part).split(',')]
+  return [name for name in found if name]
 
 
 def _get(config: ml_collections.ConfigDict, field: str) -> Any:

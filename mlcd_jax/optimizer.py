@@ -65,7 +65,7 @@ def make(
   tx = optax.chain(
     _clip_by_global_norm(clip) if clip else optax.identity(),
     optax.scale_by_adam(b1=config.b1, b2=config.b2),
-    optax.add_decayed_weights(config.weight_decay, mask=_decayed),
+    optax.add_decayed_weights(config.weight_decay, mask=decayed),
     _scale_by_name(config),
     optax.scale_by_learning_rate(schedule),
   )
@@ -142,7 +142,8 @@ def _sparse_classifier(
   return optax.GradientTransformation(tx.init, update)
 
 
-def _decayed(params):
+def decayed(params):
+  """Which parameters of a tree are decayed, by name."""
   return _by_name(params, lambda name: not _NOT_DECAYED.search(name))
 
 

@@ -138,7 +138,9 @@ def digits(config: ml_collections.ConfigDict) -> None:
   config.cluster.num_centers = 1_500
   config.loss.scale = 32.0
   config.loss.sample_rate = 1.0
-  config_lib.add_dataset(config, 'digits', prompts='digits')
+  config_lib.add_dataset(
+    config, 'digits', attributes_key='attributes', prompts='digits'
+  )
   config.lit.steps = 200
   config.lit.batch_size = 128
   config.lit.learning_rate = 2e-3

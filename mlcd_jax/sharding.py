@@ -100,11 +100,12 @@ def from_config(
       + f'train.accumulate_steps={parts} times ' * (parts > 1)
       + f'the {mesh.size} devices'
     )
-  if config.evaluate.batch_size % mesh.size:
-    raise errors.UserError(
-      f'evaluate.batch_size={config.evaluate.batch_size} is not divisible by '
-      f'the {mesh.size} devices'
-    )
+  for name in ('batch_size', 'finetune_batch_size'):
+    size = config.evaluate[name]
+    if size % mesh.size:
+      raise errors.UserError(
+        f'evaluate.{name}={size} is not divisible by the {mesh.size} devices'
+      )
   return mesh
 
 

@@ -29,6 +29,7 @@ from mlcd_jax import sharding
 from mlcd_jax import train
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
+from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.evaluate import stage as evaluate
 from mlcd_jax.evaluate import table
@@ -117,7 +118,7 @@ def run(
     UserError, RunError, Stopped: see `errors`.
   """
   config_lib.check(config)
-  config = _with_bad_keys(config, workdir)
+  config = datasets.with_named(_with_bad_keys(config, workdir))
   if not stages:
     raise errors.UserError('--stages: name some of ' + ', '.join(STAGES))
   for stage in stages:

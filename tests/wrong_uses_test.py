@@ -102,6 +102,12 @@ def field(assignment, *says):
     field('optimizer.head_update=lazy', 'optimizer.head_update', 'sparse'),
     field("evaluate.tasks=('probe',)", 'evaluate.tasks', 'linear'),
     field('evaluate.tasks=linear,probe', 'evaluate.tasks', 'all'),
+    field('evaluate.datasets.digits.metric=f1', 'digits.metric', 'roc_auc'),
+    field(
+      'evaluate.datasets.digits.attributes_key=x',
+      'evaluate.datasets.digits',
+      'attributes_key=x',
+    ),
     field('evaluate.every_steps=-1', 'every_steps=-1', '0 to'),
     field('lit.loss=mse', "lit.loss='mse'", 'sigmoid'),
     field('lit.dtype=float16', "lit.dtype='float16'", 'bfloat16'),

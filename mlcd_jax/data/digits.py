@@ -25,11 +25,18 @@ _TEMPLATES = (
   '{word}, written with a pen',
 )
 
+_ATTRIBUTES = {
+  'even': {0, 2, 4, 6, 8},
+  'prime': {2, 3, 5, 7},
+  'has a loop': {0, 6, 8, 9},
+  'above 4': {5, 6, 7, 8, 9},
+}
+
 
 class MlcdDigits(tfds.core.GeneratorBasedBuilder):
-  """5,000 grey digits of 28 x 28 pixels with labels and captions."""
+  """5,000 digits of 28 x 28 pixels with labels, captions and attributes."""
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.1.0')
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -42,6 +49,9 @@ class MlcdDigits(tfds.core.GeneratorBasedBuilder):
           ),
           'label': tfds.features.ClassLabel(names=list(_WORDS)),
           'caption': tfds.features.Text(),
+          'attributes': tfds.features.Sequence(
+            tfds.features.ClassLabel(names=list(_ATTRIBUTES))
+          ),
         }
       ),
       homepage='https://yann.lecun.com/exdb/mnist/',
@@ -72,5 +82,8 @@ class MlcdDigits(tfds.core.GeneratorBasedBuilder):
           'image': png,
           'label': digit,
           'caption': template.format(word=_WORDS[digit], digit=digit),
+          'attributes': [
+            name for name, digits in _ATTRIBUTES.items() if digit in digits
+          ],
         },
       )

@@ -3,6 +3,8 @@
 Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
 that is unique in the source, the encoded image's bytes, the class (-1 where
 there is none) and the caption ('' where there is none; several are lines).
+TFDS sources with `num_attributes` also give `attributes`, the numbers of
+several labels.
 """
 
 from collections.abc import Sequence
@@ -102,6 +104,10 @@ class _Subset:
   @property
   def class_names(self) -> Sequence[str]:
     return self.source.class_names
+
+  @property
+  def num_attributes(self) -> int:
+    return getattr(self.source, 'num_attributes', 0)
 
   def __len__(self) -> int:
     return len(self.rows)

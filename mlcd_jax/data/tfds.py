@@ -27,6 +27,9 @@ class TfdsSource:
     label_key: feature with the class, ignored where the data set has none.
     caption_key: feature with the caption, ignored likewise.
     class_names: of `label_key`, in the order of their numbers.
+    attributes_key: feature with several labels, '/' between its parts; ''
+      where there is none.
+    num_attributes: number of classes of `attributes_key`.
   """
 
   data: Any
@@ -35,6 +38,8 @@ class TfdsSource:
   label_key: str
   caption_key: str
   class_names: Sequence[str]
+  attributes_key: str = ''
+  num_attributes: int = 0
 
   @property
   def num_classes(self) -> int:
@@ -46,11 +51,15 @@ class TfdsSource:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self.data[int(index)]
+    attributes = record if self.attributes_key else []
+    for part in filter(None, self.attributes_key.split('/')):
+      attributes = attributes[part]
     return {
       'key': self._key(index),
       'image': record[self.image_key],
       'label': int(record.get(self.label_key, -1)),
       'caption': _caption(record.get(self.caption_key, b'')),
+      'attributes': np.unique(np.asarray(attributes, np.int64)),
     }
 
   def keys(self) -> np.ndarray:
@@ -130,6 +139,10 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
     label_key=data.label_key,
     caption_key=data.get('caption_key', ''),
     class_names=_class_names(features, data.label_key),
+    attributes_key=data.get('attributes_key', ''),
+    num_attributes=_num_attributes(
+      builder, features, data.get('attributes_key', '')
+    ),
   )
 
 
@@ -148,6 +161,23 @@ def _caption(found: Any) -> str:
   if isinstance(found, bytes):
     return found.decode('utf-8', 'replace')
   return '\n'.join(map(_caption, found))
+
+
+def _num_attributes(builder, features, key: str) -> int:
+  """Classes of a sequence of labels; 0 without a key."""
+  if not key:
+    return 0
+  for part in key.split('/'):
+    features = getattr(features, 'feature', features)  # Of a sequence.
+    try:
+      features = features[part]
+    except (KeyError, TypeError) as e:
+      raise errors.UserError(
+        f'attributes_key={key}: {builder.name} has '
+        + ', '.join(sorted(builder.info.features))
+      ) from e
+  features = getattr(features, 'feature', features)
+  return getattr(features, 'num_classes', None) or 0
 
 
 @contextlib.contextmanager

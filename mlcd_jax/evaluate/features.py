@@ -41,6 +41,15 @@ class Split:
   def __len__(self) -> int:
     return len(self.labels)
 
+  def hot(self) -> np.ndarray | None:
+    """Returns 0 and 1 [N, C] where records have several labels each."""
+    if not getattr(self.source, 'num_attributes', 0):
+      return None
+    hot = np.zeros((len(self), self.source.num_attributes), np.int32)
+    for row, labels in zip(hot, self.values('attributes')):
+      row[labels] = 1
+    return hot
+
   def values(self, name: str) -> list[Any]:
     """Returns one value of every record, such as its `caption`."""
     return [self.source[int(record)][name] for record in self.records]

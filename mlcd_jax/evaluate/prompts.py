@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import importlib.resources
 import json
 import pathlib
+import re
 
 from mlcd_jax import errors
-
-_FILE = 'prompts.json'
 
 
 def sentences(
@@ -41,15 +40,22 @@ def sentences(
   ]
 
 
+def known() -> list[str]:
+  """Returns the entries of prompts.json."""
+  return list(_content(''))
+
+
+def _content(path: str) -> dict[str, dict[str, list[str]]]:
+  """All entries of a file; '' = of prompts.json."""
+  own = importlib.resources.files('mlcd_jax') / 'assets/prompts.json'
+  file = pathlib.Path(path).expanduser() if path else own
+  return json.loads(file.read_text())
+
+
 def _entry(name: str, field: str) -> dict[str, list[str]]:
   path, _, own = name.rpartition(':')
   try:
-    if path:
-      content = json.loads(pathlib.Path(path).expanduser().read_text())
-    else:
-      content = json.loads(
-        (importlib.resources.files('mlcd_jax') / 'assets' / _FILE).read_text()
-      )
+    content = _content(path)
   except (OSError, ValueError) as e:
     raise errors.UserError(f'{field}={name}: cannot be read ({e})') from e
   if not isinstance(content, dict) or own not in content:
@@ -65,5 +71,5 @@ def _entry(name: str, field: str) -> dict[str, list[str]]:
 
 
 def _readable(name: str) -> str:
-  """A class's name in a file as one would say it: a/air_plane -> air plane."""
-  return name.rpartition('/')[2].replace('_', ' ')
+  """A class's name as one would say it; SUN397's begin with /a/ and so on."""
+  return re.sub('[_/]', ' ', re.sub('^/./', '', name))

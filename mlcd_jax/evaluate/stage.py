@@ -24,12 +24,15 @@ from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
+from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
+from mlcd_jax.evaluate import finetune
 from mlcd_jax.evaluate import knn
 from mlcd_jax.evaluate import linear
 from mlcd_jax.evaluate import lit
+from mlcd_jax.evaluate import multi_label
 from mlcd_jax.evaluate import retrieval
 from mlcd_jax.evaluate import zero_shot
 
@@ -37,11 +40,16 @@ _TASKS = {
   'linear': linear.run,
   'knn': knn.run,
   'few_shot': few_shot.run,
+  'multi_label': multi_label.run,
   'zero_shot': zero_shot.run,
   'retrieval': retrieval.run,
+  'finetune': finetune.run,
 }
 # Those that fit nothing to a data set, and need no train split.
 UNFITTED = ('zero_shot', 'retrieval')
+
+# Tasks that need one class an image.
+_OF_CLASSES = ('knn', 'few_shot', 'finetune')
 
 _SPLITS = ('train', 'validation', 'test')
 
@@ -120,12 +128,19 @@ def score(
       shared=shared,
     )
     for task in config_lib.tasks(config):
-      if data.train is None and task not in UNFITTED:
+      if not _applies(task, data):
         continue
       for metric, value in _TASKS[task](data, config).items():
         defined = value is not None and math.isfinite(value)
         results[f'{dataset}/{task}/{metric}'] = value if defined else None
   return results
+
+
+def _applies(task: str, data: features.Data) -> bool:
+  """Whether the data set has what a task needs."""
+  if data.train is None:
+    return task in UNFITTED
+  return bool(data.num_classes) or task not in _OF_CLASSES
 
 
 def inside_training(
@@ -167,8 +182,14 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
         if dataset.get(f'{split}_split')
       }
     except errors.UserError as e:
-      raise errors.UserError(f'{field}: {e}') from e
-    if 'train' in opened[name] and not opened[name]['train'].num_classes:
+      raise errors.UserError(
+        f'{field}: {e}{datasets.way_out(name, config)}'
+      ) from e
+    datasets.check_sizes(
+      name, config, {split: len(s) for split, s in opened[name].items()}
+    )
+    train = opened[name].get('train')
+    if train and not (train.num_classes or getattr(train, 'num_attributes', 0)):
       raise errors.UserError(
         f'{field}.label_key={dataset.label_key}: no class labels there; name '
         f'the feature that has them, or set {field}.train_split= for '

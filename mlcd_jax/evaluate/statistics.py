@@ -1,5 +1,7 @@
 """Intervals beside the scores."""
 
+from collections.abc import Callable
+
 import numpy as np
 import scipy.stats
 
@@ -24,6 +26,38 @@ def bootstrap(values: np.ndarray, *, seed: int) -> dict[str, float]:
     '_low': float(low),
     '_high': float(high),
     '_count': len(values),
+  }
+
+
+def bootstrap_of(
+  metric: Callable[[np.ndarray, np.ndarray], float],
+  scores: np.ndarray,
+  labels: np.ndarray,
+  *,
+  seed: int,
+) -> dict[str, float]:
+  """As `bootstrap`, of any metric of items.
+
+  Args:
+    metric: (scores, labels) -> value; NaN of a resample is left out.
+    scores: [N, ...].
+    labels: [N, ...].
+    seed: of the resampling.
+  """
+  rng = np.random.default_rng(seed)
+  values = np.zeros(_RESAMPLES)
+  for i in range(_RESAMPLES):
+    rows = rng.integers(0, len(labels), len(labels))
+    values[i] = metric(scores[rows], labels[rows])
+  values = values[np.isfinite(values)]
+  low, high = (
+    np.percentile(values, (2.5, 97.5)) if len(values) else [np.nan] * 2
+  )
+  return {
+    '': float(metric(scores, labels)),
+    '_low': float(low),
+    '_high': float(high),
+    '_count': len(labels),
   }
 
 

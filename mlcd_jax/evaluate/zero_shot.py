@@ -50,7 +50,7 @@ def check(
     source: its test split.
     field: the name of the fields.
   """
-  if dataset.get('prompts'):
+  if dataset.prompts:
     _sentences(dataset, source, source.num_classes, field)
 
 

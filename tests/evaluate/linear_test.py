@@ -1,39 +1,15 @@
-"""The probe against scikit-learn's."""
+"""The probe against scikit-learn's, and at its edges."""
 
+import ml_collections
 import numpy as np
+import pytest
 from sklearn.linear_model import LogisticRegression
 
+from mlcd_jax import errors
+from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
 from mlcd_jax.evaluate import linear
 from tests.evaluate import blobs
-
-
-def objective(model, x, y, penalty):
-  logits = x @ model['weight'] + model['bias']
-  logits -= logits.max(1, keepdims=True)
-  log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-  loss = -log_probs[np.arange(len(y)), y].mean()
-  return loss + penalty / 2 * (model['weight'] ** 2).sum()
-
-
-def test_fit_equals_scikit_learn():
-  x, y = blobs.draw(300)
-  weight = np.ones(len(x))
-  weight[200:] = 0  # Left out, as the held-out rows are.
-  penalty = 1e-3
-  model = linear.fit(x, y, weight, 4, penalty=penalty)
-  theirs = LogisticRegression(
-    C=1 / (penalty * 200), max_iter=5_000, tol=1e-8
-  ).fit(x[:200], y[:200])
-  reference = {'weight': theirs.coef_.T, 'bias': theirs.intercept_}
-  found, expected = (
-    objective(m, x[:200].astype(np.float64), y[:200], penalty)
-    for m in (model, reference)
-  )
-  assert abs(found - expected) < 1e-5
-  np.testing.assert_array_equal(
-    np.argmax(x @ model['weight'] + model['bias'], 1), theirs.predict(x)
-  )
 
 
 def test_probe_finds_what_is_there():
@@ -63,3 +39,61 @@ def test_few_shot_draws_and_their_interval():
   assert few['accuracy_count'] == 5
   assert few['accuracy_low'] < few['accuracy'] < few['accuracy_high']
   assert few['accuracy'] < blobs.run(linear, *data)['accuracy'] + 0.01
+
+
+def test_search_ends_at_an_eighth_of_a_decade():
+  asked = []
+
+  def values(exponents):
+    asked.extend(exponents)
+    return [-abs(e - 1.36) for e in exponents]
+
+  assert linear.search(values) == 1.375
+  assert len(asked) == 15
+  # Of equals the greatest; NaN never.
+  assert linear.search(lambda e: [1.0] * len(e)) > 6
+  assert linear.search(lambda e: [float('nan')] * len(e)) > 6
+
+
+def test_more_classes_than_rows_and_missing_ones():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(6, 4)).astype(np.float32)
+  y = np.array([0, 3, 3, 7, 7, 9])
+  test = x, np.array([0, 1, 3, 7, 7, 2])
+  found = blobs.run(linear, (x, y), test, 10)
+  assert 0 <= found['accuracy'] <= 4 / 6
+  for metric in ('mean_per_class', 'mean_top1_top5'):
+    config = ml_collections.ConfigDict({'metric': metric})
+    found = blobs.run(linear, (x, y), test, 10, config=config)
+    assert 0 <= found[f'{metric}_low'] <= found[metric] <= 1
+
+
+def test_one_row_is_too_few():
+  x, y = blobs.draw(1)
+  with pytest.raises(errors.UserError, match='1 training images.*at least 2'):
+    blobs.run(linear, (x, y), (x, y))
+
+
+def test_one_class_only_has_no_area_under_the_curve():
+  x, y = blobs.draw(60, num_classes=2)
+  config = ml_collections.ConfigDict({'metric': 'roc_auc'})
+  found = blobs.run(linear, (x, y), (x, y), 2, config=config)
+  assert 0.5 < found['roc_auc'] <= 1
+  found = blobs.run(linear, (x, y), (x, 0 * y), 2, config=config)
+  assert np.isnan(found['roc_auc']) and np.isnan(found['roc_auc_low'])
+
+
+def test_validation_split_chooses_the_penalty(monkeypatch):
+  seen = []
+  predict = linear.predict
+
+  def spy(x, y, held, *args, **kwargs):
+    seen.append((len(x), held.sum(), held[-30:].all()))
+    return predict(x, y, held, *args, **kwargs)
+
+  monkeypatch.setattr(linear, 'predict', spy)
+  train, validation, test = (
+    blobs.draw(n, seed=s) for s, n in enumerate((100, 30, 50))
+  )
+  blobs.run(linear, train, test, validation=features.Split(*validation))
+  assert seen == [(130, 30, True)]

@@ -4,12 +4,30 @@ import json
 
 import pytest
 
+from mlcd_jax import config as config_lib
 from mlcd_jax import errors
+from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import prompts
 
 
 def sentences(name, class_names=(), num_classes=2):
   return prompts.sentences(name, class_names, num_classes, field='prompts')
+
+
+def test_the_papers_data_sets_have_theirs():
+  config = config_lib.default()
+  config.evaluate.named = ('paper',)
+  found = datasets.with_named(config).evaluate.datasets
+  assert found.food101.prompts == 'food101'
+  assert found.imagenet.prompts == 'imagenet'
+  assert not found.voc2007.prompts  # Has several classes an image.
+  assert {n for n, d in found.items() if not d.prompts} == {
+    'birdsnap',
+    'hateful_memes',
+    'kinetics700',
+    'ucf101',
+    'voc2007',
+  }
 
 
 def test_clips_own_imagenet():
@@ -21,10 +39,10 @@ def test_clips_own_imagenet():
 
 
 def test_names_of_the_data_set_where_the_list_has_none():
-  found = sentences('food101', ('apple_pie', 'x/baby_back_ribs'))
+  found = sentences('food101', ('apple_pie', '/b/ba_by/back_ribs'))
   assert found == [
     ['a photo of apple pie, a type of food.'],
-    ['a photo of baby back ribs, a type of food.'],
+    ['a photo of ba by back ribs, a type of food.'],
   ]
 
 

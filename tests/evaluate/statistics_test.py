@@ -26,3 +26,18 @@ def test_over_draws_is_students_interval():
   assert found[''] == pytest.approx(0.3)
   # t(0.975, 4) = 2.7764; the standard error is 0.0707.
   assert found['_high'] - 0.3 == pytest.approx(2.7764 * 0.0707107, rel=1e-4)
+
+
+def test_bootstrap_of_a_metric_covers():
+  rng = np.random.default_rng(0)
+  covered = 0
+  for seed in range(40):
+    values = rng.normal(size=(100, 1))
+    found = statistics.bootstrap_of(
+      lambda scores, labels: np.mean(scores[:, 0] - labels),
+      values,
+      np.ones(100),
+      seed=seed,
+    )
+    covered += found['_low'] <= -1 <= found['_high']
+  assert 34 <= covered <= 40

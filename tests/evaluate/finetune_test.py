@@ -1,0 +1,57 @@
+"""Fine-tuning: learns, and the lower layers less."""
+
+import jax
+import numpy as np
+import pytest
+
+from mlcd_jax import models
+from mlcd_jax import sharding
+from mlcd_jax.data import sources
+from mlcd_jax.evaluate import encoders
+from mlcd_jax.evaluate import features
+from mlcd_jax.evaluate import finetune
+from tests.evaluate import blobs
+
+
+def test_layers_decay():
+  block = {'kernel': 0}
+  params = {
+    'encoder': {
+      'patches': block, 'positions': 0, 'class_token': 0, 'block_00': block,
+      'block_01': block, 'post_norm': block,
+    },
+    'head': block,
+  }  # fmt: skip
+  found = finetune.layer_scales(params, 2, 0.5)
+  assert found['head']['kernel'] == found['encoder']['post_norm']['kernel'] == 1
+  assert found['encoder']['block_01']['kernel'] == 0.5
+  assert found['encoder']['block_00']['kernel'] == 0.25
+  for name in ('positions', 'class_token'):
+    assert found['encoder'][name] == 0.125
+
+
+@pytest.mark.parametrize('decay', [0.0, 1.0])
+def test_learns(tiny_config, decay):
+  tiny_config.evaluate.finetune_layer_decay = decay
+  tiny_config.evaluate.finetune_epochs = 12.0
+  tiny_config.evaluate.finetune_batch_size = 64
+  model = models.make(tiny_config.model)
+  images = np.zeros((1, 28, 28, 3), np.uint8)
+  params = model.init(jax.random.key(0), images)['params']
+  mesh = sharding.make_mesh()
+  encoder = encoders.from_model(model, params, mesh)
+  extract = features.Extractor(encoder, 'x', 64)
+  dataset = tiny_config.evaluate.datasets.digits
+  train, test = (
+    extract(sources.make(dataset, split), split)
+    for split in ('train[:300]', 'test[:100]')
+  )
+  data = features.Data(train, test, 10, mesh, encoder, extract, config=dataset)
+  tuned = finetune.run(data, tiny_config)['accuracy']
+  # With the encoder frozen there is not much to learn of random features.
+  assert tuned > 0.5 if decay else 0.1 < tuned < 0.5
+
+
+def test_features_without_a_model_are_not_tuned(tiny_config):
+  rows = blobs.draw(20)
+  assert finetune.run(blobs.data(rows, rows), tiny_config) == {}

@@ -1,0 +1,95 @@
+"""Metrics against scikit-learn's, with ties and classes that do not occur."""
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from mlcd_jax.evaluate import scores
+
+
+def draw(seed, classes=6, items=60, absent=(2,)):
+  """Scores with many ties, and labels that leave some classes out."""
+  rng = np.random.default_rng(seed)
+  labels = rng.choice([c for c in range(classes) if c not in absent], items)
+  found = rng.integers(0, 4, (items, classes)).astype(np.float64)
+  found[np.arange(items), labels] += 1
+  return found, labels
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_classes(seed):
+  found, labels = draw(seed)
+  predicted = found.argmax(1)
+  assert scores.accuracy(found, labels) == metrics.accuracy_score(
+    labels, predicted
+  )
+  with pytest.warns(UserWarning, match='y_pred'):
+    wanted = metrics.balanced_accuracy_score(labels, predicted)
+  assert scores.mean_per_class(found, labels) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_top1_and_top5(seed):
+  found, labels = draw(seed, classes=9)
+  found += np.random.default_rng(seed).random(found.shape)  # No ties.
+  top = [
+    metrics.top_k_accuracy_score(labels, found, k=k, labels=range(9))
+    for k in (1, 5)
+  ]
+  assert scores.mean_top1_top5(found, labels) == pytest.approx(np.mean(top))
+  assert scores.mean_top1_top5(found[:, :3], labels % 3) <= 1
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_ranking_with_ties(seed):
+  found, labels = draw(seed)
+  one, positive = found[:, 0], labels == 0
+  assert scores.roc_auc(one, positive) == pytest.approx(
+    metrics.roc_auc_score(positive, one)
+  )
+  assert scores.average_precision(one, positive) == pytest.approx(
+    metrics.average_precision_score(positive, one)
+  )
+  hot = np.eye(6, dtype=int)[labels]
+  there = [0, 1, 3, 4, 5]
+  assert scores.mean_average_precision(found, hot) == pytest.approx(
+    metrics.average_precision_score(hot[:, there], found[:, there])
+  )
+  precision, recall, _ = metrics.precision_recall_curve(positive, one)
+  eleven = [precision[recall >= t - 1e-9].max() for t in np.linspace(0, 1, 11)]
+  # scikit-learn adds a precision of 1 at recall 0, which no score reaches.
+  eleven[0] = precision[:-1].max()
+  assert scores.average_precision_11(one, positive) == pytest.approx(
+    np.mean(eleven)
+  )
+
+
+def test_one_class_only_is_undefined():
+  one = np.array([0.1, 0.5, 0.5])
+  assert np.isnan(scores.roc_auc(one, np.ones(3)))
+  assert np.isnan(scores.roc_auc(one, np.zeros(3)))
+  assert np.isnan(scores.average_precision(one, np.zeros(3)))
+  assert np.isnan(scores.average_precision_11(one, np.zeros(3)))
+  assert np.isnan(scores.mean_average_precision(one[:, None], np.zeros((3, 1))))
+  assert scores.average_precision(one, np.ones(3)) == 1.0
+  assert np.isnan(
+    scores.f1(np.ones((3, 1), bool), np.zeros((3, 1), bool), per_class=True)
+  )
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_f1(seed):
+  rng = np.random.default_rng(seed)
+  chosen, hot = rng.random((2, 50, 4)) < 0.3
+  assert scores.f1(chosen, hot, per_class=False) == pytest.approx(
+    metrics.f1_score(hot, chosen, average='micro')
+  )
+  # Of the mean precision and recall, not the mean of the F1s.
+  p, r = (
+    score(hot, chosen, average='macro', zero_division=0)
+    for score in (metrics.precision_score, metrics.recall_score)
+  )
+  assert scores.f1(chosen, hot, per_class=True) == pytest.approx(
+    2 * p * r / (p + r)
+  )
+  assert scores.f1(~hot & False, hot, per_class=True) == 0
