@@ -27,6 +27,7 @@ from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax import report
 from mlcd_jax import sharding
+from mlcd_jax import summary
 from mlcd_jax import train
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
@@ -121,11 +122,14 @@ def run(
     run_ = _Run(config, workdir, mesh, preset)
     if distributed.is_main():
       files.write_json(workdir / 'config.json', config_lib.to_dict(config))
+    _log.info('devices: %s', summary.devices(mesh))
     for stage in STAGES:
       if stage in stages:
         getattr(run_, stage)()
-  if 'evaluate' in stages and distributed.is_main():
-    print(report.table([workdir]))
+  if distributed.is_main():
+    _log.info('all lies in\n%s', summary.places(workdir, run_.folders))
+    if 'evaluate' in stages:
+      print(report.table([workdir]))
 
 
 class _Run:
@@ -146,10 +150,11 @@ class _Run:
     if self._is_shared:
       self._check_shared()
     self._check_made()
+    self.folders = {stage: self._folder(stage) for stage in STAGES}
     self._page = writer.Page(
       config,
       workdir,
-      folders={stage: self._folder(stage) for stage in STAGES},
+      folders=self.folders,
       mesh=mesh,
       preset=preset,
     )
@@ -247,7 +252,13 @@ class _Run:
       config=self._fields(stage),
       inputs=inputs,
     )
-    _log.info('%s: %s', stage, 'done' if manifest.complete else 'running')
+    _log.info(
+      '%s: %s',
+      stage,
+      f'done, reused from {manifest.folder}'
+      if manifest.complete
+      else 'running',
+    )
     return manifest
 
   def _open_evaluation(self, step: int) -> manifests.Manifest:

@@ -8,7 +8,6 @@ import pathlib
 import time
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 import ml_collections
 
@@ -17,6 +16,7 @@ from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import report
+from mlcd_jax import summary
 from mlcd_jax.page import curves
 from mlcd_jax.page import gather
 from mlcd_jax.page import render
@@ -166,7 +166,6 @@ class Page:
   def _summary(self, read: Mapping[str, Any]) -> list[list[Any]]:
     c = self._config
     made = gather.manifest(self._folders['embed']).get('result', {})
-    devices = self._mesh.devices.flat
     rows = [
       ['model', f'{c.model.variant}, {c.model.image_size} pixels'],
       ['data', f'{c.data.source} {c.data.path} {c.data.split}'],
@@ -176,13 +175,7 @@ class Page:
       ['labels an image', c.loss.num_positives],
       ['loss', c.loss.name],
       ['batch size', c.train.batch_size],
-      [
-        'devices',
-        f'{len(devices)} {devices[0].device_kind}, '
-        + ' x '.join(f'{k} {v}' for k, v in self._mesh.shape.items())
-        + f', {jax.process_count()} process'
-        + 'es' * (jax.process_count() > 1),
-      ],
+      ['devices', summary.devices(self._mesh)],
     ]
     if read['step']:
       rows.append(['last step logged', read['step'][-1]])
