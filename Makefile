@@ -19,15 +19,15 @@ test-slow: .venv/installed-test
 	  || echo 'no Chromium: the tests of report.html are skipped' >&2
 	$(BIN)/python -m pytest -q -rs -m slow
 
-lint: .venv/installed-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-
 # docs/api/index.html, from the docstrings; two commands whose flags have the
 # same names cannot be imported together.
 docs: .venv/installed-docs
 	$(BIN)/pdoc --docformat google --output-directory docs/api \
 	  mlcd_jax '!mlcd_jax.main' '!mlcd_jax.check_data'
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # Known vulnerabilities of the pinned packages.
 audit:
