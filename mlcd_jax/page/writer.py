@@ -8,6 +8,7 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 import ml_collections
 
@@ -107,7 +108,9 @@ class Page:
     read = curves.read(self._workdir)
     clustering = clustered / 'clustering.json'
     results = self._workdir / 'results.json'
-    if stages[-1]['state'] == 'done' and not self._patches:
+    # Orbax makes processes wait for each other, and only this one is here.
+    alone = jax.process_count() == 1
+    if stages[-1]['state'] == 'done' and alone and not self._patches:
       self._patches = gather.patch_colours(c, self._workdir)
     return {
       'title': f'MLCD: {self._workdir.absolute().name}',

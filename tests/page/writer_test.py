@@ -103,3 +103,17 @@ def test_what_differs_from_the_preset(tiny_config):
     }
   ]
   assert len(fields) > 60
+
+
+def test_one_of_several_processes_restores_nothing(page, tmp_path, monkeypatch):
+  (tmp_path / 'run/evaluation').mkdir(parents=True)
+  (tmp_path / 'run/evaluation/manifest.json').write_text('{"complete": true}')
+  called = []
+  monkeypatch.setattr(
+    gather, 'patch_colours', lambda *a: called.append(a) or []
+  )
+  page.write()
+  assert len(called) == 1
+  monkeypatch.setattr(writer.jax, 'process_count', lambda: 2)
+  page.write()
+  assert len(called) == 1
