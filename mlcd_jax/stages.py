@@ -126,6 +126,7 @@ def run(
     for stage in STAGES:
       if stage in stages:
         getattr(run_, stage)()
+    run_.page.finish()
   if distributed.is_main():
     _log.info('all lies in\n%s', summary.places(workdir, run_.folders))
     if 'evaluate' in stages:
@@ -151,7 +152,7 @@ class _Run:
       self._check_shared()
     self._check_made()
     self.folders = {stage: self._folder(stage) for stage in STAGES}
-    self._page = writer.Page(
+    self.page = writer.Page(
       config,
       workdir,
       folders=self.folders,
@@ -170,7 +171,7 @@ class _Run:
       return
     manifest = self._open('embed', {})
     if not manifest.complete:
-      with self._page.stage('embed'):
+      with self.page.stage('embed'):
         embed.run(self._config, manifest)
 
   def cluster(self) -> None:
@@ -181,7 +182,7 @@ class _Run:
     made = self._done('embed')
     manifest = self._open('cluster', {'embeddings': made.fingerprint()})
     if not manifest.complete:
-      with self._page.stage('cluster'):
+      with self.page.stage('cluster'):
         labels.run(
           self._config,
           manifest,
@@ -194,7 +195,7 @@ class _Run:
     made = self._done('cluster')
     manifest = self._open('train', {'clusters': made.fingerprint()})
     if not manifest.complete:
-      with self._page.stage('train'):
+      with self.page.stage('train'):
         train.run(
           self._config,
           manifest,
@@ -204,7 +205,7 @@ class _Run:
             made, min_similarity=self._config.loss.min_similarity
           ),
           mesh=self._mesh,
-          on_log=self._page.refresh,
+          on_log=self.page.refresh,
         )
 
   def evaluate(self) -> None:
@@ -226,7 +227,7 @@ class _Run:
       steps=train.num_steps(self._config, len(source)),
       mesh=self._mesh,
     )
-    with self._page.stage('evaluate'):
+    with self.page.stage('evaluate'):
       evaluate.run(
         self._config,
         manifest,

@@ -16,6 +16,7 @@ from mlcd_jax import config as config_lib
 from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import manifests
 from mlcd_jax import report
 from mlcd_jax import summary
 from mlcd_jax.page import curves
@@ -61,6 +62,10 @@ class Page:
     self._failed = ''
     self._patches = []
     self._written = -float('inf')
+    if distributed.is_main():
+      for path in workdir.glob(f'.{NAME}.*.tmp'):  # Of killed processes.
+        path.unlink(missing_ok=True)
+      files.remove_leftovers(self._kept)
 
   @contextlib.contextmanager
   def stage(self, name: str) -> Iterator[None]:
@@ -84,6 +89,14 @@ class Page:
   def refresh(self) -> None:
     """Writes the page again if it is more than a minute old."""
     if time.monotonic() - self._written > _EVERY_SECONDS:
+      self.write()
+
+  def finish(self) -> None:
+    """Writes the page if a killed process did not come to it."""
+    path = self._workdir / NAME
+    written = path.stat().st_mtime_ns if path.exists() else -1
+    made = [folder / manifests.NAME for folder in self._folders.values()]
+    if any(m.exists() and m.stat().st_mtime_ns > written for m in made):
       self.write()
 
   def write(self) -> None:

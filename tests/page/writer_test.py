@@ -1,6 +1,7 @@
 """When the page is written, and what it says of a run that is not finished."""
 
 import json
+import os
 import re
 
 import pytest
@@ -11,24 +12,27 @@ from mlcd_jax.page import gather
 from mlcd_jax.page import writer
 
 
-@pytest.fixture(name='page')
-def fixture_page(tiny_config, tmp_path):
-  folders = {
-    stage: tmp_path / 'run' / folder
-    for stage, folder in (
-      ('embed', 'embeddings'),
-      ('cluster', 'clusters'),
-      ('train', 'checkpoints'),
-      ('evaluate', 'evaluation'),
-    )
-  }
+_FOLDERS = {
+  'embed': 'embeddings',
+  'cluster': 'clusters',
+  'train': 'checkpoints',
+  'evaluate': 'evaluation',
+}
+
+
+def make(config, workdir):
   return writer.Page(
-    tiny_config,
-    tmp_path / 'run',
-    folders=folders,
+    config,
+    workdir,
+    folders={stage: workdir / name for stage, name in _FOLDERS.items()},
     mesh=sharding.make_mesh(),
     preset=None,
   )
+
+
+@pytest.fixture(name='page')
+def fixture_page(tiny_config, tmp_path):
+  return make(tiny_config, tmp_path / 'run')
 
 
 def data(tmp_path):
@@ -117,3 +121,29 @@ def test_one_of_several_processes_restores_nothing(page, tmp_path, monkeypatch):
   monkeypatch.setattr(writer.jax, 'process_count', lambda: 2)
   page.write()
   assert len(called) == 1
+
+
+def test_a_page_that_a_kill_prevented_is_written_later(page, tmp_path):
+  path = tmp_path / 'run/report.html'
+  page.finish()
+  assert not path.exists()  # Nothing is made yet.
+  (tmp_path / 'run/evaluation').mkdir(parents=True)
+  made = tmp_path / 'run/evaluation/manifest.json'
+  made.write_text('{}')
+  page.finish()
+  before = path.stat().st_mtime_ns
+  page.finish()
+  assert path.stat().st_mtime_ns == before
+  os.utime(made, ns=(before + 1, before + 1))
+  page.finish()
+  assert path.stat().st_mtime_ns != before
+
+
+def test_what_a_kill_left_is_removed(tiny_config, tmp_path):
+  left = tmp_path / 'run/.report.html.123.tmp'
+  kept = tmp_path / 'run/report/.browsers.json.123.tmp'
+  for path in (left, kept):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('')
+  make(tiny_config, tmp_path / 'run')
+  assert not left.exists() and not kept.exists()
