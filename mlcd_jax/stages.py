@@ -126,11 +126,9 @@ def run(
     for stage in STAGES:
       if stage in stages:
         getattr(run_, stage)()
-    run_.page.finish()
-  if distributed.is_main():
-    _log.info('all lies in\n%s', summary.places(workdir, run_.folders))
-    if 'evaluate' in stages:
-      print(report.table([workdir]))
+    run_.finish()
+  if 'evaluate' in stages and distributed.is_main():
+    print(report.table([workdir]))
 
 
 class _Run:
@@ -151,14 +149,21 @@ class _Run:
     if self._is_shared:
       self._check_shared()
     self._check_made()
-    self.folders = {stage: self._folder(stage) for stage in STAGES}
-    self.page = writer.Page(
+    self._folders = {stage: self._folder(stage) for stage in STAGES}
+    self._page = writer.Page(
       config,
       workdir,
-      folders=self.folders,
+      folders=self._folders,
       mesh=mesh,
       preset=preset,
     )
+
+  def finish(self) -> None:
+    """Leaves a page of all that is there, and says where it lies."""
+    if distributed.is_main():
+      self._page.finish()
+      places = summary.places(self._workdir, self._folders)
+      _log.info('all lies in\n%s', places)
 
   @property
   def _is_shared(self) -> bool:
@@ -171,7 +176,7 @@ class _Run:
       return
     manifest = self._open('embed', {})
     if not manifest.complete:
-      with self.page.stage('embed'):
+      with self._page.stage('embed'):
         embed.run(self._config, manifest)
 
   def cluster(self) -> None:
@@ -182,7 +187,7 @@ class _Run:
     made = self._done('embed')
     manifest = self._open('cluster', {'embeddings': made.fingerprint()})
     if not manifest.complete:
-      with self.page.stage('cluster'):
+      with self._page.stage('cluster'):
         labels.run(
           self._config,
           manifest,
@@ -195,7 +200,7 @@ class _Run:
     made = self._done('cluster')
     manifest = self._open('train', {'clusters': made.fingerprint()})
     if not manifest.complete:
-      with self.page.stage('train'):
+      with self._page.stage('train'):
         train.run(
           self._config,
           manifest,
@@ -205,7 +210,7 @@ class _Run:
             made, min_similarity=self._config.loss.min_similarity
           ),
           mesh=self._mesh,
-          on_log=self.page.refresh,
+          on_log=self._page.refresh,
         )
 
   def evaluate(self) -> None:
@@ -227,7 +232,7 @@ class _Run:
       steps=train.num_steps(self._config, len(source)),
       mesh=self._mesh,
     )
-    with self.page.stage('evaluate'):
+    with self._page.stage('evaluate'):
       evaluate.run(
         self._config,
         manifest,

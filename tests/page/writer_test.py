@@ -11,7 +11,6 @@ from mlcd_jax import sharding
 from mlcd_jax.page import gather
 from mlcd_jax.page import writer
 
-
 _FOLDERS = {
   'embed': 'embeddings',
   'cluster': 'clusters',
