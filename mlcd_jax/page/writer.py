@@ -1,5 +1,6 @@
 """Writes report.html beside a run, again whenever there is more to see."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
@@ -61,6 +62,7 @@ class Page:
     self._running = ''
     self._failed = ''
     self._patches = []
+    self._left_out = set()
     self._written = -float('inf')
     if distributed.is_main():
       for path in workdir.glob(f'.{NAME}.*.tmp'):  # Of killed processes.
@@ -124,7 +126,7 @@ class Page:
     # Orbax makes processes wait for each other, and only this one is here.
     alone = jax.process_count() == 1
     if stages[-1]['state'] == 'done' and alone and not self._patches:
-      self._patches = gather.patch_colours(c, self._workdir)
+      self._patches = self._part(gather.patch_colours, c, self._workdir) or []
     return {
       'title': f'MLCD: {self._workdir.absolute().name}',
       'workdir': str(self._workdir),
@@ -136,7 +138,8 @@ class Page:
       'clustering': files.read_json(clustering)
       if clustering.exists()
       else None,
-      'clusters': gather.browsers(
+      'clusters': self._part(
+        gather.browsers,
         c,
         self._kept / 'browsers.json',
         embedded=embedded,
@@ -151,6 +154,18 @@ class Page:
       'preset': self._preset[0],
       'config': gather.config_fields(c, self._preset[1]),
     }
+
+  def _part(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Makes a part of the page; one that fails is left out from then on."""
+    if make.__name__ in self._left_out:
+      return None
+    try:
+      return make(*args, **kwargs)
+    except Exception as e:  # What is left is worth a look.
+      self._left_out.add(make.__name__)
+      said = f'{type(e).__name__}: {e}'
+      _log.warning('%s is without %s: %s', NAME, make.__name__, said)
+      return None
 
   def _stages(self) -> list[dict[str, Any]]:
     seconds = self._seconds()

@@ -87,10 +87,24 @@ def test_a_page_that_cannot_be_made_ends_no_run(
   def broken(*args, **kwargs):
     raise ZeroDivisionError('x')
 
-  monkeypatch.setattr(gather, 'browsers', broken)
+  monkeypatch.setattr(gather, 'bad_data', broken)
   with caplog.at_level('WARNING'), page.stage('embed'):
     pass
   assert not (tmp_path / 'run/report.html').exists()
+
+
+def test_a_part_that_cannot_be_made_is_left_out(page, tmp_path, monkeypatch):
+  called = []
+
+  def browsers(*args, **kwargs):
+    called.append(args)
+    raise ZeroDivisionError('x')
+
+  monkeypatch.setattr(gather, 'browsers', browsers)
+  with page.stage('embed'):
+    pass
+  assert data(tmp_path)['clusters'] is None
+  assert len(called) == 1  # And warned once.
 
 
 def test_what_differs_from_the_preset(tiny_config):
