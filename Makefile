@@ -1,9 +1,9 @@
-# make demo | test | test-slow | lint | audit | lock
+# make demo | test | test-slow | lint | docs | audit | lock
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint audit lock
+.PHONY: demo test test-slow lint docs audit lock
 
 # glibc then asks for huge pages, which saves a step's page faults.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -13,9 +13,19 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -rs
 
-# Whole runs, killed and stopped, in one process and two.
+# Whole runs, killed and stopped, in one process and two; the report in
+# Chromium, which is installed where that is allowed.
 test-slow: .venv/installed-test
+	@command -v chromium > /dev/null || [ "$$(id -u)" != 0 ] || \
+	  { apt-get update && apt-get install -y --no-install-recommends chromium; } \
+	  || echo 'no Chromium: the tests of report.html are skipped' >&2
 	$(BIN)/python -m pytest -q -rs -m slow
+
+# docs/api/index.html, from the docstrings; two commands whose flags have the
+# same names cannot be imported together.
+docs: .venv/installed-docs
+	$(BIN)/pdoc --docformat google --output-directory docs/api \
+	  mlcd_jax '!mlcd_jax.main' '!mlcd_jax.check_data'
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
@@ -45,4 +55,8 @@ lock:
 
 .venv/installed-test: requirements-test.txt .venv/installed
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	@touch $@
+
+.venv/installed-docs: requirements-docs.txt .venv/installed
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
 	@touch $@

@@ -37,6 +37,10 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
 
   def start(argv):
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # Orbax says so of every checkpoint that is read without its manager.
+    absl_logging.get_absl_logger().addFilter(
+      lambda record: 'Metadata file does not exist' not in record.getMessage()
+    )
     main(argv[1:])
 
   _log_to_stderr()

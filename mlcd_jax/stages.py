@@ -26,6 +26,7 @@ from mlcd_jax import labels
 from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax import sharding
+from mlcd_jax import summary
 from mlcd_jax import train
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
@@ -137,9 +138,11 @@ def run(
     run_ = _Run(config, workdir, mesh, preset)
     if distributed.is_main():
       files.write_json(workdir / 'config.json', config_lib.to_dict(config))
+    _log.info('devices: %s', summary.devices(mesh))
     for stage in STAGES:
       if stage in stages:
         getattr(run_, stage)()
+    run_.finish()
   if 'evaluate' in stages and distributed.is_main():
     print(table.table(files.read_json(workdir / 'results.json')))
 
@@ -162,13 +165,21 @@ class _Run:
     if self._is_shared:
       self._check_shared()
     self._check_made()
+    self._folders = {stage: self._folder(stage) for stage in STAGES}
     self._page = writer.Page(
       config,
       workdir,
-      folders={stage: self._folder(stage) for stage in STAGES},
+      folders=self._folders,
       mesh=mesh,
       preset=preset,
     )
+
+  def finish(self) -> None:
+    """Leaves a page of all that is there, and says where it lies."""
+    if distributed.is_main():
+      self._page.finish()
+      places = summary.places(self._workdir, self._folders)
+      _log.info('all lies in\n%s', places)
 
   @property
   def _is_shared(self) -> bool:
@@ -276,7 +287,13 @@ class _Run:
       config=self._fields(stage),
       inputs=inputs,
     )
-    _log.info('%s: %s', stage, 'done' if manifest.complete else 'running')
+    _log.info(
+      '%s: %s',
+      stage,
+      f'done, reused from {manifest.folder}'
+      if manifest.complete
+      else 'running',
+    )
     return manifest
 
   def _open_evaluation(self, inputs: dict[str, Any]) -> manifests.Manifest:

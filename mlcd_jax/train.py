@@ -28,6 +28,7 @@ from mlcd_jax import labels as labels_lib
 from mlcd_jax import manifests
 from mlcd_jax import metrics as metrics_lib
 from mlcd_jax import sharding
+from mlcd_jax import summary
 from mlcd_jax import train_step
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
@@ -85,6 +86,7 @@ def run(
     steps=num_steps(config, len(source)),
     mesh=mesh,
   )
+  _log.info('train: parameters\n%s', summary.parameters(program))
   checkpointer = checkpoint.Checkpointer(
     manifest.folder,
     keep=config.train.keep_checkpoints,

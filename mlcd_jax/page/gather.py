@@ -67,7 +67,9 @@ def browsers(
   found = browse.gather(
     browse.Inputs(
       source=sources.make(config.data),
-      embedded=embeddings.Embeddings(embedded, len(shard_rows)),
+      embedded=embeddings.open_made(
+        manifests.Manifest(folder=embedded, **made)
+      ),
       shards=clusters.Shards(clustered, shard_rows),
       centers=files.read_npy(clustered / 'centers.npy'),
       num_labels=config.loss.num_positives,

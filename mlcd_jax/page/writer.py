@@ -1,5 +1,6 @@
 """Writes report.html beside a run, again whenever there is more to see."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
@@ -16,7 +17,9 @@ from mlcd_jax import config as config_lib
 from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import manifests
 from mlcd_jax import report
+from mlcd_jax import summary
 from mlcd_jax.page import curves
 from mlcd_jax.page import gather
 from mlcd_jax.page import render
@@ -59,7 +62,12 @@ class Page:
     self._running = ''
     self._failed = ''
     self._patches = []
+    self._left_out = set()
     self._written = -float('inf')
+    if distributed.is_main():
+      for path in workdir.glob(f'.{NAME}.*.tmp'):  # Of killed processes.
+        path.unlink(missing_ok=True)
+      files.remove_leftovers(self._kept)
 
   @contextlib.contextmanager
   def stage(self, name: str) -> Iterator[None]:
@@ -85,6 +93,14 @@ class Page:
     if time.monotonic() - self._written > _EVERY_SECONDS:
       self.write()
 
+  def finish(self) -> None:
+    """Writes the page if a killed process did not come to it."""
+    path = self._workdir / NAME
+    written = path.stat().st_mtime_ns if path.exists() else -1
+    made = [folder / manifests.NAME for folder in self._folders.values()]
+    if any(m.exists() and m.stat().st_mtime_ns > written for m in made):
+      self.write()
+
   def write(self) -> None:
     """Writes the page; what goes wrong is a warning and no more."""
     if not distributed.is_main():
@@ -107,8 +123,10 @@ class Page:
     read = curves.read(self._workdir)
     clustering = clustered / 'clustering.json'
     results = self._workdir / 'results.json'
-    if stages[-1]['state'] == 'done' and not self._patches:
-      self._patches = gather.patch_colours(c, self._workdir)
+    # Orbax makes processes wait for each other, and only this one is here.
+    alone = jax.process_count() == 1
+    if stages[-1]['state'] == 'done' and alone and not self._patches:
+      self._patches = self._part(gather.patch_colours, c, self._workdir) or []
     return {
       'title': f'MLCD: {self._workdir.absolute().name}',
       'workdir': str(self._workdir),
@@ -120,7 +138,8 @@ class Page:
       'clustering': files.read_json(clustering)
       if clustering.exists()
       else None,
-      'clusters': gather.browsers(
+      'clusters': self._part(
+        gather.browsers,
         c,
         self._kept / 'browsers.json',
         embedded=embedded,
@@ -135,6 +154,18 @@ class Page:
       'preset': self._preset[0],
       'config': gather.config_fields(c, self._preset[1]),
     }
+
+  def _part(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Makes a part of the page; one that fails is left out from then on."""
+    if make.__name__ in self._left_out:
+      return None
+    try:
+      return make(*args, **kwargs)
+    except Exception as e:  # What is left is worth a look.
+      self._left_out.add(make.__name__)
+      said = f'{type(e).__name__}: {e}'
+      _log.warning('%s is without %s: %s', NAME, make.__name__, said)
+      return None
 
   def _stages(self) -> list[dict[str, Any]]:
     seconds = self._seconds()
@@ -166,7 +197,6 @@ class Page:
   def _summary(self, read: Mapping[str, Any]) -> list[list[Any]]:
     c = self._config
     made = gather.manifest(self._folders['embed']).get('result', {})
-    devices = self._mesh.devices.flat
     rows = [
       ['model', f'{c.model.variant}, {c.model.image_size} pixels'],
       ['data', f'{c.data.source} {c.data.path} {c.data.split}'],
@@ -176,13 +206,7 @@ class Page:
       ['labels an image', c.loss.num_positives],
       ['loss', c.loss.name],
       ['batch size', c.train.batch_size],
-      [
-        'devices',
-        f'{len(devices)} {devices[0].device_kind}, '
-        + ' x '.join(f'{k} {v}' for k, v in self._mesh.shape.items())
-        + f', {jax.process_count()} process'
-        + 'es' * (jax.process_count() > 1),
-      ],
+      ['devices', summary.devices(self._mesh)],
     ]
     if read['step']:
       rows.append(['last step logged', read['step'][-1]])

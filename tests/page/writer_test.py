@@ -1,6 +1,7 @@
 """When the page is written, and what it says of a run that is not finished."""
 
 import json
+import os
 import re
 
 import pytest
@@ -10,25 +11,27 @@ from mlcd_jax import sharding
 from mlcd_jax.page import gather
 from mlcd_jax.page import writer
 
+_FOLDERS = {
+  'embed': 'embeddings',
+  'cluster': 'clusters',
+  'train': 'checkpoints',
+  'evaluate': 'evaluation',
+}
 
-@pytest.fixture(name='page')
-def fixture_page(tiny_config, tmp_path):
-  folders = {
-    stage: tmp_path / 'run' / folder
-    for stage, folder in (
-      ('embed', 'embeddings'),
-      ('cluster', 'clusters'),
-      ('train', 'checkpoints'),
-      ('evaluate', 'evaluation'),
-    )
-  }
+
+def make(config, workdir):
   return writer.Page(
-    tiny_config,
-    tmp_path / 'run',
-    folders=folders,
+    config,
+    workdir,
+    folders={stage: workdir / name for stage, name in _FOLDERS.items()},
     mesh=sharding.make_mesh(),
     preset=None,
   )
+
+
+@pytest.fixture(name='page')
+def fixture_page(tiny_config, tmp_path):
+  return make(tiny_config, tmp_path / 'run')
 
 
 def data(tmp_path):
@@ -84,10 +87,24 @@ def test_a_page_that_cannot_be_made_ends_no_run(
   def broken(*args, **kwargs):
     raise ZeroDivisionError('x')
 
-  monkeypatch.setattr(gather, 'browsers', broken)
+  monkeypatch.setattr(gather, 'bad_data', broken)
   with caplog.at_level('WARNING'), page.stage('embed'):
     pass
   assert not (tmp_path / 'run/report.html').exists()
+
+
+def test_a_part_that_cannot_be_made_is_left_out(page, tmp_path, monkeypatch):
+  called = []
+
+  def browsers(*args, **kwargs):
+    called.append(args)
+    raise ZeroDivisionError('x')
+
+  monkeypatch.setattr(gather, 'browsers', browsers)
+  with page.stage('embed'):
+    pass
+  assert data(tmp_path)['clusters'] is None
+  assert len(called) == 1  # And warned once.
 
 
 def test_what_differs_from_the_preset(tiny_config):
@@ -103,3 +120,43 @@ def test_what_differs_from_the_preset(tiny_config):
     }
   ]
   assert len(fields) > 60
+
+
+def test_one_of_several_processes_restores_nothing(page, tmp_path, monkeypatch):
+  (tmp_path / 'run/evaluation').mkdir(parents=True)
+  (tmp_path / 'run/evaluation/manifest.json').write_text('{"complete": true}')
+  called = []
+  monkeypatch.setattr(
+    gather, 'patch_colours', lambda *a: called.append(a) or []
+  )
+  page.write()
+  assert len(called) == 1
+  monkeypatch.setattr(writer.jax, 'process_count', lambda: 2)
+  page.write()
+  assert len(called) == 1
+
+
+def test_a_page_that_a_kill_prevented_is_written_later(page, tmp_path):
+  path = tmp_path / 'run/report.html'
+  page.finish()
+  assert not path.exists()  # Nothing is made yet.
+  (tmp_path / 'run/evaluation').mkdir(parents=True)
+  made = tmp_path / 'run/evaluation/manifest.json'
+  made.write_text('{}')
+  page.finish()
+  before = path.stat().st_mtime_ns
+  page.finish()
+  assert path.stat().st_mtime_ns == before
+  os.utime(made, ns=(before + 1, before + 1))
+  page.finish()
+  assert path.stat().st_mtime_ns != before
+
+
+def test_what_a_kill_left_is_removed(tiny_config, tmp_path):
+  left = tmp_path / 'run/.report.html.123.tmp'
+  kept = tmp_path / 'run/report/.browsers.json.123.tmp'
+  for path in (left, kept):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('')
+  make(tiny_config, tmp_path / 'run')
+  assert not left.exists() and not kept.exists()
