@@ -108,6 +108,11 @@ def field(assignment, *says):
       'evaluate.datasets.digits',
       'attributes_key=x',
     ),
+    field('evaluate.named=petz', 'evaluate.named', 'food101'),
+    field('evaluate.named=aircraft', 'datasets.aircraft', 'by hand'),
+    field('evaluate.finetune_epochs=-1', 'finetune_epochs=-1', '0 to'),
+    field('evaluate.finetune_batch_size=12', 'finetune_batch_size=12'),
+    field('evaluate.finetune_layer_decay=2', 'layer_decay=2', '0 to 1'),
     field('evaluate.every_steps=-1', 'every_steps=-1', '0 to'),
     field('evaluate.encoder=/no/such', 'evaluate.encoder=/no/such', 'folder'),
     field(
