@@ -187,7 +187,8 @@ def with_named(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         f'evaluate.named: {name!r} is unknown; use paper, or any of: '
         + ', '.join(_ALL)
       )
-    _add(config, name, _ALL[name])
+    with config.unlocked():  # As flags leave it.
+      _add(config, name, _ALL[name])
   return config
 
 

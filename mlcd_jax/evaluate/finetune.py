@@ -46,9 +46,8 @@ def run(
   test = extract(data.test.source, 'test')
   head = jax.device_get(params['head'])
   logits_MC = test.features @ head['kernel'] + head['bias']
-  values = statistics.bootstrap_of(
-    scores.accuracy, logits_MC, test.labels, seed=config.seed
-  )
+  right = scores.right(logits_MC, test.labels)
+  values = statistics.bootstrap(right, seed=config.seed)
   return {f'accuracy{k}': v for k, v in values.items()}
 
 

@@ -137,23 +137,27 @@ def _tiles(rows, y, weight_N, columns):
   padded = len(rows.x_NA)
   count = max(1, round(padded / max(wanted, 256)))
   tile = -(-padded // (count * mesh.size)) * mesh.size
-  missing = count * tile - padded
-
-  def cut(x):
-    padding = [(0, missing)] + [(0, 0)] * (x.ndim - 1)
-    x = jnp.pad(x, padding).reshape(count, tile, *x.shape[1:])
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, _TILES))
 
   def pad(x, dtype):
     x = np.asarray(x, dtype)
-    more = [(0, padded - len(x))] + [(0, 0)] * (x.ndim - 1)
-    return np.pad(x, more)
+    return np.pad(x, [(0, padded - len(x))] + [(0, 0)] * (x.ndim - 1))
 
-  y = pad(y, np.int32)
-  weight_N = pad(weight_N, np.float32)
-  return jax.jit(lambda *arrays: tuple(map(cut, arrays)))(
-    rows.x_NA, y, weight_N
+  return _cut(
+    (rows.x_NA, pad(y, np.int32), pad(weight_N, np.float32)),
+    count=count,
+    tile=tile,
+    sharding=NamedSharding(mesh, _TILES),
   )
+
+
+@functools.partial(jax.jit, static_argnames=('count', 'tile', 'sharding'))
+def _cut(arrays, *, count, tile, sharding):
+  def cut(x):
+    padding = [(0, count * tile - len(x))] + [(0, 0)] * (x.ndim - 1)
+    x = jnp.pad(x, padding).reshape(count, tile, *x.shape[1:])
+    return lax.with_sharding_constraint(x, sharding)
+
+  return tuple(map(cut, arrays))
 
 
 def _softmax(z_TC, y_T):

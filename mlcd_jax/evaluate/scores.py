@@ -7,21 +7,13 @@ import numpy as np
 import scipy.stats
 
 
-def accuracy(scores_MC: np.ndarray, labels_M: np.ndarray) -> float:
-  """Share of items whose highest score is at their class."""
-  return float(np.mean(scores_MC.argmax(1) == labels_M))
+def right(scores_MC: np.ndarray, labels_M: np.ndarray) -> np.ndarray:
+  """Float [M]: 1 where the highest score is at an item's class."""
+  return (scores_MC.argmax(1) == labels_M).astype(np.float64)
 
 
-def mean_per_class(scores_MC: np.ndarray, labels_M: np.ndarray) -> float:
-  """Mean accuracy of the classes that occur."""
-  right = scores_MC.argmax(1) == labels_M
-  count = np.bincount(labels_M)
-  correct = np.bincount(labels_M, right)
-  return float(np.mean(correct[count > 0] / count[count > 0]))
-
-
-def mean_top1_top5(scores_MC: np.ndarray, labels_M: np.ndarray) -> float:
-  """Mean of top-1 and top-5 accuracy, as for Kinetics-700.
+def top1_top5(scores_MC: np.ndarray, labels_M: np.ndarray) -> np.ndarray:
+  """Float [M] whose mean is that of top-1 and top-5 accuracy (Kinetics-700).
 
   Of equal scores the lower class comes first.
   """
@@ -29,7 +21,19 @@ def mean_top1_top5(scores_MC: np.ndarray, labels_M: np.ndarray) -> float:
   lower = np.arange(scores_MC.shape[1])[None] < labels_M[:, None]
   ahead = (scores_MC > own_M1) | ((scores_MC == own_M1) & lower)
   rank = ahead.sum(1)
-  return float(np.mean([rank < 1, rank < 5]))
+  return ((rank < 1) + (rank < 5).astype(np.float64)) / 2
+
+
+def mean(values_M: np.ndarray, labels_M: np.ndarray) -> float:
+  """Mean over the items."""
+  del labels_M
+  return float(np.mean(values_M))
+
+
+def mean_per_class(values_M: np.ndarray, labels_M: np.ndarray) -> float:
+  """Mean of the means of the classes that occur."""
+  count, total = np.bincount(labels_M), np.bincount(labels_M, values_M)
+  return float(np.mean(total[count > 0] / count[count > 0]))
 
 
 def roc_auc(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
