@@ -2,7 +2,7 @@
 
   pip install -r requirements-bench.txt
   GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/train_step.py \
-    --batch=16,64 --dtype=float32,bfloat16
+    --batch=16,64 --dtype=bfloat16,float32
 
 The peer is written as one would in PyTorch: scaled_dot_product_attention,
 fused AdamW, eager and torch.compile, and a classifier that samples as PartialFC
