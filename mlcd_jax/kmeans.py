@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from mlcd_jax import activity
+from mlcd_jax import lookup
 from mlcd_jax import nearest
 from mlcd_jax import points
 from mlcd_jax import screening as screening_lib
@@ -282,7 +283,7 @@ def nearest_centers(
     raise ValueError(
       f'rows have {embeddings.shape[1]} dimensions, centers {centers.shape[1]}'
     )
-  lookup = nearest.make_lookup(mesh, len(centers), num_labels)
+  look_up = lookup.make_lookup(mesh, len(centers), num_labels)
   c_KD = nearest.put_centers(points.unit_rows(np.asarray(centers)), mesh)
   chunks = points.Points(
     embeddings,
@@ -294,7 +295,7 @@ def nearest_centers(
   scores = np.zeros(labels.shape, np.float32)
   for i, x_nD in enumerate(chunks):
     start, stop = chunks.rows_of(i)
-    score_nL, center_nL = lookup(c_KD, x_nD)
+    score_nL, center_nL = look_up(c_KD, x_nD)
     labels[start:stop] = nearest.to_host(center_nL)[: stop - start]
     scores[start:stop] = nearest.to_host(score_nL)[: stop - start]
   return labels, scores
