@@ -56,6 +56,7 @@ def default() -> ml_collections.ConfigDict:
   c.cluster.num_centers = 1_000
   c.cluster.iterations = 25
   c.cluster.tolerance = 0.0  # Stop at a smaller relative gain; 0 = never.
+  c.cluster.screening = 'auto'  # auto (CPUs: by leading dimensions) | off
   c.cluster.num_labels = 10  # Nearest centers stored for every image.
   c.cluster.path = ''  # Another workdir whose clusters are read in place.
 
@@ -195,6 +196,7 @@ def check(
     'model.dtype': ('float32', 'bfloat16'),
     'model.remat': ('none', 'dots', 'full'),
     'loss.name': LOSSES,
+    'cluster.screening': ('auto', 'off'),
     'loss.label_choice': ('nearest', 'random'),
     'loss.margin_type': ('cosface', 'arcface'),
     'loss.negatives': ('uniform', 'partial_fc'),

@@ -101,8 +101,11 @@ def fit(
     progress: called with iteration, objective and reseeded centers.
 
   Raises:
-    ValueError: more centers than usable rows, or `init` does not fit.
+    ValueError: more centers than usable rows, or `init` or `screening` does
+      not fit.
   """
+  if screening not in ('auto', 'off'):
+    raise ValueError(f'screening={screening}: say auto or off')
   mesh = mesh or sharding.make_mesh()
   num_points = embeddings.shape[0]
   if num_centers > num_points:

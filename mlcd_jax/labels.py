@@ -180,6 +180,7 @@ def _cluster(
       iterations=config.cluster.iterations,
       seed=config.seed,
       tolerance=config.cluster.tolerance,
+      screening=config.cluster.screening,
       mesh=mesh,
       resume=resume,
       save=functools.partial(_write_state, folder / _STATE),
@@ -216,14 +217,9 @@ def _read_state(path: pathlib.Path) -> kmeans.Fit | None:
   if not path.exists():
     return None
   found = files.read_npz(path)
-  return kmeans.Fit(
-    centers=found['centers'],
-    objective=found['objective'].tolist(),
-    counts=found['counts'],
-    reseeded=found['reseeded'].tolist(),
-    skipped=int(found['skipped']),
-    bad_rows=found['bad_rows'].astype(int).tolist(),
-  )
+  for name in ('objective', 'reseeded', 'skipped', 'bad_rows', 'width'):
+    found[name] = found[name].tolist()
+  return kmeans.Fit(**found)
 
 
 def _summary(

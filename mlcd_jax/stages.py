@@ -61,6 +61,7 @@ _FIELDS = {
     'cluster.num_centers',
     'cluster.iterations',
     'cluster.tolerance',
+    'cluster.screening',
     'cluster.num_labels',
   ),
   'train': (
