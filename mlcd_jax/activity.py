@@ -303,11 +303,14 @@ def _look_exactly(
   label_n = jnp.where(take_n, new_n, label_n)
   score_n = jnp.where(take_n, best_n, score_n)
 
-  def everywhere(rows, label_T):
-    del label_T
+  def everywhere(rows, found):
+    del found
     return nearest.best_center(cs_KD, xs_nD[rows], tile=tile)
 
-  return _where_fell(everywhere, fell_n, score_n, label_n, tile_rows)
+  score_n, label_n = nearest.redo(
+    everywhere, fell_n, (score_n, label_n), tile_rows
+  )
+  return label_n, score_n
 
 
 def _look_screened(
@@ -318,17 +321,16 @@ def _look_screened(
   num_rows = x_nD.shape[0]
   tile_rows = screening.tile_rows(len(cs_KP))
 
-  def everywhere(rows, label_T):
+  def everywhere(rows, found):
     candidates = screening.candidates(cs_KP, xs_nP[rows], screening.NUM_ALL)
-    found = screening.rescore(x_nD[rows], c_KD, [label_T, *candidates])
-    return found[:2]
+    return screening.rescore(x_nD[rows], c_KD, [found[1], *candidates])[:2]
 
   if size == len(cs_KP):
     starts = jnp.arange(0, num_rows, tile_rows)
     score_n, label_n = lax.map(
       lambda start: everywhere(
         start + jnp.arange(tile_rows),
-        lax.dynamic_slice_in_dim(label_n, start, tile_rows),
+        (None, lax.dynamic_slice_in_dim(label_n, start, tile_rows)),
       ),
       starts,
     )
@@ -353,33 +355,16 @@ def _look_screened(
       tuple(a.reshape(-1, few_rows, *a.shape[1:]) for a in parts),
     )
   )
-  return _where_fell(everywhere, fell_n, score_n, label_n, tile_rows)
+  score_n, label_n = nearest.redo(
+    everywhere, fell_n, (score_n, label_n), tile_rows
+  )
+  return label_n, score_n
 
 
 def _moved_first(moved_K, size):
   """Numbers of the centers that moved, then others; and how many moved."""
   ids = jnp.argsort(~moved_K, stable=True).astype(jnp.int32)
   return ids[:size], jnp.sum(moved_K)
-
-
-def _where_fell(search, fell_n, score_n, label_n, tile_rows):
-  """Searches anew for the points that fell, a tile of them at a time."""
-  num_rows = fell_n.shape[0]
-  place_n = jnp.where(fell_n, jnp.cumsum(fell_n) - 1, num_rows)
-  # The last tile is filled with row 0, which searching anew does not harm.
-  todo = jnp.zeros(num_rows, jnp.int32)
-  todo = todo.at[place_n].set(jnp.arange(num_rows, dtype=jnp.int32),
-                              mode='drop')  # fmt: skip
-
-  def tile(i, found):
-    score_n, label_n = found
-    rows = lax.dynamic_slice_in_dim(todo, i * tile_rows, tile_rows)
-    score, label = search(rows, label_n[rows])
-    return score_n.at[rows].set(score), label_n.at[rows].set(label)
-
-  count = (jnp.sum(fell_n) + tile_rows - 1) // tile_rows
-  score_n, label_n = lax.fori_loop(0, count, tile, (score_n, label_n))
-  return label_n, score_n
 
 
 def _divisor(size: int, most: int) -> int:

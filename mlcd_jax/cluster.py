@@ -178,6 +178,7 @@ def _iterate(
     iterations=iterations,
     init=None if begun else state.fit.centers,
     tolerance=config.cluster.tolerance,
+    screening=config.cluster.screening,
     mesh=mesh,
     resume=state.fit if begun else None,
     save=save,

@@ -86,6 +86,7 @@ def default() -> ml_collections.ConfigDict:
   # Save within an iteration too, after so many tiles of every device (256
   # points on CPUs, else 4,096), in whole chunks of 128 or 16; 0 = never.
   c.cluster.checkpoint_every_tiles = 0
+  c.cluster.screening = 'auto'  # auto (CPUs: by leading dimensions) | off
   c.cluster.num_labels = 10  # Nearest centers stored for every image.
   c.cluster.path = ''  # Another workdir whose clusters are read in place.
 
@@ -288,6 +289,7 @@ def check(
     'model.dtype': ('float32', 'bfloat16'),
     'model.remat': ('none', 'dots', 'full'),
     'loss.name': LOSSES,
+    'cluster.screening': ('auto', 'off'),
     'loss.label_choice': ('nearest', 'random'),
     'loss.margin_type': ('cosface', 'arcface'),
     'loss.negatives': ('uniform', 'partial_fc'),

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from mlcd_jax import activity
+from mlcd_jax import lookup
 from mlcd_jax import nearest
 from mlcd_jax import partial_pass
 from mlcd_jax import points
@@ -107,8 +108,11 @@ def fit(
     progress: called with iteration, objective and reseeded centers.
 
   Raises:
-    ValueError: more centers than usable rows, or `init` does not fit.
+    ValueError: more centers than usable rows, or `init` or `screening` does
+      not fit.
   """
+  if screening not in ('auto', 'off'):
+    raise ValueError(f'screening={screening}: say auto or off')
   mesh = mesh or sharding.make_mesh()
   num_points = embeddings.shape[0]
   if num_centers > num_points:
@@ -314,7 +318,7 @@ def nearest_centers(
     raise ValueError(
       f'rows have {embeddings.shape[1]} dimensions, centers {centers.shape[1]}'
     )
-  lookup = nearest.make_lookup(mesh, len(centers), num_labels)
+  look_up = lookup.make_lookup(mesh, len(centers), num_labels)
   c_KD = nearest.put_centers(points.unit_rows(np.asarray(centers)), mesh)
   chunks = points.Points(
     embeddings,
@@ -326,7 +330,7 @@ def nearest_centers(
   scores = np.zeros(labels.shape, np.float32)
   for i, x_nD in enumerate(chunks):
     start, stop = chunks.rows_of(i)
-    score_nL, center_nL = lookup(c_KD, x_nD)
+    score_nL, center_nL = look_up(c_KD, x_nD)
     labels[start:stop] = nearest.to_host(center_nL)[: stop - start]
     scores[start:stop] = nearest.to_host(score_nL)[: stop - start]
   return labels, scores

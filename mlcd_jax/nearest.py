@@ -6,7 +6,7 @@ result. Shapes: N points, K centers, D dimensions, T points a tile, L labels a
 point. Upper case is global, lower case this device's part.
 """
 
-import functools
+from collections.abc import Callable
 
 import jax
 from jax import lax
@@ -68,13 +68,6 @@ def to_host(x: jax.Array) -> np.ndarray:
     replicated = NamedSharding(x.sharding.mesh, sharding.REPLICATED)
     x = jax.jit(lambda a: a, out_shardings=replicated)(x)
   return np.asarray(x)
-
-
-def _scores(c_kD, x_TD, first_center, num_centers, precision=None):
-  """Cosines [k, T]; -inf for padded centers."""
-  s_kT = products(c_kD, x_TD, precision)
-  center = first_center + lax.broadcasted_iota(jnp.int32, s_kT.shape, 0)
-  return jnp.where(center < num_centers, s_kT, -jnp.inf)
 
 
 def real_centers(c_kD: jax.Array, num_centers: int) -> jax.Array:
@@ -173,45 +166,32 @@ def merge(score, center, num_labels):
   return best, jnp.take_along_axis(candidates(center), place, axis=1)
 
 
-@functools.cache
-def make_lookup(mesh: Mesh, num_centers: int, num_labels: int):
-  """Makes: centers, points -> scores and nearest centers, both [n, L]."""
-  tile_rows, tile_centers = tile_shape(mesh, num_centers)
+def redo(
+  search: Callable,
+  flag_n: jax.Array,
+  found: tuple[jax.Array, ...],
+  tile_rows: int,
+) -> tuple[jax.Array, ...]:
+  """Searches anew for some points, a tile of them at a time.
 
-  def lookup(c_kD, x_nD):
-    k, dim = c_kD.shape
-    offset = lax.axis_index('fsdp') * k
-    starts = offset + jnp.arange(0, k, tile_centers, dtype=jnp.int32)
-    c_tiles = c_kD.reshape(-1, tile_centers, dim)
+  Args:
+    search: takes row numbers [T] and their part of `found`, gives it anew.
+    flag_n: which points; others in their tiles may be searched anew too.
+    found: arrays [n, ...].
+    tile_rows: T.
 
-    def rows(x_TD):
-      def centers(best, start_and_tile):
-        start, c_tD = start_and_tile
-        s_Tt = _scores(c_tD, x_TD, start, num_centers, lax.Precision.HIGHEST).T
-        center = start + lax.broadcasted_iota(jnp.int32, s_Tt.shape, 1)
-        # What is held comes first: top_k keeps the earlier of equals.
-        scores = jnp.concatenate([best[0], s_Tt], axis=1)
-        ids = jnp.concatenate([best[1], center], axis=1)
-        score, place = lax.top_k(scores, num_labels)
-        return (score, jnp.take_along_axis(ids, place, axis=1)), None
+  Returns:
+    `found`, with the new values.
+  """
+  n = flag_n.shape[0]
+  place_n = jnp.where(flag_n, jnp.cumsum(flag_n) - 1, n)
+  row_n = jnp.arange(n, dtype=jnp.int32)
+  todo_n = jnp.zeros(n, jnp.int32).at[place_n].set(row_n, mode='drop')
 
-      unknown = (
-        jnp.full((tile_rows, num_labels), -jnp.inf, jnp.float32),
-        jnp.full((tile_rows, num_labels), num_centers, jnp.int32),
-      )
-      return lax.scan(centers, unknown, (starts, c_tiles))[0]
+  def tile(i, found):
+    rows = lax.dynamic_slice_in_dim(todo_n, i * tile_rows, tile_rows)
+    new = search(rows, tuple(a[rows] for a in found))
+    return tuple(a.at[rows].set(b) for a, b in zip(found, new))
 
-    score, center = lax.map(rows, x_nD.reshape(-1, tile_rows, dim))
-    return merge(
-      score.reshape(-1, num_labels), center.reshape(-1, num_labels), num_labels
-    )
-
-  return jax.jit(
-    jax.shard_map(
-      lookup,
-      mesh=mesh,
-      in_specs=(sharding.CENTERS, sharding.POINTS),
-      out_specs=(sharding.POINTS, sharding.POINTS),
-      check_vma=False,
-    )
-  )
+  count = (jnp.sum(flag_n) + tile_rows - 1) // tile_rows
+  return lax.fori_loop(0, count, tile, found)

@@ -71,7 +71,7 @@ class Sample:
 
   Attributes:
     rows: their numbers, ascending, at equal distances.
-    mean: float32 [D] of them.
+    mean: float32 [D], about theirs.
   """
 
   def __init__(self, embeddings: points.Rows, mesh: Mesh):
@@ -79,7 +79,9 @@ class Sample:
     count = min(_SAMPLE_ROWS, embeddings.shape[0])
     self.rows = np.linspace(0, embeddings.shape[0] - 1, count).astype(int)
     self._values = points.unit_rows_at(embeddings, self.rows)
-    self.mean = self._values.mean(0)
+    # Rounded, so that it does not depend on the order of a sum.
+    usable = max(1, self._values.any(axis=1).sum())
+    self.mean = np.round(self._values.sum(axis=0) / usable, 3)
     self._mesh = mesh
 
   def choose(
@@ -202,18 +204,23 @@ def candidates(cs_KP: jax.Array, xs_TP: jax.Array, count: int) -> list:
   return found
 
 
+def cosines(x_TD: jax.Array, c_KD: jax.Array, ids_TM: jax.Array) -> jax.Array:
+  """Float32 cosines [T, M] to the centers of these numbers."""
+  # Fused into the products, the gather is twice as slow.
+  c_TMD = lax.optimization_barrier(
+    c_KD.at[ids_TM.reshape(-1)].get(mode='promise_in_bounds')
+  ).reshape(*ids_TM.shape, -1)
+  return jnp.einsum(
+    'td,tmd->tm', x_TD, c_TMD, preferred_element_type=jnp.float32
+  )
+
+
 def rescore(
   x_TD: jax.Array, c_KD: jax.Array, candidates_: list
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Best cosine and its center, float32, and the first candidate's cosine."""
   ids_TM = jnp.stack(candidates_, axis=1)
-  # Fused into the products, the gather is twice as slow.
-  c_TMD = lax.optimization_barrier(
-    c_KD.at[ids_TM.reshape(-1)].get(mode='promise_in_bounds')
-  ).reshape(*ids_TM.shape, -1)
-  s_TM = jnp.einsum(
-    'td,tmd->tm', x_TD, c_TMD, preferred_element_type=jnp.float32
-  )
+  s_TM = cosines(x_TD, c_KD, ids_TM)
   best_T, place_T = nearest.first_max(s_TM.T)
   ids_T = jnp.take_along_axis(ids_TM, place_T[:, None], axis=1)[:, 0]
   return best_T, ids_T, s_TM[:, 0]

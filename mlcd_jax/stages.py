@@ -67,6 +67,7 @@ _FIELDS = {
     'cluster.tolerance',
     'cluster.levels',
     'cluster.repair_iterations',
+    'cluster.screening',
     'cluster.num_labels',
   ),
   'train': (

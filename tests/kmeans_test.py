@@ -243,6 +243,8 @@ def test_wrong_uses_are_refused():
     kmeans.fit(x, 21)
   with pytest.raises(ValueError, match='init has shape'):
     kmeans.fit(x, 4, init=np.zeros((3, 16)))
+  with pytest.raises(ValueError, match='auto or off'):
+    kmeans.fit(x, 4, screening='on')
   with pytest.raises(ValueError, match='5 labels from 4'):
     kmeans.nearest_centers(x, x[:4], 5)
   with pytest.raises(ValueError, match='dimensions'):

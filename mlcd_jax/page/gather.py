@@ -21,9 +21,9 @@ from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
+from mlcd_jax.evaluate import dense
 from mlcd_jax.page import browse
 from mlcd_jax.page import clusters
-from mlcd_jax.page import patches
 from mlcd_jax.page import thumbnails
 
 _MAX_SHOWN = 3  # Keys that stand for many.
@@ -107,7 +107,9 @@ def patch_colours(
   if not images:
     return []
   model, params, _ = encoders.from_run(workdir)
-  found = patches.colours(model, params, np.stack(images))
+  found = dense.pca_colors(
+    dense.patch_features(model, params, np.stack(images))
+  )
   return [
     {
       'key': key,
