@@ -24,7 +24,7 @@ class Evil:
 def fixture_malicious(tmp_path):
   path = tmp_path / 'img_emb/img_emb_00000.npy'
   path.parent.mkdir()
-  evil = np.array([Evil(tmp_path / 'owned')], dtype=object)
+  evil = np.array([[Evil(tmp_path / 'owned')]], dtype=object)
   np.save(path, evil, allow_pickle=True)
   yield path
   assert not (tmp_path / 'owned').exists()
@@ -44,7 +44,7 @@ def test_malicious_npy_is_refused(malicious):
 
 
 def test_malicious_embeddings_are_refused(malicious):
-  with pytest.raises(errors.UserError, match='img_emb_00000.npy: cannot be'):
+  with pytest.raises(errors.UserError, match='img_emb_00000.npy: object; rows'):
     embeddings.Embeddings(malicious.parent.parent, 1)
 
 

@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import pytest
 
 from mlcd_jax import models
 from mlcd_jax import sharding
@@ -30,10 +29,8 @@ def test_layers_decay():
     assert found['encoder'][name] == 0.125
 
 
-@pytest.mark.parametrize('decay', [0.0, 1.0])
-def test_learns(tiny_config, decay):
-  tiny_config.evaluate.finetune_layer_decay = decay
-  tiny_config.evaluate.finetune_epochs = 12.0
+def test_layers_below_the_head_learn(tiny_config):
+  tiny_config.evaluate.finetune_epochs = 30.0
   tiny_config.evaluate.finetune_batch_size = 64
   model = models.make(tiny_config.model)
   images = np.zeros((1, 28, 28, 3), np.uint8)
@@ -47,9 +44,13 @@ def test_learns(tiny_config, decay):
     for split in ('train[:300]', 'test[:100]')
   )
   data = features.Data(train, test, 10, mesh, encoder, extract, config=dataset)
-  tuned = finetune.run(data, tiny_config)['accuracy']
-  # With the encoder frozen there is not much to learn of random features.
-  assert tuned > 0.5 if decay else 0.1 < tuned < 0.5
+
+  def accuracy(decay):
+    tiny_config.evaluate.finetune_layer_decay = decay
+    return finetune.run(data, tiny_config)['accuracy']
+
+  # Without a rate for the layers below, only the head learns.
+  assert 0.2 < accuracy(0.0) < accuracy(1.0) - 0.05
 
 
 def test_features_without_a_model_are_not_tuned(tiny_config):
