@@ -161,13 +161,22 @@ def _cut(arrays, *, count, tile, sharding):
 
 
 def _softmax(z_TC, y_T):
-  """Losses [T] and their gradients by the logits."""
+  """Losses [T] and their gradients by the logits.
+
+  What the target lacks to 1 is summed from the others, since it vanishes in
+  float32 where features separate the classes.
+  """
   z_TC = z_TC - jnp.max(z_TC, axis=1, keepdims=True)
-  e_TC = jnp.exp(z_TC)
-  sum_T1 = jnp.sum(e_TC, axis=1, keepdims=True)
   hot_TC = y_T[:, None] == jnp.arange(z_TC.shape[1])[None]
   target_T = jnp.sum(jnp.where(hot_TC, z_TC, 0), axis=1)
-  return jnp.log(sum_T1[:, 0]) - target_T, e_TC / sum_T1 - hot_TC
+  e_TC = jnp.exp(z_TC)
+  sum_T = jnp.sum(e_TC, axis=1)
+  rest_T = jnp.sum(jnp.where(hot_TC, 0, e_TC), axis=1)
+  loss_T = jnp.where(
+    target_T == 0, jnp.log1p(rest_T), jnp.log(sum_T) - target_T
+  )
+  slope_TC = jnp.where(hot_TC, -rest_T[:, None], e_TC) / sum_T[:, None]
+  return loss_T, slope_TC
 
 
 def _sigmoid(z_TC, y_TC):
