@@ -23,11 +23,17 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 
+from mlcd_jax import nearest
 from mlcd_jax import sharding
 
 MAX_ITERATIONS = 1_000
 # Of the largest gradient in the features' own coordinates; scikit-learn: 1e-4.
 TOLERANCE = 1e-5
+# Of the largest variance: below it is rounding, as along the axes that grey
+# images leave empty.
+_NO_VARIANCE = 1e-11
+_AXES_STEP = 64
+_PATIENCE = 10  # Iterations in a row without progress.
 
 _TILES = PartitionSpec(None, sharding.AXES)
 # Of a tile's logits, over all devices. Small ones stay in a CPU's cache.
@@ -68,7 +74,18 @@ def prepare(x_ND: np.ndarray, mesh: Mesh) -> Rows:
   valid = jax.make_array_from_callback(
     valid.shape, by_rows, lambda index: valid[index]
   )
-  return Rows(*_rotate(x_ND, valid, few=num_rows < dim), num_rows, mesh)
+  x_NA, variance_A, basis_DA, mean_D = _rotate(x_ND, valid, few=num_rows < dim)
+  kept = _axes(nearest.to_host(variance_A))
+  return Rows(
+    x_NA[:, kept], variance_A[kept], basis_DA[:, kept], mean_D, num_rows, mesh
+  )
+
+
+def _axes(variance_A: np.ndarray) -> np.ndarray:
+  """The axes along which rows differ, in steps of _AXES_STEP to share code."""
+  there = np.sum(variance_A > _NO_VARIANCE * variance_A.max())
+  count = -(-max(there, 1) // _AXES_STEP) * _AXES_STEP
+  return np.sort(np.argsort(-variance_A)[:count])
 
 
 @functools.partial(jax.jit, static_argnames='few')
@@ -126,7 +143,7 @@ def fit(
     num_outputs=num_outputs,
     loss=loss,
   )
-  return np.asarray(weight_PDC), np.asarray(bias_PC)
+  return nearest.to_host(weight_PDC), nearest.to_host(bias_PC)
 
 
 def _tiles(rows, y, weight_N, columns):
@@ -161,13 +178,22 @@ def _cut(arrays, *, count, tile, sharding):
 
 
 def _softmax(z_TC, y_T):
-  """Losses [T] and their gradients by the logits."""
+  """Losses [T] and their gradients by the logits.
+
+  What the target lacks to 1 is summed from the others, since it vanishes in
+  float32 where features separate the classes.
+  """
   z_TC = z_TC - jnp.max(z_TC, axis=1, keepdims=True)
-  e_TC = jnp.exp(z_TC)
-  sum_T1 = jnp.sum(e_TC, axis=1, keepdims=True)
   hot_TC = y_T[:, None] == jnp.arange(z_TC.shape[1])[None]
   target_T = jnp.sum(jnp.where(hot_TC, z_TC, 0), axis=1)
-  return jnp.log(sum_T1[:, 0]) - target_T, e_TC / sum_T1 - hot_TC
+  e_TC = jnp.exp(z_TC)
+  sum_T = jnp.sum(e_TC, axis=1)
+  rest_T = jnp.sum(jnp.where(hot_TC, 0, e_TC), axis=1)
+  loss_T = jnp.where(
+    target_T == 0, jnp.log1p(rest_T), jnp.log(sum_T) - target_T
+  )
+  slope_TC = jnp.where(hot_TC, -rest_T[:, None], e_TC) / sum_T[:, None]
+  return loss_T, slope_TC
 
 
 def _sigmoid(z_TC, y_TC):
@@ -251,21 +277,22 @@ def _minimise(objective, model, gradient_size, tolerance):
   value_and_grad = optax.value_and_grad_from_state(objective)
 
   def step(carry):
-    model, state, _, _ = carry
+    model, state, _, stuck = carry
     value, gradient = value_and_grad(model, state=state)
     updates, state = optimizer.update(
       gradient, state, model, value=value, grad=gradient, value_fn=objective
     )
     new = optax.tree.get(state, 'value')
     # What float32 cannot tell from no progress.
-    stuck = value - new <= jnp.finfo(jnp.float32).eps * jnp.abs(new)
+    still = value - new <= jnp.finfo(jnp.float32).eps * jnp.abs(new)
     size = gradient_size(optax.tree.get(state, 'grad'))
+    stuck = jnp.where(still, stuck + 1, 0)
     return optax.apply_updates(model, updates), state, size, stuck
 
   def going(carry):
     _, state, size, stuck = carry
     count = optax.tree.get(state, 'count')
-    return (count < MAX_ITERATIONS) & (size > tolerance) & ~stuck
+    return (count < MAX_ITERATIONS) & (size > tolerance) & (stuck < _PATIENCE)
 
-  carry = model, optimizer.init(model), jnp.float32(jnp.inf), jnp.bool_(False)
+  carry = model, optimizer.init(model), jnp.float32(jnp.inf), jnp.int32(0)
   return lax.while_loop(going, step, carry)[0]

@@ -87,6 +87,18 @@ def test_a_penalty_does_not_depend_on_its_company_nor_the_mesh():
   np.testing.assert_allclose(one[0], many[1], atol=1e-4)
 
 
+def test_repeated_features_cost_nothing():
+  x, y = blobs.draw(300, dim=100)
+  mesh = sharding.make_mesh()
+  grey = logistic.prepare(np.tile(x, 3), mesh)
+  assert grey.x_NA.shape == (304, 128)
+  w, _ = logistic.fit(grey, y, np.ones(300), np.ones(1), num_outputs=4)
+  once, _ = logistic.fit(
+    logistic.prepare(x, mesh), y, np.ones(300), np.ones(1) / 3, num_outputs=4
+  )
+  np.testing.assert_allclose(w[0].reshape(3, 100, 4).sum(0), once[0], atol=1e-4)
+
+
 def test_tiles_do_not_change_the_fit(monkeypatch):
   x, y = blobs.draw(1_000)
   rows = logistic.prepare(x, sharding.make_mesh())
