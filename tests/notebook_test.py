@@ -34,7 +34,7 @@ def test_runs_from_top_to_bottom(tmp_path, monkeypatch):
   settings.source = _SETTINGS.format(workdir=str(tmp_path / 'run'))
   nbclient.NotebookClient(
     notebook,
-    timeout=300,
+    timeout=900,
     kernel_name='python3',
     resources={'metadata': {'path': str(commands.ROOT)}},
   ).execute()
