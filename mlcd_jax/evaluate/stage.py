@@ -171,7 +171,8 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
       name, config, {split: len(s) for split, s in opened[name].items()}
     )
     train = opened[name]['train']
-    if not train.num_classes and not getattr(train, 'num_attributes', 0):
+    attributes = getattr(train, 'num_attributes', 0)
+    if not train.num_classes and (dataset.label_key or not attributes):
       raise errors.UserError(
         f'{field}.label_key={dataset.label_key}: no class labels there; name '
         'the feature that has them'
