@@ -27,8 +27,9 @@ from mlcd_jax import nearest
 from mlcd_jax import sharding
 
 MAX_ITERATIONS = 1_000
-# Of the largest gradient in the features' own coordinates; scikit-learn: 1e-4.
-TOLERANCE = 1e-5
+# Of the largest gradient in the features' own coordinates; scikit-learn's, and
+# so that of CLIP's probe.
+TOLERANCE = 1e-4
 # Of the largest variance: below it is rounding, as along the axes that grey
 # images leave empty.
 _NO_VARIANCE = 1e-11
@@ -36,6 +37,8 @@ _AXES_STEP = 64
 _PATIENCE = 10  # Iterations in a row without progress.
 
 _TILES = PartitionSpec(None, sharding.AXES)
+# Features (64 MiB) below which sums over devices cost more than they save.
+_MIN_SPLIT = 2**24
 # Of a tile's logits, over all devices. Small ones stay in a CPU's cache.
 _CPU_LOGITS, _ACCELERATOR_LOGITS = 2**20, 2**26
 
@@ -62,8 +65,13 @@ class Rows:
 
 
 def prepare(x_ND: np.ndarray, mesh: Mesh) -> Rows:
-  """Puts features on the devices, split over all of them."""
+  """Puts features on the devices: split over all, or if few on one.
+
+  Several processes then fit the same, each on a device of its own.
+  """
   num_rows, dim = x_ND.shape
+  if x_ND.size < _MIN_SPLIT:
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   missing = -num_rows % mesh.size
   padded = np.pad(np.asarray(x_ND, np.float32), ((0, missing), (0, 0)))
   by_rows = NamedSharding(mesh, PartitionSpec(sharding.AXES))

@@ -189,7 +189,10 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
       name, config, {split: len(s) for split, s in opened[name].items()}
     )
     train = opened[name].get('train')
-    if train and not (train.num_classes or getattr(train, 'num_attributes', 0)):
+    attributes = getattr(train, 'num_attributes', 0)
+    if (
+      train and not train.num_classes and (dataset.label_key or not attributes)
+    ):
       raise errors.UserError(
         f'{field}.label_key={dataset.label_key}: no class labels there; name '
         f'the feature that has them, or set {field}.train_split= for '

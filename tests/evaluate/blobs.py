@@ -1,6 +1,5 @@
 """Features that tasks are tested on."""
 
-import jax
 import numpy as np
 
 from mlcd_jax import config as config_lib
@@ -23,8 +22,7 @@ def data(train, test, num_classes=4, **others):
     features.Split(*train),
     features.Split(*test),
     num_classes,
-    # Eight on two cores take turns at every sum.
-    sharding.make_mesh(devices=jax.devices()[:1]),
+    sharding.make_mesh(),
     **others,
   )
 

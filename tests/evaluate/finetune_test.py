@@ -29,13 +29,14 @@ def test_layers_decay():
     assert found['encoder'][name] == 0.125
 
 
-def test_layers_below_the_head_learn(tiny_config):
+def test_learns_more_than_the_head_alone(tiny_config):
   tiny_config.evaluate.finetune_epochs = 30.0
+  tiny_config.evaluate.finetune_learning_rate = 3e-3
   tiny_config.evaluate.finetune_batch_size = 64
   model = models.make(tiny_config.model)
   images = np.zeros((1, 28, 28, 3), np.uint8)
   params = model.init(jax.random.key(0), images)['params']
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
   encoder = encoders.from_model(model, params, mesh)
   extract = features.Extractor(encoder, 'x', 64)
   dataset = tiny_config.evaluate.datasets.digits
@@ -44,13 +45,11 @@ def test_layers_below_the_head_learn(tiny_config):
     for split in ('train[:300]', 'test[:100]')
   )
   data = features.Data(train, test, 10, mesh, encoder, extract, config=dataset)
-
-  def accuracy(decay):
+  accuracy = {}
+  for decay in (0.0, 1.0):
     tiny_config.evaluate.finetune_layer_decay = decay
-    return finetune.run(data, tiny_config)['accuracy']
-
-  # Without a rate for the layers below, only the head learns.
-  assert 0.2 < accuracy(0.0) < accuracy(1.0) - 0.05
+    accuracy[decay] = finetune.run(data, tiny_config)['accuracy']
+  assert accuracy[1.0] > max(0.5, accuracy[0.0] + 0.1), accuracy
 
 
 def test_features_without_a_model_are_not_tuned(tiny_config):

@@ -1,6 +1,5 @@
 """Several labels an image, from the digits' attributes."""
 
-import jax
 import numpy as np
 import pytest
 from sklearn import metrics
@@ -22,8 +21,7 @@ def fixture_data(tiny_config):
     extract(sources.make(dataset, split), split)
     for split in (dataset.train_split, dataset.test_split)
   )
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  return features.Data(train, test, 10, mesh, config=dataset)
+  return features.Data(train, test, 10, sharding.make_mesh(), config=dataset)
 
 
 def test_attributes_are_those_of_the_digit(data):
