@@ -3,9 +3,10 @@
 `--config.evaluate.named=food101,pets` or `=paper` adds them to
 evaluate.datasets. Those that TFDS has are read from its folder
 (evaluate.data_dir, '' = its own); the others from evaluate.data_dir/NAME with a
-folder a split and in it one a class. Sizes are those of MLCD's Table 11 where
-it differs from Radford et al. (2021), Table 9, and else the latter's; a data
-set that has others is scored, with a warning.
+folder a split and in it one a class. The sizes of resisc45, eurosat, clevr,
+kitti, gtsrb and country211 are those of MLCD's Table 11; the others are meant
+to be those of Radford et al. (2021), Table 9, and were not checked against it,
+nor were the splits. A data set that has others is scored, with a warning.
 """
 
 import dataclasses
