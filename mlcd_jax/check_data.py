@@ -28,10 +28,10 @@ def main(rest: list[str]) -> None:
   """Checks the images and writes the list."""
   if rest:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
-  from mlcd_jax import config as config_lib
+  from mlcd_jax import config_check
   from mlcd_jax import files
 
-  config_lib.check(_CONFIG.value)
+  config_check.check(_CONFIG.value)
   path = pathlib.Path(_WORKDIR.value) / 'bad_keys.txt'
   keys, found = find_bad(_CONFIG.value.data)
   try:

@@ -76,10 +76,10 @@ def make(
   Raises:
     UserError: libtpu is missing, or config and topology do not fit.
   """
-  from mlcd_jax import config as config_lib
+  from mlcd_jax import config_check
 
   # Those say what to read, and nothing is read.
-  config_lib.check(config, skip=('data', 'embed', 'evaluate'))
+  config_check.check(config, skip=('data', 'embed', 'evaluate'))
   if not 0 < utilisation <= 1:
     raise errors.UserError(f'--utilisation={utilisation} is outside 0 to 1')
   devices = _devices(topology, config.mesh.slices)

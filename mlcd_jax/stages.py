@@ -18,6 +18,7 @@ import ml_collections
 
 from mlcd_jax import checkpoint
 from mlcd_jax import config as config_lib
+from mlcd_jax import config_check
 from mlcd_jax import distributed
 from mlcd_jax import embed
 from mlcd_jax import errors
@@ -119,7 +120,7 @@ def run(
   Raises:
     UserError, RunError, Stopped: see `errors`.
   """
-  config_lib.check(config)
+  config_check.check(config)
   config = datasets.with_named(_with_bad_keys(config, workdir))
   if not stages:
     raise errors.UserError('--stages: name some of ' + ', '.join(STAGES))

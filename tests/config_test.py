@@ -4,6 +4,7 @@ import ml_collections
 import pytest
 
 from mlcd_jax import config as config_lib
+from mlcd_jax import config_check
 from mlcd_jax import errors
 from mlcd_jax import models
 
@@ -42,11 +43,11 @@ from mlcd_jax import models
   ],
 )
 def test_refused(tiny_config, field, value, says):
-  config_lib.check(tiny_config)
+  config_check.check(tiny_config)
   section, _, name = field.rpartition('.')
   setattr(tiny_config[section] if section else tiny_config, name, value)
   with pytest.raises(errors.UserError, match=says):
-    config_lib.check(tiny_config)
+    config_check.check(tiny_config)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +73,13 @@ def test_unknown_data_field_is_refused(tiny_config):
 def test_malformed_configs_are_refused(tiny_config):
   del tiny_config.loss.scale
   with pytest.raises(errors.UserError, match='loss.scale is missing'):
-    config_lib.check(tiny_config)
+    config_check.check(tiny_config)
   with pytest.raises(errors.UserError, match='is missing; begin a config'):
-    config_lib.check(ml_collections.ConfigDict())
+    config_check.check(ml_collections.ConfigDict())
   other = config_lib.default()
   other.data = ml_collections.ConfigDict(dict(other.data, crop_area='all'))
   with pytest.raises(errors.UserError, match="data.crop_area='all'"):
-    config_lib.check(other)
+    config_check.check(other)
 
 
 def numeric_fields():
@@ -101,8 +102,8 @@ def test_every_number_has_a_range(tiny_config, field):
     value = value[part]
   tiny_config.update_from_flattened_dict({field: type(value)(-(10**9))})
   with pytest.raises(errors.UserError, match=field):
-    config_lib.check(tiny_config)
+    config_check.check(tiny_config)
   if isinstance(value, float):
     tiny_config.update_from_flattened_dict({field: float('nan')})
     with pytest.raises(errors.UserError, match=field):
-      config_lib.check(tiny_config)
+      config_check.check(tiny_config)

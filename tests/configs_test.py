@@ -9,6 +9,7 @@ import ml_collections
 import pytest
 
 from mlcd_jax import config as config_lib
+from mlcd_jax import config_check
 from mlcd_jax import errors
 from mlcd_jax import models
 from mlcd_jax import presets
@@ -55,7 +56,7 @@ def test_builds(path, preset):
     jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8),
   )
   assert out['embedding'].shape == (2, config.model.embedding_dim)
-  config_lib.check(config)
+  config_check.check(config)
 
 
 def test_paper_recipe():

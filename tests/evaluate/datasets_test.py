@@ -5,7 +5,7 @@ import logging
 from PIL import Image
 import pytest
 
-from mlcd_jax import config as config_lib
+from mlcd_jax import config_check
 from mlcd_jax import errors
 from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import stage
@@ -16,7 +16,7 @@ def test_the_paper_has_27(tiny_config):
   tiny_config.evaluate.named = ('paper',)
   config = datasets.with_named(tiny_config)
   assert len(config.evaluate.datasets) == 28
-  config_lib.check(config)
+  config_check.check(config)
   metrics = {n: d.metric for n, d in config.evaluate.datasets.items()}
   assert {n for n, m in metrics.items() if m == 'mean_per_class'} == {
     'aircraft', 'pets', 'caltech101', 'flowers',
