@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 import ml_collections
 import numpy as np
 
+from mlcd_jax import config as config_lib
 from mlcd_jax import errors
 
 AXES = ('data', 'fsdp')
@@ -100,7 +101,10 @@ def from_config(
       + f'train.accumulate_steps={parts} times ' * (parts > 1)
       + f'the {mesh.size} devices'
     )
-  for name in ('batch_size', 'finetune_batch_size'):
+  names = ['batch_size']
+  if 'finetune' in config_lib.tasks(config):
+    names.append('finetune_batch_size')
+  for name in names:
     size = config.evaluate[name]
     if size % mesh.size:
       raise errors.UserError(

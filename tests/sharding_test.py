@@ -48,6 +48,15 @@ def test_what_must_divide_over_the_devices(tiny_config):
     sharding.from_config(tiny_config)
 
 
+def test_batches_of_tasks_that_do_not_run_need_not_divide(tiny_config):
+  tiny_config.evaluate.finetune_batch_size = 12
+  tiny_config.evaluate.tasks = ('linear',)
+  assert sharding.from_config(tiny_config).size == 8
+  tiny_config.evaluate.tasks = ('finetune',)
+  with pytest.raises(errors.UserError, match='finetune_batch_size=12'):
+    sharding.from_config(tiny_config)
+
+
 def test_specs_hold_for_parameters_and_their_moments_alike():
   mesh = sharding.make_mesh(2, 4)
   big = jax.ShapeDtypeStruct((512, 1_024), np.float32)

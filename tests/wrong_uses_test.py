@@ -111,7 +111,14 @@ def field(assignment, *says):
     field('evaluate.named=petz', 'evaluate.named', 'food101'),
     field('evaluate.named=aircraft', 'datasets.aircraft', 'by hand'),
     field('evaluate.finetune_epochs=-1', 'finetune_epochs=-1', '0 to'),
-    field('evaluate.finetune_batch_size=12', 'finetune_batch_size=12'),
+    (
+      (
+        *_BASE,
+        '--config.evaluate.tasks=finetune',
+        '--config.evaluate.finetune_batch_size=12',
+      ),
+      ('finetune_batch_size=12',),
+    ),
     field('evaluate.finetune_layer_decay=2', 'layer_decay=2', '0 to 1'),
     field('evaluate.every_steps=-1', 'every_steps=-1', '0 to'),
     field('lit.loss=mse', "lit.loss='mse'", 'sigmoid'),
