@@ -1,5 +1,6 @@
 """The sharded classifier against the paper's equations in float64 numpy."""
 
+import itertools
 import re
 
 import jax
@@ -160,11 +161,10 @@ def check_against_reference(num_classes, config, mesh, *, positives=POSITIVES):
 @pytest.mark.parametrize(
   ('mesh_shape', 'fields'),
   [
-    ((8, 1), dict(name='mlcd')),
-    ((4, 2), dict(name='mlc')),
-    ((2, 4), dict(name='sigmoid')),
-    ((1, 8), dict(name='mean_softmax')),
-    ((4, 1), dict(name='softmax')),
+    *itertools.product(
+      ((8, 1), (4, 2), (2, 4), (1, 8)),
+      [dict(name=name) for name in config_lib.LOSSES],
+    ),
     ((1, 1), dict(name='mlcd', margin_type='arcface')),
     ((2, 1), dict(name='mlcd', interclass_filter=0.5)),
   ],
@@ -181,20 +181,28 @@ def test_all_classes(mesh_shape, fields):
 @pytest.mark.parametrize(
   ('mesh_shape', 'fields'),
   [
-    ((8, 1), dict(name='mlcd', sample_rate=0.1)),
-    ((2, 2), dict(name='mlc', sample_rate=0.5, negatives='partial_fc')),
-    ((2, 4), dict(name='mean_softmax', sample_rate=0.3)),
-    (
-      (4, 2),
-      dict(name='mean_softmax', sample_rate=0.05, negatives='partial_fc'),
-    ),
+    (mesh_shape, dict(name=name, sample_rate=rate, negatives=negatives))
+    for mesh_shape, rate, negatives in (
+      ((8, 1), 0.1, 'uniform'),
+      ((4, 2), 0.05, 'partial_fc'),
+      ((2, 4), 0.3, 'uniform'),
+      ((1, 8), 0.5, 'partial_fc'),
+    )
+    for name in config_lib.LOSSES
+  ]
+  + [
     ((1, 1), dict(name='sigmoid', sample_rate=0.01)),
     ((1, 2), dict(name='mlcd', sample_rate=1e-9, interclass_filter=0.4)),
     ((1, 4), dict(name='mean_softmax', sample_rate=0.2, margin_type='arcface')),
   ],
 )
 def test_sampled_classes(mesh_shape, fields):
-  check_against_reference(2_100, loss_config(**fields), make_mesh(*mesh_shape))
+  check_against_reference(
+    2_100,
+    loss_config(**fields),
+    make_mesh(*mesh_shape),
+    positives=1 if fields['name'] == 'softmax' else POSITIVES,
+  )
 
 
 @pytest.mark.parametrize('negatives', sampling.MODES)
