@@ -13,9 +13,9 @@ scikit-learn and mlcd_jax get the same first centers; superkmeans and
 faiss.SuperKmeans take only a seed. mlcd_jax has run once before, on data of the
 same shape, so compilation is not timed.
 
-The peers are at their best: on AMD's Zen 5 the OpenBLAS in faiss's wheel falls
-to a slow kernel unless OPENBLAS_CORETYPE is SkylakeX. The kernel in use and
-numpy's speed are printed first, so that a handicap shows.
+The peers are at their best: on AMD's Zen 4 and 5 the OpenBLAS in faiss's wheel
+falls to a slow kernel unless OPENBLAS_CORETYPE is SkylakeX. The kernel in use
+and numpy's speed are printed first, so that a handicap shows.
 """
 
 import argparse
@@ -25,19 +25,11 @@ import statistics
 import sys
 import time
 
-
-def _is_zen5() -> bool:
-  cpu = pathlib.Path('/proc/cpuinfo')
-  text = cpu.read_text() if cpu.exists() else ''
-  return 'AuthenticAMD' in text and 'cpu family\t: 26\n' in text
-
-
-# OpenBLAS reads these as it is loaded.
-os.environ.pop('OPENBLAS_L2_SIZE', None)
-os.environ.pop('OPENBLAS_CORETYPE', None)
-if _is_zen5():
-  os.environ['OPENBLAS_CORETYPE'] = 'SkylakeX'
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import openblas
+
+openblas.set_core_type()
 
 # ruff: noqa: E402
 import faiss

@@ -10,15 +10,16 @@ turns. Also shown: accuracy on other rows, and the objectives.
 """
 
 import argparse
-import os
 import pathlib
 import sys
 import time
 import warnings
 
-# Before NumPy: what is fastest for scikit-learn's products here.
-os.environ.setdefault('OPENBLAS_CORETYPE', 'SkylakeX')
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from benchmarks import openblas  # noqa: E402
+
+openblas.set_core_type()
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
