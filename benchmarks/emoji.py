@@ -41,26 +41,44 @@ def main() -> None:
   parser.add_argument('--data', required=True)
   parser.add_argument('--encoder', default='')
   args = parser.parse_args()
-  mesh = sharding.make_mesh()
-  scored = {
+  scored = baselines()
+  if args.encoder:
+    scored[args.encoder] = encoders.load(args.encoder, sharding.make_mesh())
+  for name, encoder in scored.items():
+    print(json.dumps({'encoder': name} | score(encoder, name, args.data)))
+
+
+def baselines() -> dict[str, encoders.Encoder]:
+  """Raw pixels, and histograms of oriented gradients."""
+  return {
     'raw': encoders.raw_pixels(),
     'hog': encoders.from_embedder(embed.Hog(_HOG_SIZE)),
   }
-  if args.encoder:
-    scored[args.encoder] = encoders.load(args.encoder, mesh)
+
+
+def score(encoder: encoders.Encoder, name: str, data: str) -> dict[str, float]:
+  """Scores one encoder.
+
+  Args:
+    encoder: images to features.
+    name: of it, in progress lines.
+    data: the folder of noto.tar and fluent.tar.
+
+  Returns:
+    category_ and twin_ metrics, with 95 % bootstrap intervals.
+  """
+  mesh = sharding.make_mesh()
   config = config_lib.default()
   config.data.source = 'webdataset'
   config.data.caption_key = 'json'
+  extract = features.Extractor(encoder, name, config.evaluate.batch_size)
   found = {}
   for vendor in ('noto', 'fluent'):
-    config.data.path = str(pathlib.Path(args.data) / f'{vendor}.tar')
-    found[vendor] = sources.make(config.data)
-  for name, encoder in scored.items():
-    extract = features.Extractor(encoder, name, config.evaluate.batch_size)
-    noto, fluent = (extract(found[v], v) for v in ('noto', 'fluent'))
-    scores = _categories(noto, mesh, config) | _twins(noto, fluent, mesh)
-    scores = {k: round(float(v), 4) for k, v in scores.items()}
-    print(json.dumps({'encoder': name} | scores))
+    config.data.path = str(pathlib.Path(data) / f'{vendor}.tar')
+    found[vendor] = extract(sources.make(config.data), vendor)
+  scores = _categories(found['noto'], mesh, config)
+  scores |= _twins(found['noto'], found['fluent'], mesh)
+  return {k: round(float(v), 4) for k, v in scores.items()}
 
 
 def _categories(noto: features.Split, mesh: Mesh, config) -> dict[str, float]:

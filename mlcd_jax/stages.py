@@ -149,6 +149,11 @@ def run(
     print(table.table(files.read_json(workdir / 'results.json')))
 
 
+def fields(config: ml_collections.ConfigDict, stage: str) -> dict[str, Any]:
+  """Dotted names and values of what a stage's files depend on."""
+  return _flatten(config_lib.to_dict(config), _FIELDS[stage])
+
+
 class _Run:
   """One invocation: opens each stage's manifest and hands over to it."""
 
@@ -279,7 +284,7 @@ class _Run:
     return (self._shared if shared else self._workdir) / _FOLDERS[stage]
 
   def _fields(self, stage: str) -> dict[str, Any]:
-    return _flatten(config_lib.to_dict(self._config), _FIELDS[stage])
+    return fields(self._config, stage)
 
   def _open(self, stage: str, inputs: dict[str, Any]) -> manifests.Manifest:
     """A stage's manifest, checked, new where there is none."""

@@ -1,0 +1,182 @@
+"""Tables and plots of study.json, with 95 % intervals over seeds.
+
+  python benchmarks/study_tables.py docs/study.json docs/evidence
+
+writes tables.md and a plot of every study with a grid into the folder. An
+interval is Student's over the seeds; a difference is that of the same seed's
+runs.
+"""
+
+import argparse
+from collections.abc import Mapping
+from collections.abc import Sequence
+import pathlib
+import sys
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import matplotlib
+
+matplotlib.use('agg')
+
+# ruff: noqa: E402
+from matplotlib import pyplot as plt
+import numpy as np
+
+from benchmarks import studies
+from mlcd_jax import files
+from mlcd_jax.evaluate import statistics
+from mlcd_jax.evaluate import table as evaluate_table
+
+_NAMES = {
+  'trained': 'trained encoder',
+  'embedder': 'embedder',
+  'random': 'random encoder',
+  'raw': 'raw pixels',
+  'hog': 'histograms of oriented gradients',
+}
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def write(records: Records, folder: pathlib.Path) -> None:
+  """Writes tables.md and the plots.
+
+  Args:
+    records: of study.json.
+    folder: made where it is not there.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  found = {
+    name: [r for r in records if r['study'] == name] for name in studies.STUDIES
+  }
+  found = {name: chosen for name, chosen in found.items() if chosen}
+  text = '\n'.join(
+    f'## {name}\n\n{table(name, chosen)}' for name, chosen in found.items()
+  )
+  with files.atomic(folder / 'tables.md') as temporary:
+    temporary.write_text(text)
+  for name, chosen in found.items():
+    if studies.STUDIES[name].grid:
+      _plot(name, chosen, folder / f'{name}.png')
+
+
+def table(name: str, records: Records) -> str:
+  """A study's means in percent, intervals, and differences, as Markdown.
+
+  Args:
+    name: of the study.
+    records: its own.
+  """
+  study = studies.STUDIES[name]
+  rows = [(study.title, 'seeds', *study.metrics.values())]
+  against = {}
+  if study.against is not None:
+    against = _by_seed(records, study, study.against)
+  for point in study.points():
+    runs = _by_seed(records, study, point)
+    for encoder in _NAMES if study.baselines else ('trained',):
+      cells = [
+        _cell(runs, against, metric.replace('trained', encoder, 1))
+        for metric in study.metrics
+      ]
+      if any(cells):
+        said = _NAMES[encoder] if study.baselines else _said(point)
+        rows.append((said, str(len(runs)), *cells))
+  return evaluate_table.align(rows) + '\n'
+
+
+def _cell(runs, against, metric: str) -> str:
+  """'87.1 (86.2-88.0)', and the difference to the same seeds of another."""
+  values = {s: 100 * r[metric] for s, r in runs.items() if metric in r}
+  if not values:
+    return ''
+  shown = _interval(list(values.values()), '{:.1f}', '-')
+  differences = [
+    value - 100 * against[seed][metric]
+    for seed, value in values.items()
+    if seed in against and against[seed] is not runs[seed]
+  ]
+  if differences:
+    shown += '; ' + _interval(differences, '{:+.1f}', ' to ')
+  return shown
+
+
+def _interval(values: Sequence[float], form: str, to: str) -> str:
+  if len(values) == 1:
+    return form.format(values[0])
+  found = statistics.over_draws(np.asarray(values))
+  low, high = (form.format(found[k]) for k in ('_low', '_high'))
+  return f'{form.format(found[""])} ({low}{to}{high})'
+
+
+def _by_seed(
+  records: Records, study: studies.Study, point: Mapping[str, Any]
+) -> dict[int, Mapping[str, float]]:
+  """The results of a cell, by seed."""
+  config = study.fields(point)
+  return {r['seed']: r['results'] for r in records if r['config'] == config}
+
+
+def _said(point: Mapping[str, Any]) -> str:
+  return ', '.join(f'{k}={v}' for k, v in point.items()) or 'as it is'
+
+
+def _plot(name: str, records: Records, path: pathlib.Path) -> None:
+  """Every metric over the first field of the grid, a line for the others."""
+  study = studies.STUDIES[name]
+  field, *_ = study.grid
+  values = study.grid[field]
+  others = []
+  for point in study.points():
+    rest = {k: v for k, v in point.items() if k != field}
+    others += [rest] * (rest not in others)
+  figure, axes = plt.subplots(
+    1, len(study.metrics), figsize=(4 * len(study.metrics), 3.2), squeeze=False
+  )
+  for ax, (metric, heading) in zip(axes[0], study.metrics.items()):
+    for rest in others:
+      points = []
+      for value in values:
+        runs = _by_seed(records, study, {**rest, field: value})
+        scores = [100 * r[metric] for r in runs.values() if metric in r]
+        if scores:
+          points.append((value, *_mean_and_half(scores)))
+      if points:
+        x, y, half = zip(*points)
+        ax.errorbar(x, y, yerr=half, marker='o', capsize=3, label=_said(rest))
+    if min(values) > 0 and max(values) >= 10 * min(values):
+      ax.set_xscale('log')
+      ax.set_xticks(values, [f'{v:g}' for v in values])
+      ax.minorticks_off()
+    ax.set_xlabel(field)
+    ax.set_title(f'{heading}, %')
+    ax.grid(alpha=0.3)
+  if len(others) > 1:
+    axes[0][-1].legend(fontsize='small')
+  figure.tight_layout()
+  with files.atomic(path) as temporary:
+    figure.savefig(temporary, format='png', dpi=80)
+  plt.close(figure)
+
+
+def _mean_and_half(scores: Sequence[float]) -> tuple[float, float]:
+  """The mean and half of its interval, 0 for a single score."""
+  if len(scores) == 1:
+    return scores[0], 0.0
+  found = statistics.over_draws(np.asarray(scores))
+  return found[''], found['_high'] - found['']
+
+
+def main() -> None:
+  """Writes tables and plots of a study.json."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('study', type=pathlib.Path)
+  parser.add_argument('folder', type=pathlib.Path)
+  args = parser.parse_args()
+  write(files.read_json(args.study), args.folder)
+
+
+if __name__ == '__main__':
+  main()
