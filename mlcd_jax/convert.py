@@ -22,6 +22,7 @@ from mlcd_jax import cli
 from mlcd_jax import errors
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
+from mlcd_jax.huggingface import layouts
 from mlcd_jax.huggingface import open_clip
 from mlcd_jax.huggingface import preprocessing
 from mlcd_jax.huggingface import tensors
@@ -104,7 +105,7 @@ def stream_huggingface(
     dtype=dtype,
     scan_layers=scan_layers,
   )
-  table = tensors.layout(family, model)
+  table = layouts.of_images(family, model)
   return model, tensors.stream(reader, table, shapes(model), folder)
 
 
@@ -130,8 +131,8 @@ def _embedding_dim(
   """Width of the projection; one that is announced must be there."""
   if family == 'open_clip':
     return config['projection_dim']
-  if tensors.PROJECTION in reader.names():
-    return reader.shape(tensors.PROJECTION)[0]
+  if layouts.PROJECTION in reader.names():
+    return reader.shape(layouts.PROJECTION)[0]
   announced = {'CLIPModel', 'CLIPVisionModelWithProjection'}
   if announced & set(config.get('architectures') or ()):
     return config.get('projection_dim', 512)

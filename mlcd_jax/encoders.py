@@ -21,6 +21,7 @@ from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import models
 from mlcd_jax.huggingface import configs
+from mlcd_jax.huggingface import layouts
 from mlcd_jax.huggingface import open_clip
 from mlcd_jax.huggingface import preprocessing
 from mlcd_jax.huggingface import tensors
@@ -193,7 +194,7 @@ def to_huggingface(
     jsons[preprocessing.NAME] = preprocessing.to_json(
       model.image_size, model.mean, model.std
     )
-  table = tensors.layout(family, model)
+  table = layouts.of_images(family, model)
   folder.mkdir(parents=True, exist_ok=True)
   with files.atomic(folder / weights) as temporary:
     safetensors_numpy.save_file(

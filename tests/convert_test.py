@@ -22,6 +22,7 @@ from mlcd_jax import convert
 from mlcd_jax import errors
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
+from mlcd_jax.huggingface import layouts
 from mlcd_jax.huggingface import preprocessing
 from mlcd_jax.huggingface import tensors
 
@@ -321,7 +322,7 @@ def test_import_needs_less_memory_than_the_weights(tmp_path):
     for path, shape in convert.shapes(model).items()
   }
   weights = sum(x.nbytes for x in params.values())
-  table = tensors.layout('clip', model)
+  table = layouts.of_images('clip', model)
   safetensors_numpy.save_file(
     tensors.write(
       'clip', table, flax.traverse_util.unflatten_dict(params, sep='/')

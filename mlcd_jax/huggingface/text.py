@@ -12,6 +12,7 @@ from mlcd_jax import files
 from mlcd_jax import tokenizer
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
+from mlcd_jax.huggingface import layouts
 from mlcd_jax.huggingface import tensors
 from mlcd_jax.models import text
 
@@ -53,7 +54,7 @@ def load(
   folder = folders.resolve(str(path), field)
   config = _config(folder)
   reader = tensors.Reader(folder, text=True)
-  projected = tensors.TEXT_PROJECTION in reader.names()
+  projected = layouts.TEXT_PROJECTION in reader.names()
   end = config['eos_token_id']
   model = text.TextTower(
     vocab_size=config['vocab_size'],
@@ -63,14 +64,14 @@ def load(
     heads=config['num_attention_heads'],
     mlp_dim=config['intermediate_size'],
     embedding_dim=(
-      reader.shape(tensors.TEXT_PROJECTION)[0] if projected else 0
+      reader.shape(layouts.TEXT_PROJECTION)[0] if projected else 0
     ),
     dtype=jnp.dtype(dtype),
     end_token=-1 if end == _WRONG_END else end,
     activation=configs.ACTIVATIONS[config['hidden_act']],
     norm_epsilon=config['layer_norm_eps'],
   )
-  table = tensors.text_layout(model)
+  table = layouts.of_text(model)
   params = tensors.read(reader, table, _shapes(model), folder)
   return model, {'params': params}
 
