@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
-import json
 import logging
 import math
 import pathlib
@@ -14,16 +13,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from mlcd_jax import digests
 from mlcd_jax import distributed
 from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax import peers
 
 _log = logging.getLogger(__name__)
-
-# In each checkpoint: its files' digests. Orbax notices a file that is cut
-# short or gone, but restores changed bytes as if nothing were.
-_DIGESTS = 'sha256.json'
 
 _FULL = ('No space left', 'Disk quota exceeded', 'File too large')
 
@@ -114,7 +109,7 @@ class Checkpointer:
     """
     try:
       return self._restore(step, abstract_state)
-    except _Damaged as e:
+    except digests.Damaged as e:
       raise errors.UserError(
         f'{self._folder / str(step)}: cannot be restored ({e}); delete it to '
         'go on from the checkpoint before'
@@ -139,7 +134,7 @@ class Checkpointer:
     for step in steps:
       try:
         state = self._restore(step, abstract_state)
-      except _Damaged as e:
+      except digests.Damaged as e:
         _log.warning('train: checkpoint %d is damaged and skipped: %s', step, e)
         damaged.append(step)
         continue
@@ -170,7 +165,7 @@ class Checkpointer:
     self._manager.wait_until_finished()
     step, self._unsealed = self._unsealed, None
     if step is not None and distributed.is_main():
-      self._sealing.submit(_seal, self._folder / str(step))
+      self._sealing.submit(digests.write, self._folder / str(step))
 
   def _metric(
     self, step: int, metrics: Mapping[str, float]
@@ -193,8 +188,8 @@ class Checkpointer:
     return _Explained(self._folder)
 
   def _restore(self, step: int, abstract_state: Any) -> Any:
-    """As `restore`, raises _Damaged."""
-    _check_digests(self._folder / str(step))
+    """As `restore`, raises digests.Damaged."""
+    digests.check(self._folder / str(step))
     try:
       saved = self._manager.item_metadata(step)
       self._check_same_model(step, saved, abstract_state)
@@ -207,7 +202,7 @@ class Checkpointer:
       if peers.may_be_lost(e):
         peers.wait()  # Else a good checkpoint would count as damaged.
       said = (str(e).strip() or type(e).__name__).splitlines()[0]
-      raise _Damaged(said[:200]) from e
+      raise digests.Damaged(said[:200]) from e
 
   def _check_same_model(self, step: int, saved: Any, wanted: Any) -> None:
     saved, wanted = _shapes(saved), _shapes(wanted)
@@ -256,7 +251,7 @@ def restore_part(folder: pathlib.Path, step: int, abstract: Any) -> Any:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
   )
   try:
-    _check_digests(folder / str(step))
+    digests.check(folder / str(step))
     found = _metadata(folder, step)
     for path, x in jax.tree_util.tree_leaves_with_path(abstract):
       names = [key.key for key in path]
@@ -337,10 +332,6 @@ def step_of(path: pathlib.Path) -> int:
   return int(path.name)
 
 
-class _Damaged(Exception):
-  """A checkpoint that cannot be used; says why."""
-
-
 class _Explained:
   """Turns what goes wrong in writing into one line."""
 
@@ -364,40 +355,6 @@ class _Explained:
       raise errors.RunError(
         f'{self._folder}: cannot be written ({e.strerror}); {last}'
       ) from e
-
-
-def _seal(folder: pathlib.Path) -> None:
-  """Writes the digests of a finished checkpoint's files."""
-  try:
-    digests = {
-      str(p.relative_to(folder)): files.sha256(p)
-      for p in sorted(folder.rglob('*'))
-      if p.is_file()
-    }
-    if folder.exists():
-      files.write_json(folder / _DIGESTS, digests)
-  except OSError as e:  # Deleted meanwhile, or no space: it is whole anyway.
-    _log.info('train: %s has no digests: %s', folder, e)
-
-
-def _check_digests(folder: pathlib.Path) -> None:
-  """Raises _Damaged naming a file that is not as it was written.
-
-  A process that is killed just after a save has not written them yet; then
-  Orbax's own checks must do.
-  """
-  path = folder / _DIGESTS
-  if not path.exists():
-    return
-  try:
-    digests = json.loads(path.read_text())
-  except ValueError as e:
-    raise _Damaged(f'{_DIGESTS} is broken') from e
-  for name, digest in digests.items():
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-      raise _Damaged(f'{_DIGESTS} names {name}, which lies elsewhere')
-    if not files.unchanged(folder, {name: digest}):
-      raise _Damaged(f'{name} is missing or changed')
 
 
 def _shapes(tree: Any) -> dict[str, str]:
