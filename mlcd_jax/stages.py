@@ -28,6 +28,7 @@ from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax import sharding
 from mlcd_jax import summary
+from mlcd_jax import terminal
 from mlcd_jax import train
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
@@ -144,6 +145,7 @@ def run(
     for stage in STAGES:
       if stage in stages:
         getattr(run_, stage)()
+        terminal.clear()
     run_.finish()
   if 'evaluate' in stages and distributed.is_main():
     print(table.table(files.read_json(workdir / 'results.json')))
