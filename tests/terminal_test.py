@@ -24,13 +24,13 @@ terminal.show('embed', 2, 4, '2/4')
 _UP_AND_ERASED = '\x1b[1A\x1b[2K'
 
 
-def on_terminal(script):
+def on_terminal(script, **env):
   """What a script writes to stderr where that is a terminal."""
   ours, its = os.openpty()
   process = subprocess.Popen(
     [sys.executable, '-c', _START + script],
     cwd=commands.ROOT,
-    env=os.environ | {'TERM': 'xterm', 'COLUMNS': '60'},
+    env=os.environ | {'TERM': 'xterm', 'COLUMNS': '60'} | env,
     stdout=subprocess.DEVNULL,
     stderr=its,
   )
@@ -62,6 +62,10 @@ def test_what_ends_the_process_erases_the_line():
   )
   assert out.endswith('2/4\r\x1b[2Kerror: x')
   assert on_terminal('assert not terminal.eraser()') == ''
+
+
+def test_a_terminal_that_rewrites_no_line_gets_none():
+  assert on_terminal('assert not terminal.is_interactive()', TERM='dumb') == ''
 
 
 def test_warnings_come_once_and_plain_where_there_is_no_terminal():
