@@ -14,8 +14,9 @@ from rich import text as rich_text
 
 _BAR_WIDTH = 20
 
-# Orbax says so of every checkpoint that is read without its manager.
-_NOISE = ('Metadata file does not exist',)
+# Orbax' of every checkpoint that is read without its manager; and TFDS' of a
+# data set that is not prepared, which is an error then.
+_NOISE = ('Metadata file does not exist', 'has no dataset_info.json')
 
 _LINE = live.Live(
   console=console.Console(stderr=True, soft_wrap=True),
