@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import errno
-import logging
 import os
 import pathlib
 import sys
@@ -11,11 +10,11 @@ import traceback
 
 from absl import app
 from absl import flags
-from absl import logging as absl_logging
 
 from mlcd_jax import errors
 from mlcd_jax import interrupt
 from mlcd_jax import peers
+from mlcd_jax import terminal
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -36,14 +35,12 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
     return rest
 
   def start(argv):
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    # Orbax says so of every checkpoint that is read without its manager.
-    absl_logging.get_absl_logger().addFilter(
-      lambda record: 'Metadata file does not exist' not in record.getMessage()
-    )
-    main(argv[1:])
+    terminal.log_to_stderr()
+    try:
+      main(argv[1:])
+    finally:
+      terminal.clear()
 
-  _log_to_stderr()
   try:
     with interrupt.exiting():
       app.run(start, flags_parser=parse)
@@ -130,13 +127,3 @@ def _as_user_error(e: Exception) -> errors.UserError:
     cause = cause.__cause__ or cause.__context__
   lines = [line.strip() for line in str(e).splitlines() if line.strip()]
   return errors.UserError(' '.join(lines) or type(e).__name__)
-
-
-def _log_to_stderr() -> None:
-  """The project's own lines; of its libraries only warnings."""
-  handler = logging.StreamHandler()
-  handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  log = logging.getLogger('mlcd_jax')
-  log.addHandler(handler)
-  log.setLevel(logging.INFO)
-  log.propagate = False

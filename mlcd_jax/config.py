@@ -154,6 +154,7 @@ def default() -> ml_collections.ConfigDict:
   # A loss above so many times its moving average is a spike; 0 = off.
   c.train.max_loss_ratio = 0.0
   c.train.log_every_steps = 50
+  c.train.wandb_project = ''  # Of Weights & Biases, for the curves; '' = none.
   c.train.stop_after_steps = 0  # Steps in this invocation; 0 = to the end.
 
   c.mesh = ml_collections.ConfigDict()

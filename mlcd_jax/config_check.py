@@ -1,5 +1,6 @@
 """The checks that a config must pass before anything runs."""
 
+import importlib.util
 import pathlib
 from typing import Any
 
@@ -226,6 +227,11 @@ def _check_training(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'train.keep_best={c.train.keep_best}: needs a name of metrics.jsonl, '
       'such as train/loss'
+    )
+  if c.train.wandb_project and not importlib.util.find_spec('wandb'):
+    raise errors.UserError(
+      f'train.wandb_project={c.train.wandb_project}: the package is not '
+      "installed; pip install wandb, or set it to ''"
     )
   if bool(c.train.steps) == bool(c.train.epochs):
     raise errors.UserError(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +30,31 @@ def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Makes the folder and holds it for this run; a dead one holds nothing.
+
+  Raises:
+    UserError: another process holds it, or it cannot be written.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = open(workdir / 'lock', 'w')
+  except OSError as e:
+    raise errors.UserError(
+      f'--workdir={workdir}: cannot be written ({e.strerror})'
+    ) from e
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise errors.UserError(
+        f'--workdir={workdir} is in use by another process; wait for it, or '
+        'use another folder'
+      ) from e
+    yield
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import signal
 
 from mlcd_jax import errors
 from mlcd_jax import peers
+from mlcd_jax import terminal
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -26,7 +27,7 @@ def exiting() -> Iterator[None]:
     _restore_defaults()
     name = signal.Signals(number).name
     line = f'stopped by {name}; run the same command to continue'
-    os.write(2, f'error: {line}\n'.encode())
+    os.write(2, terminal.eraser() + f'error: {line}\n'.encode())
     peers.tell(errors.Stopped.exit_code, line)
     os._exit(errors.Stopped.exit_code)
 

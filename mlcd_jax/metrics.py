@@ -1,31 +1,47 @@
-"""Where numbers go: metrics.jsonl, TensorBoard and the progress line."""
+"""Where numbers go: metrics.jsonl, TensorBoard, W&B and the progress line."""
 
 from collections.abc import Mapping
+import datetime
 import json
 import logging
 import pathlib
-import sys
 import time
+from typing import Any
+import uuid
 
+import ml_collections
 import tensorboardX
 
+from mlcd_jax import config as config_lib
 from mlcd_jax import distributed
+from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import terminal
 
 _log = logging.getLogger(__name__)
 
 
 class Writer:
-  """Writes scalars to metrics.jsonl and tensorboard/, on one process."""
+  """Writes scalars to metrics.jsonl, tensorboard/ and W&B, on one process."""
 
-  def __init__(self, workdir: pathlib.Path, *, first_step: int):
-    """Opens both; what an earlier invocation wrote from `first_step` on goes.
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    first_step: int,
+    config: ml_collections.ConfigDict | None = None,
+  ):
+    """Opens them; what an earlier invocation wrote from `first_step` on goes.
 
     Args:
       workdir: the run's folder.
       first_step: the step this invocation starts with.
+      config: of the run, whose train.wandb_project may name one.
+
+    Raises:
+      UserError: Weights & Biases does not take the run.
     """
-    self._file = self._board = None
+    self._file = self._board = self._wandb = None
     self._latest = {}
     if not distributed.is_main():
       return
@@ -35,6 +51,8 @@ class Writer:
     self._board = tensorboardX.SummaryWriter(
       str(workdir / 'tensorboard'), purge_step=first_step, write_to_disk=True
     )
+    if config and config.train.wandb_project:
+      self._wandb = _wandb_run(workdir, config)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes one line and one point a value."""
@@ -44,6 +62,9 @@ class Writer:
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+    # It refuses what it has; a continued run brings the same numbers again.
+    if self._wandb and step >= self._wandb.step:
+      self._wandb.log(values, step=step)
 
   def latest(self) -> dict[str, float]:
     """The last value of every metric since this was asked before."""
@@ -51,17 +72,46 @@ class Writer:
     return latest
 
   def close(self) -> None:
-    """Flushes both."""
+    """Flushes all."""
     if self._file is not None:
       self._file.close()
       self._board.close()
+    if self._wandb:
+      self._wandb.finish()
+
+
+def _wandb_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Any:
+  """Begins the workdir's run at Weights & Biases, or goes on with it."""
+  import wandb  # Optional; config_check has looked for it.
+
+  path = workdir / 'wandb_id.txt'
+  if not path.exists():
+    with files.atomic(path) as temporary:
+      temporary.write_text(uuid.uuid4().hex[:8])
+  try:
+    run = wandb.init(
+      project=config.train.wandb_project,
+      name=workdir.absolute().name,
+      id=path.read_text(),
+      resume='allow',
+      dir=workdir,
+      config=config_lib.to_dict(config),
+      settings=wandb.Settings(console='off', silent=True),
+    )
+  except wandb.Error as e:
+    raise errors.UserError(
+      f'train.wandb_project={config.train.wandb_project}: {e}; run wandb '
+      'login, or set WANDB_MODE=offline'
+    ) from e
+  _log.info('train: curves also at %s', run.dir if run.offline else run.url)
+  return run
 
 
 class Progress:
   """One line per stage: how far, how fast, how long still.
 
-  On a terminal the line is rewritten; elsewhere a new one comes every ten
-  seconds, and at the end.
+  On a terminal it is the live line, and a line of the log at the end;
+  elsewhere one of the log every ten seconds too.
   """
 
   def __init__(
@@ -92,9 +142,11 @@ class Progress:
     self._first = done
     self._start = time.monotonic()
     self._begun = False
-    self._terminal = sys.stderr.isatty()
-    self._interval = 0.2 if self._terminal else 10.0
+    self._live = distributed.is_main() and terminal.is_interactive()
+    self._interval = 0.2 if self._live else 10.0
     self._last = self._start
+    if self._live:
+      terminal.show(stage, done, total, f'{done}/{total}')
 
   def update(self, done: int, **values: float) -> None:
     """Shows `done` of the total, with some values beside it."""
@@ -110,18 +162,20 @@ class Progress:
       return
     self._last = now
     rate = (done - self._first) / max(now - self._start, 1e-9)
-    left = (self._total - done) / rate if rate else float('inf')
-    shown = ' '.join(f'{k} {v:.4g}' for k, v in values.items())
-    line = (
-      f'{self._stage} {done}/{self._total} {shown}{" " * bool(shown)}'
-      f'{rate:.4g} {self._unit}/s {self._speed(rate)}'
-      + (f'in {now - self._start:.0f} s' if finished else f'ETA {_time(left)}')
+    left = round((self._total - done) / rate) if rate else 0
+    eta = datetime.timedelta(seconds=left) if rate else '?'
+    took = f'in {now - self._start:.0f} s' if finished else f'ETA {eta}'
+    shown = ''.join(f'{k} {v:.4g} ' for k, v in values.items())
+    text = (
+      f'{done}/{self._total} {took} {shown}'
+      f'{rate:.4g} {self._unit}/s{self._speed(rate)}'
     )
-    if self._terminal:
-      sys.stderr.write(f'\r{line}\x1b[K' + '\n' * finished)
-      sys.stderr.flush()
+    if finished:
+      terminal.clear()
+    if self._live and not finished:
+      terminal.show(self._stage, done, self._total, text)
     else:
-      _log.info(line)
+      _log.info('%s %s', self._stage, text)
 
   def _speed(self, rate: float) -> str:
     """FLOPs a second, and what share of the peak they are."""
@@ -131,16 +185,7 @@ class Progress:
     share = ''
     if self._peak_flops:
       share = f' ({flops / self._peak_flops:.0%} of peak)'
-    return f'{flops / 1e12:.3g} TFLOP/s{share} '
-
-
-def _time(seconds: float) -> str:
-  """1:02:03, or '?' before there is a rate."""
-  if seconds == float('inf'):
-    return '?'
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02d}:{seconds:02d}'
+    return f' {flops / 1e12:.3g} TFLOP/s{share}'
 
 
 def _drop_from(path: pathlib.Path, first_step: int) -> None:

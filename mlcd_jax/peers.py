@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from mlcd_jax import errors
+from mlcd_jax import terminal
 
 _BEATS = 'mlcd_jax/beat/'
 _NOTICES = 'mlcd_jax/notice/'
@@ -201,7 +202,7 @@ def _lost(process: int) -> dict[str, Any]:
 
 
 def _exit(code: int, line: str) -> None:
-  os.write(2, f'error: {line}\n'.encode())
+  os.write(2, terminal.eraser() + f'error: {line}\n'.encode())
   os._exit(code)
 
 

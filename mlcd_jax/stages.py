@@ -5,10 +5,8 @@ depend on. A finished stage is skipped, a started one goes on, and one made
 with another config or from other inputs stops the run.
 """
 
-from collections.abc import Iterator
 from collections.abc import Sequence
 import contextlib
-import fcntl
 import logging
 import pathlib
 from typing import Any
@@ -28,6 +26,7 @@ from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax import sharding
 from mlcd_jax import summary
+from mlcd_jax import terminal
 from mlcd_jax import train
 from mlcd_jax import train_step
 from mlcd_jax.data import sources
@@ -136,16 +135,18 @@ def run(
     evaluate.open_sources(config)
     if config.evaluate.encoder:
       evaluate_encoders.identity(config.evaluate.encoder)
-  with _locked(workdir):
+  main = distributed.is_main()
+  with files.locked(workdir) if main else contextlib.nullcontext():
     run_ = _Run(config, workdir, mesh, preset)
-    if distributed.is_main():
+    if main:
       files.write_json(workdir / 'config.json', config_lib.to_dict(config))
     _log.info('devices: %s', summary.devices(mesh))
     for stage in STAGES:
       if stage in stages:
         getattr(run_, stage)()
+        terminal.clear()
     run_.finish()
-  if 'evaluate' in stages and distributed.is_main():
+  if 'evaluate' in stages and main:
     print(table.table(files.read_json(workdir / 'results.json')))
 
 
@@ -267,7 +268,9 @@ class _Run:
       mesh=self._mesh,
     )
     embedder = embed.load_embedder(self._done('embed'))
-    self._score(manifest, evaluate.of_run(program, checkpoints, step, embedder))
+    scored = evaluate.of_run(program, checkpoints, step, embedder)
+    self._page.show_patches(scored['trained'], source)
+    self._score(manifest, scored)
 
   def _score(self, manifest, scored) -> None:
     with self._page.stage('evaluate'):
@@ -387,27 +390,3 @@ def _flatten(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
     else:
       out[field] = value
   return out
-
-
-@contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds the folder for this run; a dead process holds nothing."""
-  if not distributed.is_main():
-    yield
-    return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir / 'lock', 'w')
-  except OSError as e:
-    raise errors.UserError(
-      f'--workdir={workdir}: cannot be written ({e.strerror})'
-    ) from e
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise errors.UserError(
-        f'--workdir={workdir} is in use by another process; wait for it, or '
-        'use another folder'
-      ) from e
-    yield

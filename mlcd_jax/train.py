@@ -265,7 +265,9 @@ class _Log:
       hardware.train_flops(program.config, program.num_classes).values()
     )
     self._peak = hardware.peak_flops(program.mesh.devices.flat)
-    self._writer = metrics_lib.Writer(workdir, first_step=first + 1)
+    self._writer = metrics_lib.Writer(
+      workdir, first_step=first + 1, config=program.config
+    )
     self._progress = metrics_lib.Progress(
       'train', program.steps, unit='steps', done=first
     )
@@ -303,6 +305,7 @@ class _Log:
     self._pending = None
     values = {k: float(v) for k, v in metrics.items()}
     self._check_step(step, values)
+    self._progress.update(step, loss=values['train/loss'])
     now = time.monotonic()
     if self._timed_from is None:  # Compiling is not counted.
       self._timed_from = step, now, waited
@@ -326,14 +329,6 @@ class _Log:
       self._timed_from, self._saving = (step, now, waited), 0.0
     self._writer.write(step, values)
     self._on_log()
-    self._progress.update(
-      step,
-      **{
-        name: values[f'train/{name}']
-        for name in ('loss', 'images_per_second')
-        if f'train/{name}' in values
-      },
-    )
 
   def evaluated(self, step: int, values: Mapping[str, float | None]) -> None:
     """Writes the scores at a step, after its own metrics if these are due."""

@@ -112,6 +112,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     np.testing.assert_array_equal(load(one, name), load(two, name))
   name = 'clusters/centers.npy'
   np.testing.assert_allclose(load(one, name), load(two, name), atol=1e-6)
+  for workdir in (one, two):
+    assert '"patches":[{' in (workdir / 'report.html').read_text()
   assert list(losses(one)) == list(losses(two)) == list(range(1, 9))
   np.testing.assert_allclose(
     list(losses(two).values()), list(losses(one).values()), rtol=1e-5

@@ -29,7 +29,7 @@ def fixture_command(monkeypatch, capsys, tmp_path):
     raise Exited(code)
 
   monkeypatch.setattr(cli.os, '_exit', exits)
-  monkeypatch.setattr(cli, '_log_to_stderr', lambda: None)
+  monkeypatch.setattr(cli.terminal, 'log_to_stderr', lambda: None)
 
   def command(*arguments):
     arguments = [

@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.experimental import multihost_utils
 import numpy as np
 from PIL import Image
 
@@ -32,9 +32,11 @@ def patch_features(model: Any, params: Any, images: np.ndarray) -> np.ndarray:
       f'images of {height} x {width} pixels are not whole patches of {patch}'
     )
   grid = height // patch, width // patch
-  tokens = jax.jit(model.apply)({'params': params}, jnp.asarray(images))
-  patches = tokens['tokens'][:, -grid[0] * grid[1] :]
-  return np.asarray(patches).reshape(len(images), *grid, -1)
+  out = jax.jit(model.apply)({'params': params}, images)
+  # Where parameters are split over processes, so may be the tokens.
+  tokens = multihost_utils.process_allgather(out['tokens'], tiled=True)
+  patches = tokens[:, -grid[0] * grid[1] :]
+  return patches.reshape(len(images), *grid, -1)
 
 
 def pca_colors(features: np.ndarray) -> np.ndarray:

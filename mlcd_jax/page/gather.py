@@ -1,7 +1,7 @@
 """What the page says of a run, from the files in its workdir.
 
-Nothing here waits for other processes: one of them writes the page while the
-others go on.
+But for `patch_colours`, nothing here waits for other processes: one of them
+writes the page while the others go on.
 """
 
 from collections.abc import Mapping
@@ -13,15 +13,14 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from mlcd_jax import checkpoint
 from mlcd_jax import config as config_lib
 from mlcd_jax import embeddings
-from mlcd_jax import encoders
 from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
 from mlcd_jax.evaluate import dense
+from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.page import browse
 from mlcd_jax.page import clusters
 from mlcd_jax.page import thumbnails
@@ -81,19 +80,18 @@ def browsers(
 
 
 def patch_colours(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, count: int = 8
+  encoder: evaluate_encoders.Encoder,
+  source: sources.Source,
+  *,
+  count: int = 8,
 ) -> list[dict[str, Any]]:
-  """Some images and the colours of their patch features.
+  """Some images and the colours of their patch features, in all processes.
 
   Args:
-    config: of the run.
-    workdir: with a checkpoint.
+    encoder: of the run.
+    source: of the images.
     count: images at most.
   """
-  if checkpoint.latest_step(workdir / 'checkpoints') is None:
-    return []
-  source = sources.make(config.data)
-  size = config.model.image_size
   keys, images = [], []
   for i in np.linspace(0, len(source) - 1, 2 * count, dtype=int):
     record = source[int(i)]
@@ -101,14 +99,13 @@ def patch_colours(
       pixels = transforms.decode(record['image'])
     except transforms.BadImage:
       continue
-    images.append(transforms.resize_center_crop(pixels, size))
+    images.append(transforms.resize_center_crop(pixels, encoder.image_size))
     keys.append(record['key'])
   keys, images = keys[:count], images[:count]
   if not images:
     return []
-  model, params, _ = encoders.from_run(workdir)
-  found = dense.pca_colors(
-    dense.patch_features(model, params, np.stack(images))
+  features = dense.patch_features(
+    encoder.model, encoder.params, np.stack(images)
   )
   return [
     {
@@ -116,7 +113,7 @@ def patch_colours(
       'image': thumbnails.encode(image, _PATCH_PIXELS),
       'colours': thumbnails.encode(colours, _PATCH_PIXELS),
     }
-    for key, image, colours in zip(keys, images, found)
+    for key, image, colours in zip(keys, images, dense.pca_colors(features))
   ]
 
 

@@ -9,7 +9,6 @@ import pathlib
 import time
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 import ml_collections
 
@@ -20,6 +19,8 @@ from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax import report
 from mlcd_jax import summary
+from mlcd_jax.data import sources
+from mlcd_jax.evaluate import encoders
 from mlcd_jax.page import curves
 from mlcd_jax.page import gather
 from mlcd_jax.page import render
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 NAME = 'report.html'
 _FOLDER = 'report'  # What is gathered once, beside the page.
+_PATCHES = 'patches.json'
 _EVERY_SECONDS = 60.0
 
 
@@ -61,7 +63,6 @@ class Page:
     self._kept = workdir / _FOLDER
     self._running = ''
     self._failed = ''
-    self._patches = []
     self._left_out = set()
     self._written = -float('inf')
     if distributed.is_main():
@@ -93,6 +94,19 @@ class Page:
     if time.monotonic() - self._written > _EVERY_SECONDS:
       self.write()
 
+  def show_patches(
+    self, encoder: encoders.Encoder, source: sources.Source
+  ) -> None:
+    """Keeps pictures of an encoder's patch features, called in all processes.
+
+    Args:
+      encoder: of the run.
+      source: of the images.
+    """
+    found = self._part(gather.patch_colours, encoder, source)
+    if found and distributed.is_main():
+      files.write_json(self._kept / _PATCHES, found)
+
   def finish(self) -> None:
     """Writes the page if a killed process did not come to it."""
     path = self._workdir / NAME
@@ -123,10 +137,7 @@ class Page:
     read = curves.read(self._workdir)
     clustering = clustered / 'clustering.json'
     results = self._workdir / 'results.json'
-    # Orbax makes processes wait for each other, and only this one is here.
-    alone = jax.process_count() == 1
-    if stages[-1]['state'] == 'done' and alone and not self._patches:
-      self._patches = self._part(gather.patch_colours, c, self._workdir) or []
+    patches = self._kept / _PATCHES
     return {
       'title': f'MLCD: {self._workdir.absolute().name}',
       'workdir': str(self._workdir),
@@ -147,7 +158,7 @@ class Page:
       ),
       'results': files.read_json(results) if results.exists() else {},
       'encoders': report.ENCODERS,
-      'patches': self._patches,
+      'patches': files.read_json(patches) if patches.exists() else [],
       'bad': gather.bad_data(
         self._workdir, embedded=embedded, clustered=clustered
       ),

@@ -9,11 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlcd_jax import files
+from benchmarks import report_page
 from mlcd_jax import stages
-from mlcd_jax.page import browse
-from mlcd_jax.page import clusters
-from mlcd_jax.page import render
 
 sync_api = pytest.importorskip('playwright.sync_api')
 
@@ -222,67 +219,10 @@ def test_page_fits_the_screen(path, open_page, size, scheme):
   assert pixels.std() > 10  # Something is drawn on it.
 
 
-class Photos:
-  """Records of noise, which no codec makes small."""
-
-  num_classes = 10
-
-  def __init__(self, count):
-    self._keys = np.array([b'%09d' % i for i in range(count)])
-    pixels = np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, 'PNG')
-    self._image = out.getvalue()
-
-  def __len__(self):
-    return len(self._keys)
-
-  def __getitem__(self, index):
-    return {'image': self._image, 'label': index % 10}
-
-  def keys(self):
-    return self._keys
-
-  def metadata(self, rows):
-    keys = [self._keys[row].decode() for row in rows]
-    return keys, [f'word{row % 5_000} ' * 60 for row in rows]
-
-
 @pytest.fixture(name='huge')
 def fixture_huge(tmp_path):
   """The page of 1M clusters of two images in the mean."""
-  rng = np.random.default_rng(0)
-  total, images = 1_000_000, 2_000_000
-  labels = rng.integers(total, size=(images, 10), dtype=np.int32)
-  scores = rng.random((images, 10), np.float32).astype(np.float16)
-  files.write_npy(tmp_path / 'labels_00000.npy', labels)
-  files.write_npy(tmp_path / 'scores_00000.npy', scores)
-  centers = rng.normal(size=(total, 4)).astype(np.float32)
-  centers /= np.linalg.norm(centers, axis=1, keepdims=True)
-  photos = Photos(images)
-  shards = clusters.Shards(tmp_path, [images])
-  found = browse.gather(browse.Inputs(photos, photos, shards, centers, 8, 0))
-  steps = list(range(1_000))
-  data = {
-    'title': 'huge',
-    'workdir': 'runs/huge',
-    'written': 0,
-    'status': {'text': 'train is running', 'done': False, 'failed': False},
-    'summary': [],
-    'stages': [],
-    'curves': {'step': steps, 'values': {'train/loss': steps}},
-    'clustering': None,
-    'clusters': found,
-    'results': {},
-    'encoders': {},
-    'patches': [],
-    'bad': [],
-    'preset': 'x',
-    'config': [],
-  }
-  path = tmp_path / 'report.html'
-  path.write_text(render.render(data))
-  return path
+  return report_page.write_page(tmp_path, num_clusters=1_000_000)
 
 
 def test_a_million_clusters_stay_small(huge, open_page):

@@ -122,18 +122,18 @@ def test_what_differs_from_the_preset(tiny_config):
   assert len(fields) > 60
 
 
-def test_one_of_several_processes_restores_nothing(page, tmp_path, monkeypatch):
-  (tmp_path / 'run/evaluation').mkdir(parents=True)
-  (tmp_path / 'run/evaluation/manifest.json').write_text('{"complete": true}')
-  called = []
-  monkeypatch.setattr(
-    gather, 'patch_colours', lambda *a: called.append(a) or []
-  )
+def test_patches_are_shown_once_they_are_kept(page, tmp_path, monkeypatch):
+  shown = [{'key': 'x', 'image': '', 'colours': ''}]
+  monkeypatch.setattr(gather, 'patch_colours', lambda *args: shown)
+  page.show_patches(encoder=None, source=None)
   page.write()
-  assert len(called) == 1
-  monkeypatch.setattr(writer.jax, 'process_count', lambda: 2)
+  assert data(tmp_path)['patches'] == shown
+
+
+def test_patches_that_cannot_be_made_are_left_out(page, tmp_path):
+  page.show_patches(encoder=None, source=[])
   page.write()
-  assert len(called) == 1
+  assert data(tmp_path)['patches'] == []
 
 
 def test_a_page_that_a_kill_prevented_is_written_later(page, tmp_path):
