@@ -12,9 +12,11 @@ from mlcd_jax import classifier
 from mlcd_jax import encoders
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import models
 from mlcd_jax import sampling
 from mlcd_jax import train_step
 from mlcd_jax.models import positions
+from mlcd_jax.models import resnet
 from mlcd_jax.models import vit
 
 _log = logging.getLogger(__name__)
@@ -23,18 +25,26 @@ _FIELD = 'model.init_from'
 
 # What must be alike in both models, and the field that sets it in ours.
 _ALIKE = {
-  'width': 'variant',
-  'depth': 'variant',
-  'heads': 'variant',
-  'mlp_dim': 'variant',
-  'patch_size': 'variant',
-  'pooling': 'pooling',
-  'position': 'position',
-  'activation': 'activation',
-  'pre_norm': '',
-  'norm_epsilon': '',
-  'mean': '',
-  'std': '',
+  vit.ViT: {
+    'width': 'variant',
+    'depth': 'variant',
+    'heads': 'variant',
+    'mlp_dim': 'variant',
+    'patch_size': 'variant',
+    'pooling': 'pooling',
+    'position': 'position',
+    'activation': 'activation',
+    'pre_norm': '',
+    'norm_epsilon': '',
+    'mean': '',
+    'std': '',
+  },
+  resnet.ResNet: {
+    'width': 'variant',
+    'blocks': 'variant',
+    'mean': '',
+    'std': '',
+  },
 }
 
 
@@ -74,15 +84,24 @@ def make(
 
 
 def _adapted(
-  model: vit.ViT, source: vit.ViT, loaded: dict[str, Any], params: Any
+  model: models.Encoder,
+  source: models.Encoder,
+  loaded: dict[str, Any],
+  params: Any,
 ) -> dict[str, Any]:
   """The encoder's parameters, with positions for its own size."""
-  if source.patch_bias:
+  is_vit = isinstance(model, vit.ViT)
+  if type(model) is not type(source):
+    raise errors.UserError(
+      f'{_FIELD}: it is a {type(source).__name__}, this model a '
+      f'{type(model).__name__}; set model.variant'
+    )
+  if is_vit and source.patch_bias:
     raise errors.UserError(
       f"{_FIELD}: SigLIP's and DINOv2's towers are embedders only; start from "
       "CLIP's or MLCD's, or from a run"
     )
-  for name, field in _ALIKE.items():
+  for name, field in _ALIKE[type(model)].items():
     ours, theirs = getattr(model, name), getattr(source, name)
     if ours != theirs:
       raise errors.UserError(
@@ -92,7 +111,7 @@ def _adapted(
       )
   encoder = dict(loaded)
   fresh = params['encoder']
-  if model.position == 'learned':
+  if is_vit and model.position == 'learned':
     grid, own_grid = (
       (m.image_size // m.patch_size,) * 2 for m in (model, source)
     )
