@@ -18,6 +18,7 @@ import safetensors
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.huggingface import resnets
 from mlcd_jax.models import text as text_lib
 from mlcd_jax.models import vit
 
@@ -83,6 +84,10 @@ class _Part:
 
 def layout(family: str, model: vit.ViT) -> dict[str, tuple[_Part, ...]]:
   """Every parameter's path and the tensors it is made of."""
+  if family == 'resnet':
+    return {
+      path: (_Part(name, kind),) for path, name, kind in resnets.tensors(model)
+    }
   if family in _FUSED:
     return dict(_fused(_FUSED[family], model))
   table = dict(_dinov2(model) if family == 'dinov2' else _clip(family, model))
@@ -375,8 +380,8 @@ def write(
   table: Mapping[str, tuple[_Part, ...]],
   params: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-  """The reverse of `read`: tensors by name, for CLIP's and MLCD's towers."""
-  prefixes = {'open_clip': OPEN_CLIP_PREFIX, 'timm': ''}
+  """The reverse of `read`: tensors by name, for what can be exported."""
+  prefixes = {'open_clip': OPEN_CLIP_PREFIX, 'timm': '', 'resnet': ''}
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   tensors = {}
   for path, parts in table.items():

@@ -74,10 +74,16 @@ def _resnet(config: ml_collections.ConfigDict) -> resnet.ResNet:
       f'model.remat={config.remat}: model.variant={config.variant} has only '
       + ' and '.join(resnet.REMAT)
     )
-  return resnet.ResNet(
+  model = resnet.ResNet(
     **resnet.VARIANTS[config.variant],
     embedding_dim=config.embedding_dim,
     dtype=jnp.dtype(config.dtype),
     image_size=config.image_size,
     remat=config.remat,
   )
+  if config.image_size % model.patch_size:
+    raise errors.UserError(
+      f'model.image_size={config.image_size} is not divisible by '
+      f'{model.patch_size}, by which model.variant={config.variant} shrinks it'
+    )
+  return model

@@ -38,7 +38,7 @@ class ResNet(nn.Module):
     blocks: of each stage; each has twice the channels of the one before.
     embedding_dim: width of the projected output; 0 = pooled is the output.
     dtype: of convolutions and maps; weights and statistics stay float32.
-    image_size: pixels of a side that it is trained with; any other works too.
+    image_size: pixels of a side that it is trained with; others work too.
     mean: of RGB in 0 .. 1, subtracted from uint8 images.
     std: of RGB in 0 .. 1, which they are then divided by.
     remat: one of REMAT: keep everything a block's backward pass needs, or
