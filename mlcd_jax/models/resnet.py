@@ -14,9 +14,9 @@ from mlcd_jax.models import layers
 from mlcd_jax.models import vit
 from mlcd_jax.models.batch_norm import BatchNorm
 
-# Sizes of He et al. (2016), Table 1. Nano is ours, for tests.
+# Sizes of He et al. (2016), Table 1. Nano is ours, for digits at 32 pixels.
 VARIANTS = {
-  'resnet_nano': dict(width=8, blocks=(1, 1, 1, 1)),
+  'resnet_nano': dict(width=16, blocks=(1, 1)),
   'resnet50': dict(width=64, blocks=(3, 4, 6, 3)),
 }
 
