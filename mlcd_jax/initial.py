@@ -16,35 +16,27 @@ from mlcd_jax import models
 from mlcd_jax import sampling
 from mlcd_jax import train_step
 from mlcd_jax.models import positions
-from mlcd_jax.models import resnet
-from mlcd_jax.models import vit
 
 _log = logging.getLogger(__name__)
 
 _FIELD = 'model.init_from'
 
-# What must be alike in both models, and the field that sets it in ours.
+# What must be alike in both models, where one has it, and the field that sets
+# it in ours.
 _ALIKE = {
-  vit.ViT: {
-    'width': 'variant',
-    'depth': 'variant',
-    'heads': 'variant',
-    'mlp_dim': 'variant',
-    'patch_size': 'variant',
-    'pooling': 'pooling',
-    'position': 'position',
-    'activation': 'activation',
-    'pre_norm': '',
-    'norm_epsilon': '',
-    'mean': '',
-    'std': '',
-  },
-  resnet.ResNet: {
-    'width': 'variant',
-    'blocks': 'variant',
-    'mean': '',
-    'std': '',
-  },
+  'width': 'variant',
+  'depth': 'variant',
+  'blocks': 'variant',
+  'heads': 'variant',
+  'mlp_dim': 'variant',
+  'patch_size': 'variant',
+  'pooling': 'pooling',
+  'position': 'position',
+  'activation': 'activation',
+  'pre_norm': '',
+  'norm_epsilon': '',
+  'mean': '',
+  'std': '',
 }
 
 
@@ -90,19 +82,13 @@ def _adapted(
   params: Any,
 ) -> dict[str, Any]:
   """The encoder's parameters, with positions for its own size."""
-  is_vit = isinstance(model, vit.ViT)
-  if type(model) is not type(source):
-    raise errors.UserError(
-      f'{_FIELD}: it is a {type(source).__name__}, this model a '
-      f'{type(model).__name__}; set model.variant'
-    )
-  if is_vit and source.patch_bias:
+  if getattr(source, 'patch_bias', False):
     raise errors.UserError(
       f"{_FIELD}: SigLIP's and DINOv2's towers are embedders only; start from "
       "CLIP's or MLCD's, or from a run"
     )
-  for name, field in _ALIKE[type(model)].items():
-    ours, theirs = getattr(model, name), getattr(source, name)
+  for name, field in _ALIKE.items():
+    ours, theirs = (getattr(m, name, None) for m in (model, source))
     if ours != theirs:
       raise errors.UserError(
         f'{_FIELD}: its {name} is {theirs!r}, this model '
@@ -111,7 +97,7 @@ def _adapted(
       )
   encoder = dict(loaded)
   fresh = params['encoder']
-  if is_vit and model.position == 'learned':
+  if 'positions' in fresh:
     grid, own_grid = (
       (m.image_size // m.patch_size,) * 2 for m in (model, source)
     )

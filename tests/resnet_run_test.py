@@ -139,6 +139,6 @@ def test_starts_a_resnet_and_no_vit(run, config):
     np.testing.assert_array_equal(encoder[path], value)
   config.model.variant = 'Nano/16'
   with pytest.raises(
-    errors.UserError, match='it is a ResNet, this model a ViT'
+    errors.UserError, match='its width is 16.*set model.variant'
   ):
     initial.make(program(config, 1, 1), clusters=run / 'clusters')
