@@ -43,8 +43,8 @@ class BatchNorm(nn.Module):
     Args:
       x_BHWC: any float type.
       weight_B: in training, of the images, which are then normalised by their
-        own mean and variance, those of the batch over all devices; otherwise
-        by the running averages.
+        own mean and variance, those of the batch over all devices; otherwise,
+        or if none weighs anything, by the running averages.
     """
     shape = x_BHWC.shape[-1:]
     scale_C = self.param('scale', self.scale_init, shape)
@@ -52,10 +52,12 @@ class BatchNorm(nn.Module):
     mean_C = self.param('mean', nn.initializers.zeros, shape)
     variance_C = self.param('variance', nn.initializers.ones, shape)
     x_BHWC = x_BHWC.astype(jnp.float32)
-    if weight_B is None:
-      mean_C, variance_C = lax.stop_gradient((mean_C, variance_C))
-    else:
-      mean_C, variance_C = _moments(x_BHWC, weight_B)
+    mean_C, variance_C = lax.stop_gradient((mean_C, variance_C))
+    if weight_B is not None:
+      some = jnp.any(weight_B > 0)
+      found = _moments(x_BHWC, weight_B)
+      mean_C = jnp.where(some, found[0], mean_C)
+      variance_C = jnp.where(some, found[1], variance_C)
       for name, value in (('mean', mean_C), ('variance', variance_C)):
         self.sow(STATISTICS, name, value, reduce_fn=lambda _, new: new)
     factor_C = scale_C * lax.rsqrt(variance_C + _EPSILON)
