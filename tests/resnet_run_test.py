@@ -1,4 +1,4 @@
-"""A ResNet through all stages: what its running averages must hold for."""
+"""A ResNet in training and after it: what its running averages must hold for."""
 
 import json
 
@@ -18,6 +18,7 @@ from mlcd_jax import sharding
 from mlcd_jax import stages
 from mlcd_jax import train_step
 
+QUICK = {'xla_backend_optimization_level': 0}
 STEPS = 4
 
 
@@ -26,26 +27,14 @@ def fixture_config(tiny_config):
   tiny_config.model.variant = 'resnet_nano'
   tiny_config.model.image_size = 32
   tiny_config.train.steps = STEPS
-  tiny_config.train.batch_size = 64
+  tiny_config.train.batch_size = 32
   tiny_config.train.accumulate_steps = 2
   tiny_config.train.ema_decay = 0.5
   tiny_config.evaluate.tasks = ('knn',)
   return tiny_config
 
 
-@pytest.fixture(scope='module', name='folder')
-def fixture_folder(tmp_path_factory):
-  return tmp_path_factory.mktemp('resnet') / 'run'
-
-
-@pytest.fixture(name='run')
-def fixture_run(config, folder):
-  """A finished run; made once, and only read."""
-  stages.run(config, folder)
-  return folder
-
-
-def program(config, *shape):
+def make_program(config, *shape):
   devices = jax.devices()[: np.prod(shape)]
   return train_step.Program(
     config=config,
@@ -55,90 +44,115 @@ def program(config, *shape):
   )
 
 
-def final(workdir, config):
-  """The last checkpoint's encoder and its moving average, by path."""
-  params = convert.abstract_params(models.make(config.model))
-  state = checkpoint.restore_part(
-    workdir / 'checkpoints',
-    STEPS,
-    {'params': {'encoder': params}, 'ema': params},
-  )
-  parts = jax.device_get((state['params']['encoder'], state['ema']))
-  return [traverse_util.flatten_dict(part, sep='/') for part in parts]
+def make_batch(program, seed):
+  rng = np.random.default_rng(seed)
+  batch = {
+    'image': rng.integers(0, 256, (32, 32, 32, 3)).astype(np.uint8),
+    'labels': rng.integers(0, 64, (32, 8)).astype(np.int32),
+    'weight': (np.arange(32) % 9 > 0).astype(np.float32),
+  }
+  return sharding.put_batch(program.mesh, batch)
 
 
-def test_averages_move_and_are_averaged(run, config):
-  fresh = program(config, 1, 1).init_encoder()
-  fresh = traverse_util.flatten_dict(fresh, sep='/')
-  params, average = final(run, config)
-  for path, value in params.items():
-    assert np.isfinite(value).all()
-    if path.endswith(('mean', 'variance')):
-      assert (value != fresh[path]).all(), path
-      assert (value != average[path]).any(), path
-  results = json.loads((run / 'results.json').read_text())
-  for encoder in ('trained', 'random'):
-    assert results[f'{encoder}/digits/knn/accuracy'] > 0.2
+def compiled(program):
+  arguments = program.abstract_state, program.abstract_batch
+  return program.step.lower(*arguments).compile(QUICK)
 
 
-def test_stopped_and_continued_is_bit_equal(run, config, tmp_path):
-  config.cluster.path = str(run)
+def flatten(tree):
+  return traverse_util.flatten_dict(jax.device_get(tree), sep='/')
+
+
+def averages(encoder):
+  return {
+    path: value
+    for path, value in flatten(encoder).items()
+    if path.endswith(('mean', 'variance'))
+  }
+
+
+def test_averages_are_of_the_whole_batch_and_survive_a_stop(config, tmp_path):
+  alone, program = make_program(config, 1, 1), make_program(config, 2, 4)
+  start = jax.device_get(alone.init())
+  fresh = averages(start.params['encoder'])
+
+  state, metrics = compiled(alone)(start, make_batch(alone, 0))
+  loss, expected = float(metrics['train/loss']), state.params['encoder']
+
+  shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+  step, state = compiled(program), jax.device_put(start, shardings)
+  state, metrics = step(state, make_batch(program, 0))
+  assert float(metrics['train/loss']) == pytest.approx(loss, rel=1e-5)
+  found, average = averages(state.params['encoder']), averages(state.ema)
+  for path, value in averages(expected).items():
+    np.testing.assert_allclose(found[path], value, rtol=1e-4, atol=1e-6)
+    assert (value != fresh[path]).all(), path
+    # (1 + 0) / (10 + 0) of the old, which is less than the decay.
+    mixed = 0.1 * fresh[path] + 0.9 * value
+    np.testing.assert_allclose(average[path], mixed, rtol=1e-4, atol=1e-6)
+
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  checkpointer.save(1, state)
+  checkpointer.close()
+  state, _ = step(state, make_batch(program, 1))
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  continued, _ = checkpointer.restore_latest(program.abstract_state)
+  checkpointer.close()
+  continued, _ = step(continued, make_batch(program, 1))
+  jax.tree.map(np.testing.assert_array_equal, continued, state)
+
+
+def test_exports_to_transformers_only(config, tmp_path):
+  model = models.make(config.model)
+  params = make_program(config, 1, 1).init_encoder()
+  encoders.to_huggingface(tmp_path / 'a', model, {'params': params})
+  tensors = safetensors_numpy.load_file(tmp_path / 'a/model.safetensors')
+  assert len(tensors) == len(flatten(params)) - 1  # It has no projection.
+  assert 'ResNetModel' in (tmp_path / 'a/README.md').read_text()
+  for layout in ('timm', 'open_clip'):
+    with pytest.raises(errors.UserError, match='is written for ViTs only'):
+      encoders.to_huggingface(
+        tmp_path / layout, model, {'params': params}, layout=layout
+      )
+
+
+@pytest.mark.slow
+def test_whole_run(config, tmp_path):
+  """All stages, stopped and continued, exported, and started from."""
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  config.evaluate.tasks = ('knn', 'finetune')
+  config.evaluate.finetune_epochs = 1.0
+  stages.run(config, whole)
+  results = json.loads((whole / 'results.json').read_text())
+  for name in ('trained', 'random'):
+    for task in ('knn', 'finetune'):
+      assert results[f'{name}/digits/{task}/accuracy'] > 0.15
+  assert '"patches":[{' in (whole / 'report.html').read_text()
+
+  config.cluster.path = str(whole)
   for steps in (STEPS // 2, 0):
     config.train.stop_after_steps = steps
-    stages.run(config, tmp_path, ('train',))
-  for found, expected in zip(final(tmp_path, config), final(run, config)):
-    assert set(found) == set(expected)
-    for path, value in expected.items():
-      np.testing.assert_array_equal(found[path], value)
-
-
-def test_averages_are_of_the_whole_batch_on_any_mesh(config):
-  rng = np.random.default_rng(0)
-  batch = {
-    'image': rng.integers(0, 256, (64, 32, 32, 3)).astype(np.uint8),
-    'labels': rng.integers(0, 64, (64, 8)).astype(np.int32),
-    'weight': (np.arange(64) % 9 > 0).astype(np.float32),
-  }
-  found = []
-  for shape in ((1, 1), (2, 4)):
-    step = program(config, *shape)
-    state, metrics = step.step(
-      step.init(), sharding.put_batch(step.mesh, batch)
-    )
-    encoder = jax.device_get(state.params['encoder'])
-    found.append((traverse_util.flatten_dict(encoder, sep='/'), metrics))
-  (one, one_metrics), (eight, eight_metrics) = found
-  assert eight_metrics['train/loss'] == pytest.approx(
-    one_metrics['train/loss'], rel=1e-5
+    stages.run(config, parts, ('train',))
+  params = convert.abstract_params(models.make(config.model))
+  wanted = {'params': {'encoder': params}, 'ema': params}
+  found, expected = (
+    checkpoint.restore_part(workdir / 'checkpoints', STEPS, wanted)
+    for workdir in (parts, whole)
   )
-  for path, value in one.items():
-    if path.endswith(('mean', 'variance')):
-      np.testing.assert_allclose(eight[path], value, rtol=1e-4, atol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
-
-def test_exports_what_evaluation_uses(run, config, tmp_path):
-  encoders.export(str(run), tmp_path / 'exported')
+  encoders.export(str(whole), tmp_path / 'exported')
   tensors = safetensors_numpy.load_file(tmp_path / 'exported/model.safetensors')
-  _, average = final(run, config)
   np.testing.assert_array_equal(
     tensors['embedder.embedder.normalization.running_var'],
-    average['stem_norm/variance'],
+    expected['ema']['stem_norm']['variance'],
   )
-  assert len(tensors) == len(average) - 1  # It has no projection.
-  assert 'ResNetModel' in (tmp_path / 'exported/README.md').read_text()
-  with pytest.raises(errors.UserError, match='timm is written for ViTs only'):
-    encoders.export(str(run), tmp_path / 'timm', layout='timm')
 
-
-def test_starts_a_resnet_and_no_vit(run, config):
-  config.model.init_from = str(run)
-  config.model.image_size = 64
-  state = initial.make(program(config, 1, 1), clusters=run / 'clusters')
-  encoder = traverse_util.flatten_dict(state.params['encoder'], sep='/')
-  for path, value in final(run, config)[1].items():
-    np.testing.assert_array_equal(encoder[path], value)
+  config.model.init_from, config.model.image_size = str(whole), 64
+  state = initial.make(make_program(config, 1, 1), clusters=whole / 'clusters')
+  jax.tree.map(
+    np.testing.assert_array_equal, state.params['encoder'], expected['ema']
+  )
   config.model.variant = 'Nano/16'
-  with pytest.raises(
-    errors.UserError, match='its width is 16.*set model.variant'
-  ):
-    initial.make(program(config, 1, 1), clusters=run / 'clusters')
+  with pytest.raises(errors.UserError, match='its width is 16.*model.variant'):
+    initial.make(make_program(config, 1, 1), clusters=whole / 'clusters')
