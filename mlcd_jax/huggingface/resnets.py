@@ -1,7 +1,10 @@
 """A ResNet as the `ResNetModel` of transformers, which has no projection."""
 
+from collections.abc import Iterable
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from mlcd_jax.models import resnet
 
@@ -39,6 +42,15 @@ def tensors(model: resnet.ResNet) -> Iterator[tuple[str, str, str]]:
     tensor = theirs.format('normalization')
     for name, their_name in _NORM.items():
       yield f'{norm}/{name}', f'{tensor}.{their_name}', 'same'
+
+
+def counters(names: Iterable[str]) -> dict[str, np.ndarray]:
+  """PyTorch's counts of batches, which its averages do not need, as zero."""
+  return {
+    name.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64)
+    for name in names
+    if name.endswith('running_mean')
+  }
 
 
 def _layers(model: resnet.ResNet) -> Iterator[tuple[str, str]]:

@@ -393,6 +393,8 @@ def write(
       prefix = prefixes.get(family, _PREFIXES[0])
       prefix = '' if part.name == PROJECTION else prefix
       tensors[prefix + part.name] = part.to_theirs(piece)
+  if family == 'resnet':
+    tensors |= resnets.counters(tensors)
   if family == 'timm' and 'projection/kernel' in table:
     # Its heads have a bias.
     tensors['head.bias'] = np.zeros(flat['projection/kernel'].shape[1], 'f4')
