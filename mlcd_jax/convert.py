@@ -20,6 +20,7 @@ import numpy as np
 
 from mlcd_jax import cli
 from mlcd_jax import errors
+from mlcd_jax import models
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import layouts
@@ -109,7 +110,7 @@ def stream_huggingface(
   return model, tensors.stream(reader, table, shapes(model), folder)
 
 
-def abstract_params(model: vit.ViT) -> dict[str, Any]:
+def abstract_params(model: models.Encoder) -> dict[str, Any]:
   """Shapes and types of a model's parameters, without making any."""
   side = model.image_size
   return jax.eval_shape(
@@ -119,7 +120,7 @@ def abstract_params(model: vit.ViT) -> dict[str, Any]:
   )['params']
 
 
-def shapes(model: vit.ViT) -> dict[str, tuple[int, ...]]:
+def shapes(model: models.Encoder) -> dict[str, tuple[int, ...]]:
   """The shape of every parameter by path."""
   flat = flax.traverse_util.flatten_dict(abstract_params(model), sep='/')
   return {path: x.shape for path, x in flat.items()}

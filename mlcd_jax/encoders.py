@@ -25,6 +25,7 @@ from mlcd_jax.huggingface import layouts
 from mlcd_jax.huggingface import open_clip
 from mlcd_jax.huggingface import preprocessing
 from mlcd_jax.huggingface import tensors
+from mlcd_jax.models import resnet
 from mlcd_jax.models import vit
 
 _MODEL = 'model.json'
@@ -34,7 +35,7 @@ _CENTERS = ('params', 'classifier', 'weight')  # In the train state.
 
 def load(
   path: str, field: str
-) -> tuple[vit.ViT, dict[str, Any], pathlib.Path | None]:
+) -> tuple[models.Encoder, dict[str, Any], pathlib.Path | None]:
   """Loads an encoder from wherever it is.
 
   Args:
@@ -90,7 +91,7 @@ def save(
 
 def from_run(
   workdir: pathlib.Path, *, classifier: bool = False
-) -> tuple[vit.ViT, dict[str, Any], dict[str, Any]]:
+) -> tuple[models.Encoder, dict[str, Any], dict[str, Any]]:
   """Reads a checkpoint's encoder, without the rest of the state.
 
   Args:
@@ -141,8 +142,8 @@ def export(
   """Writes a run's or an imported encoder for others to load.
 
   For `transformers` a class token and a table of positions make a
-  CLIPVisionModelWithProjection, rotary positions an MLCDVisionModel, which has
-  no projection.
+  CLIPVisionModelWithProjection, rotary positions an MLCDVisionModel, a ResNet a
+  ResNetModel; the last two have no projection.
 
   Args:
     workdir: of the run, or a folder of `convert import`.
@@ -165,7 +166,7 @@ def export(
 
 def to_huggingface(
   folder: pathlib.Path,
-  model: vit.ViT,
+  model: models.Encoder,
   variables: Mapping[str, Any],
   *,
   said: str = '',
@@ -175,7 +176,8 @@ def to_huggingface(
 
   Args:
     folder: new, or empty.
-    model: with a class token and the norm before the blocks.
+    model: a ViT with a class token and the norm before the blocks, or a
+      ResNet.
     variables: of the model.
     said: about its origin, for the model card.
     layout: one of open_clip.LAYOUTS.
@@ -209,7 +211,7 @@ def to_huggingface(
 
 
 def _card(
-  layout: str, model: vit.ViT, jsons: Mapping[str, Any], said: str
+  layout: str, model: models.Encoder, jsons: Mapping[str, Any], said: str
 ) -> str:
   """The model card."""
   code = _USE[layout]
@@ -217,8 +219,11 @@ def _card(
     name = jsons['config.json']['architectures'][0]
     features = 'image_embeds' if 'Proj' in name else 'pooler_output'
     code = code.format(class_name=name, features=features)
+  pooled = 'the class token\nafter the last norm, before the projection'
+  if isinstance(model, resnet.ResNet):
+    pooled = 'the mean of\nthe last map'
   return _CARD.format(
-    library=layout, code=code, size=model.image_size, said=said
+    library=layout, code=code, size=model.image_size, said=said, pooled=pooled
   )
 
 
@@ -234,8 +239,7 @@ A vision encoder made with mlcd_jax. {said}
 {code}
 ```
 
-Images are {size} x {size} pixels. What linear probes use is the class token
-after the last norm, before the projection.
+Images are {size} x {size} pixels. What linear probes use is {pooled}.
 """
 
 _USE = {

@@ -12,6 +12,7 @@ import ml_collections
 
 from mlcd_jax import models
 from mlcd_jax import sampling
+from mlcd_jax.models import resnet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,8 @@ def encoder_flops(config: ml_collections.ConfigDict) -> float:
     config: the `model` fields.
   """
   model = models.make(config)
+  if isinstance(model, resnet.ResNet):
+    return _resnet_flops(model)
   patches = (config.image_size // model.patch_size) ** 2
   tokens = patches + model.has_class_token
   width = model.width
@@ -72,6 +75,22 @@ def encoder_flops(config: ml_collections.ConfigDict) -> float:
   block = 2 * tokens * products + 4 * tokens**2 * width
   embed = 2 * patches * 3 * model.patch_size**2 * width
   return model.depth * block + embed + 2 * width * config.embedding_dim
+
+
+def _resnet_flops(model: resnet.ResNet) -> float:
+  """The same of convolutions, whose maps are rounded up when they shrink."""
+  channels, side = model.width, -(-model.image_size // 2)
+  products = 7**2 * 3 * channels * side**2
+  side = -(-side // 2)
+  for width, stride in model.bottlenecks():
+    out = resnet.EXPANSION * width
+    products += channels * width * side**2
+    side = -(-side // stride)
+    products += (3**2 * width**2 + width * out) * side**2
+    if (channels, stride) != (out, 1):
+      products += channels * out * side**2
+    channels = out
+  return 2 * (products + channels * model.embedding_dim)
 
 
 def classifier_flops(

@@ -12,19 +12,21 @@ from mlcd_jax import classifier
 from mlcd_jax import encoders
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import models
 from mlcd_jax import sampling
 from mlcd_jax import train_step
 from mlcd_jax.models import positions
-from mlcd_jax.models import vit
 
 _log = logging.getLogger(__name__)
 
 _FIELD = 'model.init_from'
 
-# What must be alike in both models, and the field that sets it in ours.
+# What must be alike in both models, where one has it, and the field that sets
+# it in ours.
 _ALIKE = {
   'width': 'variant',
   'depth': 'variant',
+  'blocks': 'variant',
   'heads': 'variant',
   'mlp_dim': 'variant',
   'patch_size': 'variant',
@@ -74,16 +76,19 @@ def make(
 
 
 def _adapted(
-  model: vit.ViT, source: vit.ViT, loaded: dict[str, Any], params: Any
+  model: models.Encoder,
+  source: models.Encoder,
+  loaded: dict[str, Any],
+  params: Any,
 ) -> dict[str, Any]:
   """The encoder's parameters, with positions for its own size."""
-  if source.patch_bias:
+  if getattr(source, 'patch_bias', False):
     raise errors.UserError(
       f"{_FIELD}: SigLIP's and DINOv2's towers are embedders only; start from "
       "CLIP's or MLCD's, or from a run"
     )
   for name, field in _ALIKE.items():
-    ours, theirs = getattr(model, name), getattr(source, name)
+    ours, theirs = (getattr(m, name, None) for m in (model, source))
     if ours != theirs:
       raise errors.UserError(
         f'{_FIELD}: its {name} is {theirs!r}, this model '
@@ -92,7 +97,7 @@ def _adapted(
       )
   encoder = dict(loaded)
   fresh = params['encoder']
-  if model.position == 'learned':
+  if 'positions' in fresh:
     grid, own_grid = (
       (m.image_size // m.patch_size,) * 2 for m in (model, source)
     )

@@ -16,9 +16,9 @@ from mlcd_jax import errors
 SCHEDULES = ('cosine', 'polynomial', 'constant')
 HEAD_UPDATES = ('dense', 'sparse')
 
-# Gains, biases, positions and learned tokens are not decayed.
+# Gains, biases, positions, learned tokens and running averages are not decayed.
 _NOT_DECAYED = re.compile(
-  r'(bias|scale|positions?|class_token|registers|probe)$'
+  r'(bias|scale|mean|variance|positions?|class_token|registers|probe)$'
 )
 _CLASSIFIER = re.compile(r'(^|/)classifier/weight$')
 

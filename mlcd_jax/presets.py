@@ -153,8 +153,8 @@ def digits(config: ml_collections.ConfigDict) -> None:
 def _embedded(config: ml_collections.ConfigDict) -> None:
   """A few steps of the real model on digits: that it runs, not what it can."""
   digits(config)
-  patch = int(config.model.variant.partition('/')[2])
-  config.model.image_size = 2 * patch
+  patch = config.model.variant.partition('/')[2] or 32  # Of a ResNet's maps.
+  config.model.image_size = 2 * int(patch)
   config.model.dtype = 'float32'  # CPUs are slower in bfloat16.
   config.train.batch_size = 32
   config.train.steps = 30

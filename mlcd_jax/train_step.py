@@ -17,6 +17,7 @@ from mlcd_jax import classifier
 from mlcd_jax import models
 from mlcd_jax import optimizer
 from mlcd_jax import sharding
+from mlcd_jax.models import batch_norm
 
 # How much of a step's loss goes into the average that spikes are told by: the
 # last hundred steps or so.
@@ -29,7 +30,8 @@ class TrainState:
 
   Attributes:
     step: int32 scalar, steps taken.
-    params: {"encoder": ..., "classifier": {"weight"}}, float32.
+    params: {"encoder": ..., "classifier": {"weight"}}, float32; a ResNet's
+      encoder includes its running averages.
     opt_state: of optax.
     ema: moving average of params["encoder"]; {} without one.
     loss_average: of the steps taken, float32 scalar, infinite before the
@@ -156,11 +158,12 @@ class Program:
 
   def _step(self, state: TrainState, batch: dict[str, jax.Array]):
     batch = self._with_chosen_labels(batch, state.step)
-    loss, gradients = self._gradients(state, batch)
+    (loss, statistics), gradients = self._gradients(state, batch)
     updates, opt_state = self._optimizer.update(
       gradients, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
+    params['encoder'] = batch_norm.follow(params['encoder'], statistics)
     metrics = {
       'train/loss': loss,
       'train/gradient_norm': optax.tree.norm(gradients),
@@ -204,13 +207,17 @@ class Program:
     return batch | {'labels': labels_BP, 'weight': weight_B}
 
   def _gradients(self, state, batch):
-    """The loss and its gradients, over train.accumulate_steps parts."""
+    """((loss, statistics), gradients), over train.accumulate_steps parts.
+
+    The statistics are the mean of the parts', each normalised by its own.
+    """
     total = jnp.maximum(jnp.sum(batch['weight']), 1)
-    gradients = jax.value_and_grad(
-      lambda params, part, i: (
-        self._loss_sum(params, part, state.step, i) / total
-      )
-    )
+
+    def mean_loss(params, part, i):
+      loss, statistics = self._loss_sum(params, part, state.step, i)
+      return loss / total, statistics
+
+    gradients = jax.value_and_grad(mean_loss, has_aux=True)
     parts = self.config.train.accumulate_steps
     if parts == 1:
       return gradients(state.params, batch, 0)
@@ -219,26 +226,30 @@ class Program:
       return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
     def add(carry, part):
-      carry = jax.tree.map(jnp.add, carry, gradients(state.params, *part))
-      return (carry[0], self._as_params(carry[1])), None
+      (loss, statistics), new = gradients(state.params, *part)
+      carry = jax.tree.map(jnp.add, carry, (loss, new))
+      return (carry[0], self._as_params(carry[1])), statistics
 
     zeros = self._as_params(jax.tree.map(jnp.zeros_like, state.params))
-    return lax.scan(
+    (loss, summed), statistics = lax.scan(
       add,
       (jnp.zeros(()), zeros),
       (jax.tree.map(split, batch), jnp.arange(parts)),
-    )[0]
+    )
+    return (loss, jax.tree.map(lambda x: x.mean(0), statistics)), summed
 
   def _as_params(self, tree):
     return lax.with_sharding_constraint(tree, self._shardings.params)
 
   def _loss_sum(self, params, batch, step, part):
-    """The weighted sum of the images' losses."""
+    """The weighted sum of the images' losses; statistics of their maps."""
     key = jax.random.fold_in(self._key(4), step)
-    out = self.model.apply(
+    out, seen = self.model.apply(
       {'params': params['encoder']},
       batch['image'],
+      weight_B=batch['weight'],
       drop_path_key=jax.random.fold_in(key, part),
+      mutable=batch_norm.STATISTICS,
     )
     loss_B = classifier.loss(
       params['classifier']['weight'],
@@ -251,7 +262,8 @@ class Program:
       key=jax.random.fold_in(self._key(2), step),
       mesh=self.mesh,
     )
-    return jnp.sum(loss_B * batch['weight'])
+    loss = jnp.sum(loss_B * batch['weight'])
+    return loss, seen.get(batch_norm.STATISTICS, {})
 
   def _average(self, state, encoder):
     decay = self.config.train.ema_decay

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from mlcd_jax import config as config_lib
 from mlcd_jax import hardware
 from mlcd_jax import hlo
 from mlcd_jax import plan
@@ -53,6 +54,14 @@ def test_flops_of_known_models():
     config = presets.make('laion400m', variant=variant, embedding_dim=dim)
     found = hardware.encoder_flops(config.model) / 2e9
     assert found == pytest.approx(giga, rel=0.02)
+
+
+def test_flops_of_a_resnet():
+  config = config_lib.default().model
+  config.update(variant='resnet50', pooling='average', image_size=224)
+  config.embedding_dim = 1_000  # torchvision's head; its table has 4.09.
+  found = hardware.encoder_flops(config) / 2e9
+  assert found == pytest.approx(4.09, abs=0.005)
 
 
 def test_classifier_is_a_small_part_of_the_step():

@@ -18,7 +18,7 @@ def patch_features(model: Any, params: Any, images: np.ndarray) -> np.ndarray:
   Class token and registers are left out; positions are interpolated.
 
   Args:
-    model: a vit.ViT.
+    model: an encoder; the patches of a ResNet are its last map's positions.
     params: of the model.
     images: uint8 [B, H, W, 3], both sides multiples of the patch size.
 
@@ -66,7 +66,7 @@ def pca_picture(
   """Returns a PNG with the images above their principal components.
 
   Args:
-    model: a vit.ViT.
+    model: see `patch_features`.
     params: of the model.
     images: uint8 [B, H, W, 3], both sides multiples of the patch size.
     scale: pixels of the picture a pixel of an image.

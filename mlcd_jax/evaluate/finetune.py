@@ -2,7 +2,8 @@
 
 AdamW on the cross-entropy of a linear head on the pooled features; a layer's
 learning rate is that of the layer above times evaluate.finetune_layer_decay
-(BEiT: Bao et al. 2021, appendix; MAE: He et al. 2021, A.1).
+(BEiT: Bao et al. 2021, appendix; MAE: He et al. 2021, A.1). A ResNet's running
+averages stay as they are.
 """
 
 import re
@@ -25,6 +26,9 @@ from mlcd_jax.evaluate import statistics
 _WEIGHT_DECAY = 0.05
 _WARMUP = 0.1  # Of the steps.
 _BLOCK = re.compile(r'encoder/block_(\d+)/')
+_FIRST = re.compile(
+  r'encoder/(patches|positions|class_|registers|pre_norm|stem)'
+)
 
 
 def run(
@@ -58,7 +62,7 @@ def layer_scales(params, depth: int, decay: float):
     params: {'encoder': ..., 'head': ...}.
     depth: blocks of the encoder.
     decay: d. Head, last norm and pooling have 1, block i of n has d^(n - i),
-      patches, positions and tokens d^(n + 1).
+      patches, positions and tokens, or the stem, d^(n + 1).
   """
 
   def scale(path, _):
@@ -66,7 +70,7 @@ def layer_scales(params, depth: int, decay: float):
     block = _BLOCK.search(name)
     if block:
       return decay ** (depth - int(block[1]))
-    if re.match(r'encoder/(patches|positions|class_|registers|pre_norm)', name):
+    if _FIRST.match(name):
       return decay ** (depth + 1)
     return 1.0
 

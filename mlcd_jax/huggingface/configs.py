@@ -8,7 +8,10 @@ import jax.numpy as jnp
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import models
 from mlcd_jax.huggingface import open_clip
+from mlcd_jax.huggingface import resnets
+from mlcd_jax.models import resnet
 from mlcd_jax.models import vit
 
 ACTIVATIONS = {
@@ -226,12 +229,14 @@ def to_model(
   )
 
 
-def from_model(model: vit.ViT) -> tuple[str, dict[str, Any]]:
+def from_model(model: models.Encoder) -> tuple[str, dict[str, Any]]:
   """Returns the family and config.json of a model.
 
   Raises:
     UserError: no class of `transformers` is such a model.
   """
+  if isinstance(model, resnet.ResNet):
+    return 'resnet', resnets.to_config(model)
   family = 'mlcd' if model.position == 'rope2d' else 'clip'
   for field, value in _OF_FAMILY[family].items():
     if getattr(model, field) != value:

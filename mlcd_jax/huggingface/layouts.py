@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mlcd_jax import models
+from mlcd_jax.huggingface import resnets
 from mlcd_jax.models import text as text_lib
 from mlcd_jax.models import vit
 
@@ -55,8 +57,14 @@ class Part:
     )
 
 
-def of_images(family: str, model: vit.ViT) -> dict[str, tuple[Part, ...]]:
+def of_images(
+  family: str, model: models.Encoder
+) -> dict[str, tuple[Part, ...]]:
   """Every parameter's path and the tensors it is made of."""
+  if family == 'resnet':
+    return {
+      path: (Part(name, kind),) for path, name, kind in resnets.tensors(model)
+    }
   if family in _FUSED:
     return dict(_fused(_FUSED[family], model))
   table = dict(_dinov2(model) if family == 'dinov2' else _clip(family, model))

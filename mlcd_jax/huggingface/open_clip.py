@@ -135,6 +135,10 @@ def to_timm(model: vit.ViT) -> dict[str, Any]:
 
 def _check(model: vit.ViT, name: str) -> None:
   """Raises UserError for what is no tower of CLIP's."""
+  if not isinstance(model, vit.ViT):
+    raise errors.UserError(
+      f'--layout: {name} is written for ViTs only; use --layout=transformers'
+    )
   for field, values in {
     'pooling': ('class_token',),
     'position': ('learned',),

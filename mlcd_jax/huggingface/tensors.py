@@ -15,6 +15,7 @@ import safetensors
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax.huggingface import layouts
+from mlcd_jax.huggingface import resnets
 
 # Prefixes of the tower inside of larger models.
 _PREFIXES = ('vision_model.', 'dinov2.', 'dinov2_with_registers.', 'visual.')
@@ -157,8 +158,8 @@ def write(
   table: Mapping[str, tuple[layouts.Part, ...]],
   params: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-  """The reverse of `read`: tensors by name, for CLIP's and MLCD's towers."""
-  prefixes = {'open_clip': OPEN_CLIP_PREFIX, 'timm': ''}
+  """The reverse of `read`: tensors by name, for what can be exported."""
+  prefixes = {'open_clip': OPEN_CLIP_PREFIX, 'timm': '', 'resnet': ''}
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   tensors = {}
   for path, parts in table.items():
@@ -170,6 +171,8 @@ def write(
       prefix = prefixes.get(family, _PREFIXES[0])
       prefix = '' if part.name == layouts.PROJECTION else prefix
       tensors[prefix + part.name] = part.to_theirs(piece)
+  if family == 'resnet':
+    tensors |= resnets.counters(tensors)
   if family == 'timm' and 'projection/kernel' in table:
     # Its heads have a bias.
     tensors['head.bias'] = np.zeros(flat['projection/kernel'].shape[1], 'f4')

@@ -4,21 +4,36 @@ import jax.numpy as jnp
 import ml_collections
 
 from mlcd_jax import errors
+from mlcd_jax.models import resnet
 from mlcd_jax.models import vit
 
+Encoder = vit.ViT | resnet.ResNet
 
-def make(config: ml_collections.ConfigDict) -> vit.ViT:
+# Fields that a ResNet has no use for, and what they must be.
+_OF_VITS = {
+  'pooling': 'average',
+  'position': 'learned',
+  'activation': 'gelu',
+  'scan_layers': False,
+  'drop_path': 0.0,
+}
+
+
+def make(config: ml_collections.ConfigDict) -> Encoder:
   """Makes the encoder that the `model` fields describe.
 
   Raises:
-    UserError: unknown variant, or an image size its patches do not divide.
+    UserError: unknown variant, an image size its patches do not divide, or
+      fields that it does not have.
   """
+  if config.variant in resnet.VARIANTS:
+    return _resnet(config)
   name, _, patch = config.variant.partition('/')
   if name not in vit.VARIANTS or not patch.isdigit() or int(patch) < 1:
-    known = ', '.join(vit.VARIANTS)
     raise errors.UserError(
       f'model.variant={config.variant!r}: needs SIZE/PATCH with one of the '
-      f'sizes {known}'
+      f'sizes {", ".join(vit.VARIANTS)}; or one of '
+      + ', '.join(resnet.VARIANTS)
     )
   if config.image_size % int(patch):
     raise errors.UserError(
@@ -45,3 +60,30 @@ def make(config: ml_collections.ConfigDict) -> vit.ViT:
     scan_layers=config.scan_layers,
     drop_path=config.drop_path,
   )
+
+
+def _resnet(config: ml_collections.ConfigDict) -> resnet.ResNet:
+  for field, value in _OF_VITS.items():
+    if config[field] != value:
+      raise errors.UserError(
+        f'model.{field}={config[field]}: model.variant={config.variant} has '
+        f'only {value}'
+      )
+  if config.remat not in resnet.REMAT:
+    raise errors.UserError(
+      f'model.remat={config.remat}: model.variant={config.variant} has only '
+      + ' and '.join(resnet.REMAT)
+    )
+  model = resnet.ResNet(
+    **resnet.VARIANTS[config.variant],
+    embedding_dim=config.embedding_dim,
+    dtype=jnp.dtype(config.dtype),
+    image_size=config.image_size,
+    remat=config.remat,
+  )
+  if config.image_size % model.patch_size:
+    raise errors.UserError(
+      f'model.image_size={config.image_size} is not divisible by '
+      f'{model.patch_size}, by which model.variant={config.variant} shrinks it'
+    )
+  return model

@@ -189,6 +189,34 @@ def mlp(
   return Dense(x_BLD.shape[-1], dtype, name='mlp_out')(y_BLF)
 
 
+def projection(width: int, features: int, dtype: jnp.dtype) -> Dense:
+  """The linear layer from pooled features to the embedding."""
+  return Dense(
+    features,
+    dtype,
+    use_bias=False,
+    kernel_init=nn.initializers.normal(width**-0.5),
+    name='projection',
+  )
+
+
+def normalise(
+  images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+  """Images uint8 [B, H, W, 3] to float32; floats are so already.
+
+  Args:
+    images: RGB.
+    mean: of RGB in 0 .. 1, subtracted.
+    std: of RGB in 0 .. 1, divided by.
+  """
+  if jnp.issubdtype(images.dtype, jnp.floating):
+    return images.astype(jnp.float32)
+  mean, std = jnp.asarray(mean), jnp.asarray(std)
+  scaled = images.astype(jnp.float32) / 255
+  return (scaled - mean[None, None, None]) / std[None, None, None]
+
+
 def norm(epsilon: float, name: str) -> nn.LayerNorm:
   """A LayerNorm in float32."""
   return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)

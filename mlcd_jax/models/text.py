@@ -76,11 +76,6 @@ class TextTower(nn.Module):
     pooled_BD = x_BLD[jnp.arange(len(x_BLD)), end_B]
     embedding = pooled_BD
     if self.embedding_dim:
-      embedding = layers.Dense(
-        self.embedding_dim,
-        self.dtype,
-        use_bias=False,
-        kernel_init=nn.initializers.normal(self.width**-0.5),
-        name='projection',
-      )(pooled_BD)
+      project = layers.projection(self.width, self.embedding_dim, self.dtype)
+      embedding = project(pooled_BD)
     return {'tokens': x_BLD, 'pooled': pooled_BD, 'embedding': embedding}

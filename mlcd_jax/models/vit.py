@@ -97,12 +97,17 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, images: jax.Array, *, drop_path_key: jax.Array | None = None
+    self,
+    images: jax.Array,
+    *,
+    weight_B: jax.Array | None = None,
+    drop_path_key: jax.Array | None = None,
   ) -> dict[str, jax.Array]:
     """Encodes images.
 
     Args:
       images: uint8 [B, H, W, 3], or floats that are normalised already.
+      weight_B: for ResNets; here no image depends on the others.
       drop_path_key: in training, which images skip which blocks.
 
     Returns:
@@ -110,10 +115,11 @@ class ViT(nn.Module):
       pooled [B, D] and embedding [B, embedding_dim], all float32; what linear
       probes use is `pooled`.
     """
+    del weight_B
     grid = tuple(side // self.patch_size for side in images.shape[1:3])
     x_BLD = layers.Patches(
       self.width, self.patch_size, self.dtype, self.patch_bias, name='patches'
-    )(self._normalise(images))
+    )(layers.normalise(images, self.mean, self.std))
     x_BLD = self._add_tokens(x_BLD, grid)
     if self.pre_norm:
       x_BLD = layers.norm(self.norm_epsilon, 'pre_norm')(x_BLD)
@@ -121,13 +127,8 @@ class ViT(nn.Module):
     x_BLD = layers.norm(self.norm_epsilon, 'post_norm')(hidden_BLD)
     pooled_BD = embedding = self._pool(x_BLD)
     if self.embedding_dim:
-      embedding = layers.Dense(
-        self.embedding_dim,
-        self.dtype,
-        use_bias=False,
-        kernel_init=nn.initializers.normal(self.width**-0.5),
-        name='projection',
-      )(pooled_BD)
+      project = layers.projection(self.width, self.embedding_dim, self.dtype)
+      embedding = project(pooled_BD)
     return {
       'hidden': hidden_BLD,
       'tokens': x_BLD,
@@ -143,14 +144,6 @@ class ViT(nn.Module):
   def _num_positions(self, grid: tuple[int, int]) -> int:
     """Rows of the table for a grid of patches."""
     return self.has_class_token + grid[0] * grid[1]
-
-  def _normalise(self, images: jax.Array) -> jax.Array:
-    """uint8 to float32 with the mean and deviation."""
-    if jnp.issubdtype(images.dtype, jnp.floating):
-      return images.astype(jnp.float32)
-    mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
-    scaled = images.astype(jnp.float32) / 255
-    return (scaled - mean[None, None, None]) / std[None, None, None]
 
   def _add_tokens(self, x_BLD: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """Puts class token and registers before the patches; adds positions."""

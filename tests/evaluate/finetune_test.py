@@ -16,7 +16,8 @@ def test_layers_decay():
   block = {'kernel': 0}
   params = {
     'encoder': {
-      'patches': block, 'positions': 0, 'class_token': 0, 'block_00': block,
+      'patches': block, 'positions': 0, 'class_token': 0, 'stem_conv': 0,
+      'block_00': block,
       'block_01': block, 'post_norm': block,
     },
     'head': block,
@@ -25,7 +26,7 @@ def test_layers_decay():
   assert found['head']['kernel'] == found['encoder']['post_norm']['kernel'] == 1
   assert found['encoder']['block_01']['kernel'] == 0.5
   assert found['encoder']['block_00']['kernel'] == 0.25
-  for name in ('positions', 'class_token'):
+  for name in ('positions', 'class_token', 'stem_conv'):
     assert found['encoder'][name] == 0.125
 
 

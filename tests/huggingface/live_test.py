@@ -1,5 +1,6 @@
 """Parity with transformers itself, where it and torch are installed."""
 
+from flax import traverse_util
 import jax
 import numpy as np
 import oracles
@@ -9,6 +10,8 @@ from mlcd_jax import config as config_lib
 from mlcd_jax import convert
 from mlcd_jax import encoders
 from mlcd_jax import models
+from mlcd_jax.huggingface import tensors
+from mlcd_jax.models import resnet
 
 pytest.importorskip('torch', reason='torch is not installed')
 pytest.importorskip('transformers', reason='transformers is not installed')
@@ -84,6 +87,68 @@ def test_exported_folder_gives_the_same_features(position, tmp_path, capfd):
     assert error < 1e-5
   said = capfd.readouterr().err
   assert 'newly initialized' not in said and 'not used' not in said
+
+
+def test_exported_resnet_gives_the_same_features(tmp_path):
+  import torch
+  import transformers
+
+  config = config_lib.default().model
+  config.update(
+    variant='resnet_nano', image_size=32, pooling='average', dtype='float32'
+  )
+  model = models.make(config)
+  images = oracles.images((32, 32))
+  params = model.init(jax.random.key(0), images)['params']
+  leaves, tree = jax.tree.flatten(params)
+  rng = np.random.default_rng(0)
+  params = tree.unflatten([x + rng.uniform(0, 0.2, x.shape) for x in leaves])
+  encoders.to_huggingface(tmp_path, model, {'params': params})
+  theirs, loading = transformers.ResNetModel.from_pretrained(
+    tmp_path, output_loading_info=True
+  )
+  assert not any(
+    loading[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')
+  )
+  process = transformers.AutoImageProcessor.from_pretrained(
+    tmp_path, use_fast=False
+  )
+  pixels = process(list(images), return_tensors='pt')['pixel_values']
+  with torch.no_grad():
+    found = theirs.eval()(pixels).pooler_output.flatten(1).numpy()
+  expected = jax.jit(model.apply)({'params': params}, images)['pooled']
+  assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
+
+
+@pytest.mark.parametrize('name', ['deep', 'odd'])
+def test_resnets_of_other_sizes(name):
+  """Weights of transformers' own, at a size without whole positions."""
+  fields = {
+    'deep': dict(depths=[3, 2, 1], hidden_sizes=[16, 32, 64]),
+    'odd': dict(embedding_size=6, hidden_sizes=[24, 48]),
+  }[name]
+  theirs = oracles.make_resnet(seed=1, **fields)
+  ours = resnet.ResNet(
+    width=theirs.config.embedding_size,
+    blocks=tuple(theirs.config.depths),
+    embedding_dim=0,
+    dtype=np.float32,
+  )
+  pixels = np.random.default_rng(1).normal(size=(2, 45, 38, 3))
+  pixels = pixels.astype(np.float32)
+  shapes = jax.eval_shape(ours.init, jax.random.key(0), pixels)['params']
+  shapes = traverse_util.flatten_dict(shapes, sep='/')
+  state = theirs.state_dict()
+  params = {
+    path: part.to_ours(state[part.name].numpy(), shapes[path].shape)
+    for path, (part,) in tensors.layout('resnet', ours).items()
+  }
+  out = jax.jit(ours.apply)(
+    {'params': traverse_util.unflatten_dict(params, sep='/')}, pixels
+  )
+  expected = oracles.outputs_resnet(theirs, pixels, training=False)
+  for key, value in expected.items():
+    assert np.abs(out[key] - value).max() / np.abs(value).max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,37 @@ def outputs(name: str, model, images: np.ndarray) -> dict[str, np.ndarray]:
   return {k: v.numpy() for k, v in found.items()}
 
 
+RESNET = dict(embedding_size=4, hidden_sizes=[16, 32], depths=[2, 1])
+
+
+def make_resnet(seed: int = 0, **fields):
+  """A ResNetModel with random weights and running averages."""
+  import torch
+  import transformers
+
+  torch.manual_seed(seed)
+  model = transformers.ResNetModel(
+    transformers.ResNetConfig(**(RESNET | fields))
+  ).eval()
+  for tensor in model.state_dict().values():
+    if tensor.is_floating_point():
+      tensor.add_(0.2 * torch.rand_like(tensor))
+  return model
+
+
+def outputs_resnet(model, pixels: np.ndarray, *, training: bool):
+  """The last map [B, L, D] and pooled [B, D] of floats [B, H, W, 3]."""
+  import torch
+
+  with torch.no_grad():
+    out = model.train(training)(torch.tensor(pixels.transpose(0, 3, 1, 2)))
+  last = out.last_hidden_state.flatten(2).transpose(1, 2)
+  return {
+    'hidden': last.numpy(),
+    'pooled': out.pooler_output.flatten(1).numpy(),
+  }
+
+
 def images(size: tuple[int, int], seed: int = 0) -> np.ndarray:
   """Random uint8 images."""
   rng = np.random.default_rng(seed)
@@ -216,6 +247,20 @@ def processor(name: str):
   return getattr(transformers, class_name)(**fields)
 
 
+def write_resnet(folder: pathlib.Path) -> None:
+  """What a ResNet makes of pixels, and its averages after a training step."""
+  model = make_resnet()
+  pixels = np.random.default_rng(0).normal(size=(3, 18, 21, 3))
+  golden = {'pixels': pixels.astype(np.float32)}
+  for case, training in (('before', False), ('after', True)):
+    out = outputs_resnet(model, golden['pixels'], training=training)
+    golden |= {f'{case}/{key}': value for key, value in out.items()}
+    for key, value in model.state_dict().items():
+      golden[f'{case}/{key}'] = value.numpy().copy()
+  folder.mkdir()
+  np.savez_compressed(folder / 'golden.npz', **golden)
+
+
 def main() -> None:
   """Writes the goldens anew."""
   shutil.rmtree(GOLDENS, ignore_errors=True)
@@ -236,6 +281,7 @@ def main() -> None:
     for key, value in outputs_open_clip(model, golden[f'{i}/images']).items():
       golden[f'{i}/{key}'] = value
   np.savez_compressed(GOLDENS / 'open_clip/golden.npz', **golden)
+  write_resnet(GOLDENS / 'resnet')
   for name in PROCESSORS:
     folder = GOLDENS / f'preprocessing_{name}'
     process = processor(name)
