@@ -10,7 +10,7 @@ from mlcd_jax import config as config_lib
 from mlcd_jax import convert
 from mlcd_jax import encoders
 from mlcd_jax import models
-from mlcd_jax.huggingface import tensors
+from mlcd_jax.huggingface import layouts
 from mlcd_jax.models import resnet
 
 pytest.importorskip('torch', reason='torch is not installed')
@@ -141,7 +141,7 @@ def test_resnets_of_other_sizes(name):
   state = theirs.state_dict()
   params = {
     path: part.to_ours(state[part.name].numpy(), shapes[path].shape)
-    for path, (part,) in tensors.layout('resnet', ours).items()
+    for path, (part,) in layouts.of_images('resnet', ours).items()
   }
   out = jax.jit(ours.apply)(
     {'params': traverse_util.unflatten_dict(params, sep='/')}, pixels

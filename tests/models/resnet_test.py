@@ -17,7 +17,7 @@ from mlcd_jax import convert
 from mlcd_jax import errors
 from mlcd_jax import models
 from mlcd_jax import optimizer
-from mlcd_jax.huggingface import tensors
+from mlcd_jax.huggingface import layouts
 from mlcd_jax.models import batch_norm
 from mlcd_jax.models import resnet
 
@@ -53,7 +53,7 @@ def recorded(prefix):
       path: part.to_ours(
         GOLDEN[f'{prefix}/{part.name}'], flatten(shapes)[path].shape
       )
-      for path, (part,) in tensors.layout('resnet', SMALL).items()
+      for path, (part,) in layouts.of_images('resnet', SMALL).items()
     },
     sep='/',
   )
