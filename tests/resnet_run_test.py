@@ -71,6 +71,7 @@ def averages(encoder):
   }
 
 
+@pytest.mark.slow
 def test_averages_are_of_the_whole_batch_and_survive_a_stop(config, tmp_path):
   alone, program = make_program(config, 1, 1), make_program(config, 2, 4)
   start = jax.device_get(alone.init())
