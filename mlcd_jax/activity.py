@@ -42,11 +42,10 @@ class Activity:
   """What the points' last labels say about where labels can change.
 
   Attributes:
-    labels: int32 [N] of the last pass; empty before the first.
+    labels: int32 [N] of the last pass.
     scores: float32 [N], the points' scores then.
     moved: bool [K], centers that moved since.
-    basis: float32 [D, P], the leading dimensions, if any are in use.
-    width: dimensions that are scored; 0 = all.
+    width: leading dimensions that are scored; 0 = all.
   """
 
   def __init__(
@@ -74,48 +73,60 @@ class Activity:
     self._chunks = chunks
     self._score_dtype = score_dtype
     self._sample = sample
-    self._labels, self._scores, self._leading = [], [], {}
+    num_points = chunks.rows_of(len(chunks) - 1)[1]
+    self._labels = self._on_devices(np.zeros(num_points, np.int32))
+    self._scores = self._on_devices(np.zeros(num_points, np.float32))
+    self._leading = {}
     self.moved = np.ones(num_centers, bool)
-    self.basis = np.zeros((0, 0), np.float32)
     self.width = 0
+    self._iteration = 0
     self._size = 0
-    self._must_choose = screens
+    # Whether to choose a width before the first pass, and after the next one.
+    self._chooses_first = self._chooses_next = screens
 
   @property
   def labels(self) -> np.ndarray:
     """int32 [N]."""
-    return self._on_host(self._labels, np.int32)
+    return self._on_host(self._labels)
 
   @property
   def scores(self) -> np.ndarray:
     """float32 [N]."""
-    return self._on_host(self._scores, np.float32)
+    return self._on_host(self._scores)
 
   def state(self) -> dict[str, Any]:
     """The attributes by name, to go on from."""
-    names = ('labels', 'scores', 'moved', 'basis', 'width')
+    names = ('labels', 'scores', 'moved', 'width')
     return {name: getattr(self, name) for name in names}
 
   def restore(self, state: Any) -> None:
-    """Goes on from an object with these attributes, if it has labels."""
+    """Goes on from an object with these attributes and its objective."""
     if len(state.labels):
       self._labels = self._on_devices(state.labels)
       self._scores = self._on_devices(state.scores)
-      self.moved, self.basis = state.moved, state.basis
-      self.width = state.width
-      # Labels of some chunks: the first pass, after which a width is chosen.
-      if len(self._labels) == len(self._chunks):
-        self._must_choose = False
+      self.moved, self.width = state.moved, state.width
+      self._iteration = len(state.objective)
+      self._chooses_first = False
+      self._chooses_next &= not self._iteration
 
   def begin(self, c_KD: jax.Array) -> bool:
     """Before a pass: whether `add` serves it, not a plain one."""
+    if self._chooses_first:
+      self.width = self._sample.choose(
+        c_KD,
+        self._sample_labels(),
+        rows=screening.FIRST_ROWS,
+        wider_than=0,
+        max_loss=screening.MAX_FIRST_LOSS,
+      )
+      self._chooses_first = False
     self._size = self._choose_size()
     if self._size:
       prepare = screening.make_prepare(
         self._mesh, self._num_centers, self.width, self._score_dtype
       )
       mean = self._sample.mean
-      basis = self.basis if self.width else mean[:, None]
+      basis = self._sample.basis(self.width) if self.width else mean[:, None]
       self._centers = prepare(c_KD, mean, basis)
     return self._size > 0
 
@@ -144,27 +155,21 @@ class Activity:
 
   def keep(self, chunk: int, label_n: jax.Array, score_n: jax.Array) -> None:
     """Takes a chunk's labels and scores from a plain pass."""
-    if chunk == len(self._labels):
-      self._labels.append(label_n)
-      self._scores.append(score_n)
-    else:
-      self._labels[chunk], self._scores[chunk] = label_n, score_n
+    self._labels[chunk], self._scores[chunk] = label_n, score_n
 
   def check(self, c_KD: jax.Array) -> None:
     """Before the update: what screening cost a sample, in this pass."""
-    if self.width > 0 and self._size:
-      loss, best = self._sample.loss(
-        c_KD, self._num_centers, self._sample_labels()
-      )
-      wider = loss > screening.MAX_CHECKED_LOSS * best
-      _log.info(
-        'screening: %d dimensions, cosines of the sample %.1e low%s',
-        self.width,
-        loss,
-        '; more from here on' if wider else '',
-      )
-      if wider:
-        self._must_choose = True
+    if not self.width or not self._size:
+      return
+    loss, best = self._sample.loss(c_KD, self._sample_labels(), self._iteration)
+    wider = self._iteration > 0 and loss > screening.MAX_CHECKED_LOSS * best
+    _log.info(
+      'screening: %d dimensions, cosines of the sample %.1e low%s',
+      self.width,
+      loss,
+      '; more from here on' if wider else '',
+    )
+    self._chooses_next |= wider
 
   def finish(self, c_KD: jax.Array, shift: np.ndarray) -> None:
     """After the update: chooses the width where that is due.
@@ -173,21 +178,25 @@ class Activity:
       c_KD: the new centers.
       shift: [K], how far each moved.
     """
-    if self._must_choose:
-      self.width, self.basis = self._sample.choose(
+    before = self.width
+    if self._chooses_next:
+      self.width = self._sample.choose(
         c_KD,
-        self._num_centers,
         self._sample_labels(),
-        wider_than=self.width,
+        rows=screening.LATER_ROWS,
+        wider_than=before if self._iteration else 0,
+        max_loss=screening.MAX_LOSS,
       )
-      self._must_choose = False
+      self._chooses_next = False
+    if self.width != before:
       self._leading = {}
     self.moved = shift > (_SCREENED_SHIFT if self.width else 0)
+    if before and not self.width:  # Screened labels are not the best.
+      self.moved[:] = True
+    self._iteration += 1
 
   def _choose_size(self) -> int:
     """Centers that this pass looks at, padding included; 0 = a plain pass."""
-    if len(self._labels) < len(self._chunks):
-      return 0
     padded = nearest.padded_centers(self._num_centers, self._mesh)
     moved = int(self.moved.sum())
     for share in _SHARES:
@@ -206,8 +215,8 @@ class Activity:
       return x_nD
     if chunk in self._leading:
       return self._leading[chunk]
-    program = screening.make_project(self._mesh, self.width)
-    xs_nP = program(x_nD, self.basis)
+    program = screening.make_project(self._mesh, self._score_dtype)
+    xs_nP = program(x_nD, self._sample.basis(self.width))
     if self._chunks.held:
       self._leading[chunk] = xs_nP
     return xs_nP
@@ -215,9 +224,7 @@ class Activity:
   def _sample_labels(self) -> np.ndarray:
     return self.labels[self._sample.rows]
 
-  def _on_host(self, parts: Sequence[jax.Array], dtype) -> np.ndarray:
-    if not parts:
-      return np.zeros(0, dtype)
+  def _on_host(self, parts: Sequence[jax.Array]) -> np.ndarray:
     whole = np.concatenate([nearest.to_host(part) for part in parts])
     return whole[: self._chunks.rows_of(len(parts) - 1)[1]]
 
@@ -225,8 +232,6 @@ class Activity:
     found = []
     for i in range(len(self._chunks)):
       start, stop = self._chunks.rows_of(i)
-      if stop > len(values):
-        break
       padded = np.zeros(self._chunks.chunk, values.dtype)
       padded[: stop - start] = values[start:stop]
       found.append(
@@ -292,7 +297,7 @@ def _look_exactly(
   ids = jnp.where(jnp.arange(size) < num_moved, ids, ids[0])
   tile_rows, tile_centers = tile
   best_n, place_n = nearest.best_center(
-    cs_KD[ids], xs_nD, tile=(tile_rows, _divisor(size, tile_centers))
+    cs_KD[ids], xs_nD, tile=(tile_rows, nearest.divisor(size, tile_centers))
   )
   new_n = ids[place_n]
   own_moved_n = moved_K[label_n]
@@ -365,10 +370,3 @@ def _moved_first(moved_K, size):
   """Numbers of the centers that moved, then others; and how many moved."""
   ids = jnp.argsort(~moved_K, stable=True).astype(jnp.int32)
   return ids[:size], jnp.sum(moved_K)
-
-
-def _divisor(size: int, most: int) -> int:
-  """Centers of a tile when `size` of them are compared."""
-  return size if size <= most else next(
-    tile for tile in range(most, 0, -1) if not size % tile
-  )  # fmt: skip

@@ -51,8 +51,7 @@ class Fit(NamedTuple):
       what the next one knows of where labels can change.
     scores: float32 [N], of the points to their labels.
     moved: bool [K], the centers that the last update moved.
-    basis: float32 [D, P], the dimensions that are screened by.
-    width: P, 0 where nothing is screened.
+    width: leading dimensions that are screened by; 0 = nothing is screened.
   """
 
   centers: np.ndarray
@@ -65,7 +64,6 @@ class Fit(NamedTuple):
   labels: np.ndarray = np.zeros(0, np.int32)
   scores: np.ndarray = np.zeros(0, np.float32)
   moved: np.ndarray = np.zeros(0, bool)
-  basis: np.ndarray = np.zeros((0, 0), np.float32)
   width: int = 0
 
 
@@ -78,7 +76,7 @@ def fit(
   init: np.ndarray | None = None,
   tolerance: float = 0.0,
   mesh: Mesh | None = None,
-  score_dtype: jnp.dtype = jnp.bfloat16,
+  score_dtype: jnp.dtype | None = None,
   screening: str = 'auto',
   resume: Fit | None = None,
   save: Callable[[Fit], None] | None = None,
@@ -97,7 +95,8 @@ def fit(
     init: instead of `seed`, row numbers [K] or centers [K, D].
     tolerance: stop when the objective gains less than this share; 0 = never.
     mesh: all devices, points split over them, where not given.
-    score_dtype: of the products' operands; they accumulate in float32.
+    score_dtype: of the products' operands, which accumulate in float32; where
+      not given bfloat16, or float32 on CPUs that have no products of bfloat16.
     screening: 'auto' = on CPUs, score on leading dimensions where a sample
       shows that it costs the objective less than 1e-4 of it; 'off' = never.
     resume: what `save` got, to go on from with the same bits.
@@ -119,10 +118,10 @@ def fit(
     raise ValueError(
       f'{num_centers} centers need as many rows; there are {num_points}'
     )
-  score_dtype = jnp.dtype(score_dtype)
+  score_dtype = jnp.dtype(score_dtype or nearest.score_dtype(mesh))
   tile = nearest.tile_shape(mesh, num_centers)
   chunks = points.Points(embeddings, mesh, tile=tile[0], hold=True)
-  sample = screening_lib.Sample(embeddings, mesh)
+  sample = screening_lib.Sample(embeddings, mesh, num_centers, score_dtype)
   programs = _Programs(mesh, num_centers, score_dtype, sample.mean)
   done = resume
   if done is None:
@@ -138,7 +137,6 @@ def fit(
       score_dtype=score_dtype,
       screens=(
         screening == 'auto'
-        and score_dtype == jnp.bfloat16
         and screening_lib.pays(*embeddings.shape, num_centers)
       ),
     )

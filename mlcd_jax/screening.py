@@ -1,8 +1,8 @@
 """Scores on leading dimensions, and the width at which they are good enough.
 
-The leading dimensions are those of the centers: what separates centers is what
-a score must see. Shapes: K centers, D dimensions, P leading dimensions, T
-points a tile, S sampled points.
+The leading dimensions are those of a sample of the points, on which their
+scores with any centers depend most. Shapes: K centers, D dimensions, P leading
+dimensions, T points a tile, S sampled points, B buckets of centers.
 """
 
 import functools
@@ -24,13 +24,19 @@ _log = logging.getLogger(__name__)
 _WIDTHS = (96, 128, 160, 256, 384)
 
 # What a width may cost the mean cosine of a sample when it is chosen, and as a
-# share of the objective before a wider one is taken.
-_MAX_LOSS = 5e-5
+# share of the objective before a wider one is taken. Labels of the first pass
+# only make better centers of random rows: losing more there changed no
+# objective by 1e-4 (docs/clustering.md).
+MAX_LOSS = 5e-5
+MAX_FIRST_LOSS = 1e-3
 MAX_CHECKED_LOSS = 1e-4
 
-# Sampled rows to choose by, and the first of them to check by.
+# Sampled rows: for the dimensions; to choose a width by before the first pass
+# and later; to check a pass by.
 _SAMPLE_ROWS = 2_048
-_CHECKED_ROWS = 512
+FIRST_ROWS = 512
+LATER_ROWS = 1_024
+_CHECKED_ROWS = 256
 
 # Below these a pass is too short for screening to gain.
 _MIN_CENTERS = 512
@@ -42,9 +48,10 @@ NUM_BUCKETS = 64
 NUM_ALL = 4
 NUM_MOVED = 2
 
-# Centers whose leading dimensions are taken, and spare ones that make those
-# more exact.
-_BASIS_ROWS = 2_048
+# Centers of a tile.
+_TILE_CENTERS = 4_096
+
+# Spare directions make the leading ones more exact.
 _SPARE = 32
 
 
@@ -57,7 +64,7 @@ def pays(num_rows: int, dim: int, num_centers: int) -> bool:
 
 def tile_rows(num_centers: int) -> int:
   """Points of a tile: 2 MB of scores stay in the cache."""
-  rows = max(8, min(256, 2**19 // num_centers))
+  rows = min(256, 2**19 // min(num_centers, _TILE_CENTERS))
   return 1 << (rows.bit_length() - 1)
 
 
@@ -74,7 +81,13 @@ class Sample:
     mean: float32 [D], about theirs.
   """
 
-  def __init__(self, embeddings: points.Rows, mesh: Mesh):
+  def __init__(
+    self,
+    embeddings: points.Rows,
+    mesh: Mesh,
+    num_centers: int,
+    score_dtype: jnp.dtype,
+  ):
     """Reads a sample of the rows [N, D]."""
     count = min(_SAMPLE_ROWS, embeddings.shape[0])
     self.rows = np.linspace(0, embeddings.shape[0] - 1, count).astype(int)
@@ -82,63 +95,70 @@ class Sample:
     # Rounded, so that it does not depend on the order of a sum.
     usable = max(1, self._values.any(axis=1).sum())
     self.mean = np.round(self._values.sum(axis=0) / usable, 3)
-    self._mesh = mesh
+    self._prepare = functools.partial(
+      make_prepare, mesh, num_centers, score_dtype=score_dtype
+    )
+    self._bases = {}
+
+  def basis(self, width: int) -> np.ndarray:
+    """The leading dimensions, float32 [D, width], the first ones first."""
+    most = 160 if width <= 160 else _WIDTHS[-1]
+    if most not in self._bases:
+      self._bases[most] = np.asarray(_leading(self._values, self.mean, most))
+    return self._bases[most][:, :width]
 
   def choose(
     self,
     c_KD: jax.Array,
-    num_centers: int,
     labels_S: np.ndarray,
     *,
+    rows: int,
     wider_than: int,
-  ) -> tuple[int, np.ndarray]:
-    """The smallest width that is good enough, and its dimensions.
+    max_loss: float,
+  ) -> int:
+    """The smallest width that is good enough, 0 if all dimensions are needed.
 
     Args:
-      c_KD: centers after a plain pass, padded.
-      num_centers: K.
-      labels_S: of the sample in that pass.
+      c_KD: centers, padded.
+      labels_S: of the sample in the pass before.
+      rows: of the sample that are looked at.
       wider_than: a width that was not good enough.
-
-    Returns:
-      The width, 0 if all dimensions are needed; float32 [D, P], P the width.
+      max_loss: that the mean cosine may lose.
     """
-    prepare = functools.partial(make_prepare, self._mesh, num_centers)
-    whole = prepare(0, jnp.bfloat16)(c_KD, self.mean, self.mean[:, None])
-    best_S = _best_cosines(*whole, self._values, labels_S)
-    basis = np.zeros((len(self.mean), 0), np.float32)
+    few = slice(None, None, -(-len(self.rows) // rows))
+    values, labels = self._values[few], labels_S[few]
+    whole = self._whole(c_KD)
+    best_S = _best_cosines(*whole, values, labels)
     width = _next_width(wider_than, len(self.mean))
     while width:
-      if basis.shape[1] < width:
-        most = 160 if width <= 160 else _WIDTHS[-1]
-        basis = np.asarray(_leading(whole[0], self.mean, most, num_centers))
-      leading = basis[:, :width]
-      _, cs_KP = prepare(width, jnp.bfloat16)(c_KD, self.mean, leading)
-      found_S = _screened_cosines(
-        whole[0], cs_KP, self._values, leading, labels_S
-      )
+      basis = self.basis(width)
+      _, cs_KP = self._prepare(width)(c_KD, self.mean, basis)
+      found_S = _screened_cosines(whole[0], cs_KP, values, basis, labels)
       loss = float(jnp.mean(jnp.maximum(best_S - found_S, 0)))
       _log.info('screening: %d dimensions would cost %.1e', width, loss)
-      if loss < _MAX_LOSS:
-        return width, leading
+      if loss < max_loss:
+        return width
       width = _next_width(width, len(self.mean))
-    return 0, basis[:, :0]
+    return 0
 
   def loss(
-    self,
-    c_KD: jax.Array,
-    num_centers: int,
-    labels_S: np.ndarray,
+    self, c_KD: jax.Array, labels_S: np.ndarray, iteration: int
   ) -> tuple[float, float]:
-    """Mean cosine that labels lack to the best center's, and the latter."""
-    whole = make_prepare(self._mesh, num_centers, 0, jnp.bfloat16)(
-      c_KD, self.mean, self.mean[:, None]
-    )
-    few = slice(None, None, _SAMPLE_ROWS // _CHECKED_ROWS)
+    """Mean cosine that labels lack to the best center's, and the latter.
+
+    Every iteration looks at other rows of the sample.
+    """
+    step = -(-len(self.rows) // _CHECKED_ROWS)
+    few = slice(iteration % step, None, step)
     values, labels = self._values[few], labels_S[few]
+    whole = self._whole(c_KD)
     best_S = _best_cosines(*whole, values, labels)
     own_S = _own_cosines(whole[0], values, labels)
     return float(jnp.mean(best_S - own_S)), float(jnp.mean(best_S))
+
+  def _whole(self, c_KD):
+    """All centers, and without the mean as they are scored."""
+    return self._prepare(0)(c_KD, self.mean, self.mean[:, None])
 
 
 @functools.cache
@@ -157,7 +177,7 @@ def make_prepare(
     c_KD = lax.all_gather(c_kD, 'fsdp', tiled=True)
     cs_KP = c_KD - mean_D[None]
     if width:
-      return c_KD, (cs_KP @ basis_DP).astype(jnp.bfloat16)
+      cs_KP = cs_KP @ basis_DP
     return c_KD, cs_KP.astype(score_dtype)
 
   return jax.jit(
@@ -172,12 +192,11 @@ def make_prepare(
 
 
 @functools.cache
-def make_project(mesh: Mesh, width: int):
-  """Makes: points [n, D], dimensions -> bfloat16 [n, P]."""
-  del width  # The shape of the dimensions; a program for each.
+def make_project(mesh: Mesh, score_dtype: jnp.dtype):
+  """Makes: points [n, D], dimensions -> [n, P]."""
   return jax.jit(
     jax.shard_map(
-      lambda x_nD, basis_DP: (x_nD @ basis_DP).astype(jnp.bfloat16),
+      lambda x_nD, basis_DP: (x_nD @ basis_DP).astype(score_dtype),
       mesh=mesh,
       in_specs=(sharding.POINTS, sharding.REPLICATED),
       out_specs=sharding.POINTS,
@@ -187,13 +206,29 @@ def make_project(mesh: Mesh, width: int):
 
 def candidates(cs_KP: jax.Array, xs_TP: jax.Array, count: int) -> list:
   """Numbers [T] of `count` centers, each the best of its bucket."""
-  s_RBT = nearest.products(cs_KP, xs_TP).reshape(-1, NUM_BUCKETS, len(xs_TP))
-  # The row rides in the score's low bits, which bfloat16 operands leave
-  # without meaning: one maximum finds both.
-  mask = (1 << (s_RBT.shape[0] - 1).bit_length()) - 1
-  row_RBT = lax.broadcasted_iota(jnp.int32, s_RBT.shape, 0)
-  key_RBT = lax.bitcast_convert_type(s_RBT, jnp.int32) & ~mask | row_RBT
-  key_BT = jnp.max(lax.bitcast_convert_type(key_RBT, jnp.float32), axis=0)
+  num_rows = len(cs_KP) // NUM_BUCKETS
+  # The row rides in the score's low bits, which mean less than the dimensions
+  # that are left out: one maximum finds both.
+  mask = (1 << (num_rows - 1).bit_length()) - 1
+
+  def best(first_row, c_tP):
+    s_RBT = nearest.products(c_tP, xs_TP).reshape(-1, NUM_BUCKETS, len(xs_TP))
+    row_RBT = first_row + lax.broadcasted_iota(jnp.int32, s_RBT.shape, 0)
+    key_RBT = lax.bitcast_convert_type(s_RBT, jnp.int32) & ~mask | row_RBT
+    return jnp.max(lax.bitcast_convert_type(key_RBT, jnp.float32), axis=0)
+
+  tile = NUM_BUCKETS * nearest.divisor(num_rows, _TILE_CENTERS // NUM_BUCKETS)
+  if tile == len(cs_KP):
+    key_BT = best(0, cs_KP)
+  else:
+    key_BT, _ = lax.scan(
+      lambda key_BT, part: (jnp.maximum(key_BT, best(*part)), None),
+      jnp.full((NUM_BUCKETS, len(xs_TP)), -jnp.inf, jnp.float32),
+      (
+        jnp.arange(0, num_rows, tile // NUM_BUCKETS, dtype=jnp.int32),
+        cs_KP.reshape(-1, tile, cs_KP.shape[1]),
+      ),
+    )
   found = []
   for _ in range(count):
     key_T, bucket_T = nearest.first_max(key_BT)
@@ -244,35 +279,25 @@ def _best_cosines(c_KD, cs_KD, x_SD, label_S):
 @jax.jit
 def _screened_cosines(c_KD, cs_KP, x_SD, basis_DP, label_S):
   xs_SP = (x_SD @ basis_DP).astype(cs_KP.dtype)
-  rows = tile_rows(len(cs_KP))
-
-  def tile(part):
-    x_TD, xs_TP, label_T = part
-    found = candidates(cs_KP, xs_TP, NUM_ALL)
-    return rescore(x_TD, c_KD, [label_T, *found])[0]
-
-  parts = (x_SD, xs_SP, label_S)
-  return lax.map(
-    tile, tuple(a.reshape(-1, rows, *a.shape[1:]) for a in parts)
-  ).reshape(-1)
+  candidates_ = candidates(cs_KP, xs_SP, NUM_ALL)
+  return rescore(x_SD, c_KD, [label_S, *candidates_])[0]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _leading(c_KD, mean_D, width, num_centers):
-  """The leading directions [D, P] of some centers, the first ones first.
+@functools.partial(jax.jit, static_argnums=2)
+def _leading(x_SD, mean_D, width):
+  """The leading directions [D, P] of points, the first ones first.
 
   Two steps of subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm
   4.4), then the eigenvectors within the subspace.
   """
-  rows = np.linspace(0, num_centers - 1, min(_BASIS_ROWS, num_centers))
-  c_SD = c_KD[rows.astype(int)] - mean_D[None]
+  x_SD = x_SD - mean_D[None]
   y_DP = jax.random.normal(
     jax.random.key(0), (len(mean_D), min(width + _SPARE, len(mean_D)))
   )
   for _ in range(2):
-    y_DP = c_SD.T @ (c_SD @ y_DP)
+    y_DP = x_SD.T @ (x_SD @ y_DP)
     y_DP /= jnp.linalg.norm(y_DP, axis=0, keepdims=True)
   q_DP = jnp.linalg.qr(y_DP)[0]
-  within = c_SD @ q_DP
+  within = x_SD @ q_DP
   _, vectors = jnp.linalg.eigh(within.T @ within)
   return q_DP @ vectors[:, ::-1][:, :width]
