@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
+from mlcd_jax import lloyd_programs
 from mlcd_jax import nearest
 from mlcd_jax import points
 from mlcd_jax import screening
@@ -45,7 +46,8 @@ class Activity:
     labels: int32 [N] of the last pass.
     scores: float32 [N], the points' scores then.
     moved: bool [K], centers that moved since.
-    width: leading dimensions that are scored; 0 = all.
+    basis: float32 [D, P], the leading dimensions, if any are in use.
+    width: dimensions that are scored; 0 = all.
   """
 
   def __init__(
@@ -78,6 +80,7 @@ class Activity:
     self._scores = self._on_devices(np.zeros(num_points, np.float32))
     self._leading = {}
     self.moved = np.ones(num_centers, bool)
+    self.basis = np.zeros((0, 0), np.float32)
     self.width = 0
     self._iteration = 0
     self._size = 0
@@ -96,7 +99,7 @@ class Activity:
 
   def state(self) -> dict[str, Any]:
     """The attributes by name, to go on from."""
-    names = ('labels', 'scores', 'moved', 'width')
+    names = ('labels', 'scores', 'moved', 'basis', 'width')
     return {name: getattr(self, name) for name in names}
 
   def restore(self, state: Any) -> None:
@@ -104,7 +107,8 @@ class Activity:
     if len(state.labels):
       self._labels = self._on_devices(state.labels)
       self._scores = self._on_devices(state.scores)
-      self.moved, self.width = state.moved, state.width
+      self.moved, self.basis = state.moved, state.basis
+      self.width = state.width
       self._iteration = len(state.objective)
       self._chooses_first = False
       self._chooses_next &= not self._iteration
@@ -112,7 +116,7 @@ class Activity:
   def begin(self, c_KD: jax.Array) -> bool:
     """Before a pass: whether `add` serves it, not a plain one."""
     if self._chooses_first:
-      self.width = self._sample.choose(
+      self.width, self.basis = self._sample.choose(
         c_KD,
         self._sample_labels(),
         rows=screening.FIRST_ROWS,
@@ -126,32 +130,33 @@ class Activity:
         self._mesh, self._num_centers, self.width, self._score_dtype
       )
       mean = self._sample.mean
-      basis = self._sample.basis(self.width) if self.width else mean[:, None]
-      self._centers = prepare(c_KD, mean, basis)
+      basis = self.basis if self.width else mean[:, None]
+      self._centers = *prepare(c_KD, mean, basis), self._moved_flags()
     return self._size > 0
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
     """Adds a chunk of points to sums and counts, which are given up.
 
+    The search does not wait for the chunks before, so that a CPU's cores can
+    search several chunks at once.
+
     Returns:
       sums, counts, cosines [n] of the points, number of bad points.
     """
-    program = _make_add(
+    search = _make_search(
       self._mesh, self._num_centers, self._size, self.width, self._score_dtype
     )
-    *found, label_n, score_n, cosine_n, num_bad = program(
+    label_n, score_n, cosine_n = search(
       *self._centers,
-      self._moved_flags(),
-      sums,
-      counts,
       x_nD,
       self._leading_of(chunk, x_nD),
       self._sample.mean,
       self._labels[chunk],
       self._scores[chunk],
     )
-    self._labels[chunk], self._scores[chunk] = label_n, score_n
-    return *found, cosine_n, num_bad
+    self.keep(chunk, label_n, score_n)
+    accumulate = lloyd_programs.make_accumulate(self._mesh)
+    return accumulate(sums, counts, x_nD, label_n, cosine_n)
 
   def keep(self, chunk: int, label_n: jax.Array, score_n: jax.Array) -> None:
     """Takes a chunk's labels and scores from a plain pass."""
@@ -180,16 +185,14 @@ class Activity:
     """
     before = self.width
     if self._chooses_next:
-      self.width = self._sample.choose(
+      self.width, self.basis = self._sample.choose(
         c_KD,
         self._sample_labels(),
         rows=screening.LATER_ROWS,
         wider_than=before if self._iteration else 0,
         max_loss=screening.MAX_LOSS,
       )
-      self._chooses_next = False
-    if self.width != before:
-      self._leading = {}
+      self._chooses_next, self._leading = False, {}
     self.moved = shift > (_SCREENED_SHIFT if self.width else 0)
     if before and not self.width:  # Screened labels are not the best.
       self.moved[:] = True
@@ -216,7 +219,7 @@ class Activity:
     if chunk in self._leading:
       return self._leading[chunk]
     program = screening.make_project(self._mesh, self._score_dtype)
-    xs_nP = program(x_nD, self._sample.basis(self.width))
+    xs_nP = program(x_nD, self.basis)
     if self._chunks.held:
       self._leading[chunk] = xs_nP
     return xs_nP
@@ -245,15 +248,13 @@ class Activity:
 
 
 @functools.cache
-def _make_add(mesh, num_centers, size, width, score_dtype):
-  """A chunk -> sums, counts, labels, scores, cosines, bad points."""
+def _make_search(mesh, num_centers, size, width, score_dtype):
+  """A chunk -> labels, scores, cosines."""
   look = _look_screened if width else _look_exactly
 
-  def add(
-    c_KD, cs_KP, moved_K, sums_1kD, counts_1k, x_nD, xs_nP, mean_D, label_n,
-    score_n,
+  def search(
+    c_KD, cs_KP, moved_K, x_nD, xs_nP, mean_D, label_n, score_n
   ):  # fmt: skip
-    usable_n = jnp.any(x_nD != 0, axis=1)
     label_n, score_n = look(
       c_KD,
       cs_KP,
@@ -265,25 +266,17 @@ def _make_add(mesh, num_centers, size, width, score_dtype):
       size=size,
       tile=nearest.tile_shape(mesh, num_centers),
     )
-    cosine_n = score_n if width else score_n + x_nD @ mean_D
-    return (
-      *nearest.add_points(sums_1kD, counts_1k, x_nD, label_n, usable_n),
-      label_n,
-      score_n,
-      jnp.where(usable_n, cosine_n, jnp.inf),
-      lax.psum(jnp.sum(~usable_n), 'data'),
-    )
+    return label_n, score_n, score_n if width else score_n + x_nD @ mean_D
 
-  rows, all_, sums = sharding.POINTS, sharding.REPLICATED, nearest.SUMS
+  rows, all_ = sharding.POINTS, sharding.REPLICATED
   return jax.jit(
     jax.shard_map(
-      add,
+      search,
       mesh=mesh,
-      in_specs=(all_, all_, all_, sums, sums, rows, rows, all_, rows, rows),
-      out_specs=(sums, sums, rows, rows, rows, all_),
+      in_specs=(all_, all_, all_, rows, rows, all_, rows, rows),
+      out_specs=(rows, rows, rows),
       check_vma=False,
-    ),
-    donate_argnums=(3, 4),
+    )
   )
 
 
@@ -327,7 +320,8 @@ def _look_screened(
   tile_rows = screening.tile_rows(len(cs_KP))
 
   def everywhere(rows, found):
-    candidates = screening.candidates(cs_KP, xs_nP[rows], screening.NUM_ALL)
+    count = screening.num_candidates(len(cs_KP))
+    candidates = screening.candidates(cs_KP, xs_nP[rows], count)
     return screening.rescore(x_nD[rows], c_KD, [found[1], *candidates])[:2]
 
   if size == len(cs_KP):

@@ -1,9 +1,9 @@
 """The nearest centers of every point, exact in float32.
 
-On CPUs the best candidates by bfloat16 scores are scored again in float32.
-What was left out could be nearer only by the rounding of the operands, which
-has a bound; the few points where that would matter are scored in float32
-against all centers. Elsewhere every score is float32.
+On CPUs with products of bfloat16 the best candidates by bfloat16 scores are
+scored again in float32. What was left out could be nearer only by the rounding
+of the operands, which has a bound; the few points where that would matter are
+scored in float32 against all centers. Elsewhere every score is float32.
 
 Shapes: N points, K centers, D dimensions, T points a tile, L labels and M
 candidates a point. Upper case is global, lower case this device's part.
@@ -27,6 +27,9 @@ _SPARE = 8
 # Centers below which a plain search is as fast.
 _MIN_CENTERS = 1_024
 
+# Points of a tile of float32 scores; products with fewer are slower.
+_TILE_ROWS = 128
+
 # Buckets of centers among which the best are looked for first.
 _BUCKETS = 256
 
@@ -36,11 +39,31 @@ def make_lookup(mesh: Mesh, num_centers: int, num_labels: int):
   many = _num_candidates(num_labels) > _BUCKETS // 4
   if not nearest.on_cpu(mesh) or num_centers < _MIN_CENTERS or many:
     return _make_plain(mesh, num_centers, num_labels)
-  return _make_rescored(mesh, num_centers, num_labels)
+  if nearest.score_dtype(mesh) == jnp.bfloat16:
+    return _make_rescored(mesh, num_centers, num_labels)
+  return _make_bucketed(mesh, num_centers, num_labels)
 
 
 def _num_candidates(num_labels: int) -> int:
   return nearest.up(num_labels + _SPARE, 16)
+
+
+@functools.cache
+def _make_bucketed(mesh: Mesh, num_centers: int, num_labels: int):
+  """Candidates by float32 scores over all centers at once."""
+  count = _num_candidates(num_labels)
+
+  def look_up(c_kD, x_nD):
+    c_KD = lax.all_gather(c_kD, 'fsdp', tiled=True)
+
+    def tile(x_TD):
+      _, ids_TM = _top(c_KD, x_TD, num_centers, count)
+      return _rescore(c_KD, x_TD, ids_TM, num_labels)
+
+    found = lax.map(tile, x_nD.reshape(-1, _TILE_ROWS, x_nD.shape[1]))
+    return tuple(a.reshape(-1, num_labels) for a in found)
+
+  return _on_mesh(look_up, mesh)
 
 
 @functools.cache
@@ -54,7 +77,9 @@ def _make_rescored(mesh: Mesh, num_centers: int, num_labels: int):
     # What all centers share changes no order, and rounds worse.
     centered_KD = c_KD - mean_D[None]
     low_KD = centered_KD.astype(jnp.bfloat16)
-    tile_rows = screening.tile_rows(len(c_KD))
+    # 2 MB of scores stay in the cache.
+    tile_rows = max(8, min(256, 2**19 // len(c_KD)))
+    tile_rows = 1 << (tile_rows.bit_length() - 1)
     most_norm = jnp.max(_norm(centered_KD))
     most_error = jnp.max(_norm(centered_KD - low_KD.astype(jnp.float32)))
 

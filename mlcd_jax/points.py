@@ -20,7 +20,7 @@ from mlcd_jax import sharding
 
 # Rows of a chunk: of all CPU devices, which share a memory, and of each
 # accelerator.
-_CPU_CHUNK = 32_768
+_CPU_CHUNK = 8_192
 _ACCELERATOR_CHUNK = 65_536
 
 # Rows are held on the devices up to this many bytes: of all CPU devices, where

@@ -1,8 +1,9 @@
 """Scores on leading dimensions, and the width at which they are good enough.
 
-The leading dimensions are those of a sample of the points, on which their
-scores with any centers depend most. Shapes: K centers, D dimensions, P leading
-dimensions, T points a tile, S sampled points, B buckets of centers.
+The leading dimensions are those of the centers: what separates centers is what
+a score must see. They must not be those of the sample that is looked at, which
+would be served better than other points. Shapes: K centers, D dimensions, P
+leading dimensions, T points a tile, S sampled points, B buckets of centers.
 """
 
 import functools
@@ -21,7 +22,7 @@ from mlcd_jax import sharding
 _log = logging.getLogger(__name__)
 
 # Widths to choose from.
-_WIDTHS = (96, 128, 160, 256, 384)
+_WIDTHS = (96, 128, 160, 192, 256, 384)
 
 # What a width may cost the mean cosine of a sample when it is chosen, and as a
 # share of the objective before a wider one is taken. Labels of the first pass
@@ -31,8 +32,8 @@ MAX_LOSS = 5e-5
 MAX_FIRST_LOSS = 1e-3
 MAX_CHECKED_LOSS = 1e-4
 
-# Sampled rows: for the dimensions; to choose a width by before the first pass
-# and later; to check a pass by.
+# Sampled rows: all of them; to choose a width by before the first pass and
+# later; to check a pass by.
 _SAMPLE_ROWS = 2_048
 FIRST_ROWS = 512
 LATER_ROWS = 1_024
@@ -43,15 +44,16 @@ _MIN_CENTERS = 512
 _MIN_DIM = 2 * _WIDTHS[0]
 
 # A candidate is the best of a bucket of centers: by this many buckets, among
-# all centers and among those that moved.
+# all centers, fewer where those are few, and among those that moved.
 NUM_BUCKETS = 64
-NUM_ALL = 4
 NUM_MOVED = 2
 
 # Centers of a tile.
 _TILE_CENTERS = 4_096
 
-# Spare directions make the leading ones more exact.
+# Centers whose leading dimensions are taken, and spare directions that make
+# those more exact.
+_BASIS_ROWS = 4_096
 _SPARE = 32
 
 
@@ -60,6 +62,11 @@ def pays(num_rows: int, dim: int, num_centers: int) -> bool:
   return (
     num_rows >= _SAMPLE_ROWS and num_centers >= _MIN_CENTERS and dim >= _MIN_DIM
   )
+
+
+def num_candidates(num_centers: int) -> int:
+  """Candidates of a point among all centers."""
+  return 4 if num_centers < 2_048 else 8
 
 
 def tile_rows(num_centers: int) -> int:
@@ -95,17 +102,10 @@ class Sample:
     # Rounded, so that it does not depend on the order of a sum.
     usable = max(1, self._values.any(axis=1).sum())
     self.mean = np.round(self._values.sum(axis=0) / usable, 3)
+    self._num_centers = num_centers
     self._prepare = functools.partial(
       make_prepare, mesh, num_centers, score_dtype=score_dtype
     )
-    self._bases = {}
-
-  def basis(self, width: int) -> np.ndarray:
-    """The leading dimensions, float32 [D, width], the first ones first."""
-    most = 160 if width <= 160 else _WIDTHS[-1]
-    if most not in self._bases:
-      self._bases[most] = np.asarray(_leading(self._values, self.mean, most))
-    return self._bases[most][:, :width]
 
   def choose(
     self,
@@ -115,8 +115,8 @@ class Sample:
     rows: int,
     wider_than: int,
     max_loss: float,
-  ) -> int:
-    """The smallest width that is good enough, 0 if all dimensions are needed.
+  ) -> tuple[int, np.ndarray]:
+    """The smallest width that is good enough, and its dimensions.
 
     Args:
       c_KD: centers, padded.
@@ -124,22 +124,31 @@ class Sample:
       rows: of the sample that are looked at.
       wider_than: a width that was not good enough.
       max_loss: that the mean cosine may lose.
+
+    Returns:
+      The width, 0 if all dimensions are needed; float32 [D, P], P the width.
     """
     few = slice(None, None, -(-len(self.rows) // rows))
     values, labels = self._values[few], labels_S[few]
     whole = self._whole(c_KD)
     best_S = _best_cosines(*whole, values, labels)
+    basis = np.zeros((len(self.mean), 0), np.float32)
     width = _next_width(wider_than, len(self.mean))
     while width:
-      basis = self.basis(width)
-      _, cs_KP = self._prepare(width)(c_KD, self.mean, basis)
-      found_S = _screened_cosines(whole[0], cs_KP, values, basis, labels)
+      if basis.shape[1] < width:
+        most = 192 if width <= 192 else _WIDTHS[-1]
+        basis = np.asarray(
+          _leading(whole[0], self.mean, most, self._num_centers)
+        )
+      leading = basis[:, :width]
+      _, cs_KP = self._prepare(width)(c_KD, self.mean, leading)
+      found_S = _screened_cosines(whole[0], cs_KP, values, leading, labels)
       loss = float(jnp.mean(jnp.maximum(best_S - found_S, 0)))
       _log.info('screening: %d dimensions would cost %.1e', width, loss)
       if loss < max_loss:
-        return width
+        return width, leading
       width = _next_width(width, len(self.mean))
-    return 0
+    return 0, basis[:, :0]
 
   def loss(
     self, c_KD: jax.Array, labels_S: np.ndarray, iteration: int
@@ -279,25 +288,26 @@ def _best_cosines(c_KD, cs_KD, x_SD, label_S):
 @jax.jit
 def _screened_cosines(c_KD, cs_KP, x_SD, basis_DP, label_S):
   xs_SP = (x_SD @ basis_DP).astype(cs_KP.dtype)
-  candidates_ = candidates(cs_KP, xs_SP, NUM_ALL)
+  candidates_ = candidates(cs_KP, xs_SP, num_candidates(len(cs_KP)))
   return rescore(x_SD, c_KD, [label_S, *candidates_])[0]
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _leading(x_SD, mean_D, width):
-  """The leading directions [D, P] of points, the first ones first.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _leading(c_KD, mean_D, width, num_centers):
+  """The leading directions [D, P] of some centers, the first ones first.
 
   Two steps of subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm
   4.4), then the eigenvectors within the subspace.
   """
-  x_SD = x_SD - mean_D[None]
+  rows = np.linspace(0, num_centers - 1, min(_BASIS_ROWS, num_centers))
+  c_SD = c_KD[rows.astype(int)] - mean_D[None]
+  moment_DD = c_SD.T @ c_SD
   y_DP = jax.random.normal(
     jax.random.key(0), (len(mean_D), min(width + _SPARE, len(mean_D)))
   )
   for _ in range(2):
-    y_DP = x_SD.T @ (x_SD @ y_DP)
+    y_DP = moment_DD @ y_DP
     y_DP /= jnp.linalg.norm(y_DP, axis=0, keepdims=True)
   q_DP = jnp.linalg.qr(y_DP)[0]
-  within = x_SD @ q_DP
-  _, vectors = jnp.linalg.eigh(within.T @ within)
+  _, vectors = jnp.linalg.eigh(q_DP.T @ (moment_DD @ q_DP))
   return q_DP @ vectors[:, ::-1][:, :width]

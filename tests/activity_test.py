@@ -108,6 +108,20 @@ def test_goes_on_screened_with_the_same_bits():
     assert_same(kmeans.fit(TIGHT, 520, iterations=6, resume=state), whole)
 
 
+def test_goes_on_within_a_screened_pass_with_the_same_bits(monkeypatch):
+  monkeypatch.setattr(points, '_CPU_CHUNK', 512)
+  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  saved = []
+  options = dict(iterations=3, mesh=mesh, save_every_tiles=4)
+  whole = kmeans.fit(TIGHT, 520, save=saved.append, **options)
+  within = [state for state in saved if state.part]
+  first, last = within[0], within[-1]
+  assert not first.objective and len(last.objective) == 2
+  assert first.width > 0 and last.width > 0
+  for state in first, last:
+    assert_same(kmeans.fit(TIGHT, 520, resume=state, **options), whole)
+
+
 def test_screened_read_anew_or_held_gives_the_same_bits(monkeypatch):
   monkeypatch.setattr(points, '_CPU_CHUNK', 1_024)
   mesh = sharding.make_mesh(2, 1, devices=jax.devices()[:2])

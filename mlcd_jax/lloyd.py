@@ -1,0 +1,241 @@
+"""Lloyd's iterations of spherical k-means on the mesh.
+
+Shapes: N points, K centers, D dimensions, P leading dimensions.
+"""
+
+from collections.abc import Callable
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from mlcd_jax import activity
+from mlcd_jax import lloyd_programs as programs
+from mlcd_jax import nearest
+from mlcd_jax import partial_pass
+from mlcd_jax import points
+from mlcd_jax import screening
+
+# Empty clusters that can restart in one iteration.
+_MAX_RESEEDED = 1_024
+
+# Rows left out that are named.
+_MAX_NAMED = 20
+
+
+class Fit(NamedTuple):
+  """A clustering, finished or after some of its iterations.
+
+  Attributes:
+    centers: float32 [K, D] unit rows.
+    objective: mean cosine of the points to their centers, one an iteration,
+      measured before that iteration's update.
+    counts: int32 [K], points of each center in the last iteration.
+    reseeded: centers found empty and restarted, one number an iteration.
+    skipped: rows left out because they are zero or not finite.
+    bad_rows: numbers of the first of these.
+    part: of the iteration that has begun, if one has.
+    labels: int32 [N] of the last iteration, on CPUs; this and what follows is
+      what the next one knows of where labels can change.
+    scores: float32 [N], of the points to their labels.
+    moved: bool [K], the centers that the last update moved.
+    basis: float32 [D, P], the dimensions that are screened by.
+    width: P, 0 where nothing is screened.
+  """
+
+  centers: np.ndarray
+  objective: list[float]
+  counts: np.ndarray
+  reseeded: list[int]
+  skipped: int
+  bad_rows: list[int]
+  part: partial_pass.Part | None = None
+  labels: np.ndarray = np.zeros(0, np.int32)
+  scores: np.ndarray = np.zeros(0, np.float32)
+  moved: np.ndarray = np.zeros(0, bool)
+  basis: np.ndarray = np.zeros((0, 0), np.float32)
+  width: int = 0
+
+
+class Lloyd:
+  """A clustering that can be iterated.
+
+  Attributes:
+    done: the iterations so far, without the centers and what `state` adds.
+  """
+
+  def __init__(
+    self,
+    embeddings: points.Rows,
+    mesh: Mesh,
+    start: Fit,
+    *,
+    score_dtype: jnp.dtype,
+    screens: bool,
+    save: Callable[[Fit], None] | None,
+    save_every_tiles: int,
+  ):
+    """Goes on from a start.
+
+    Args:
+      embeddings: [N, D].
+      mesh: of all devices.
+      start: its centers [K, D] and what has been done with them.
+      score_dtype: of the products' operands.
+      screens: score on leading dimensions on CPUs, where that pays.
+      save: called within iterations.
+      save_every_tiles: how often; 0 = never.
+    """
+    self.done = start
+    self._embeddings = embeddings
+    self._mesh = mesh
+    self._num_centers, dim = start.centers.shape
+    tile = nearest.tile_shape(mesh, self._num_centers)[0]
+    self._chunks = points.Points(embeddings, mesh, tile=tile, hold=True)
+    sample = screening.Sample(embeddings, mesh, self._num_centers, score_dtype)
+    self._mean = sample.mean
+    self._add = programs.make_add(mesh, self._num_centers, score_dtype)
+    self._known = None
+    if nearest.on_cpu(mesh):
+      self._known = activity.Activity(
+        mesh,
+        self._num_centers,
+        self._chunks,
+        sample=sample,
+        score_dtype=score_dtype,
+        screens=screens
+        and screening.pays(*embeddings.shape, self._num_centers),
+      )
+      self._known.restore(start)
+    self._centers = nearest.put_centers(start.centers, mesh)
+    self._save = save
+    chunk_tiles = self._chunks.chunk // (tile * mesh.shape['data'])
+    self._save_every = -(-save_every_tiles // chunk_tiles)
+    # Chunks that may be on their way while the next one is read. Each core of a
+    # CPU can search one, which together is faster than one on all cores.
+    self._ahead = min(8, os.cpu_count() or 1) if self._known else 1
+
+  def state(self) -> Fit:
+    """All that is needed to go on, on the host."""
+    centers = nearest.to_host(self._centers)[: self._num_centers]
+    known = self._known.state() if self._known else {}
+    return self.done._replace(centers=centers, **known)
+
+  def iterate(self) -> None:
+    """One pass over the points, and the new centers.
+
+    Raises:
+      ValueError: more centers than usable rows.
+    """
+    sums, counts, cosines = self._pass()
+    if self._known:
+      self._known.check(self._centers)
+    self._centers, total, counts, shift = programs.make_update(self._mesh)(
+      self._centers, sums, counts
+    )
+    counts = nearest.to_host(counts)[: self._num_centers]
+    usable = int(counts.sum())
+    if self._num_centers > usable:
+      raise ValueError(
+        f'{self._num_centers} centers need as many rows; there are {usable} of '
+        f'{self._embeddings.shape[0]} that are finite and not zero'
+      )
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+      self._replace(empty, self._worst(cosines)[1][: len(empty)])
+    if self._known:
+      shift = nearest.to_host(shift)[: self._num_centers].copy()
+      shift[empty] = np.inf
+      self._known.finish(self._centers, shift)
+    self.done = self.done._replace(
+      counts=counts,
+      objective=[*self.done.objective, float(total) / usable],
+      reseeded=[*self.done.reseeded, len(empty)],
+      skipped=self._embeddings.shape[0] - usable,
+      part=None,
+    )
+
+  def _pass(self):
+    """Sums, counts, and cosines of the chunks since the last save."""
+    part = self.done.part or partial_pass.NOTHING
+    if self.done.part:
+      sums, counts = partial_pass.to_devices(part, self._mesh)
+    else:
+      sums, counts = programs.make_zeros(self._mesh, *self._centers.shape)()
+    looks = bool(self._known) and self._known.begin(self._centers)
+    cosines, num_bad = {}, {}
+    for i, x_nD in enumerate(self._chunks.after(part.chunks), part.chunks):
+      if looks:
+        found = self._known.add(sums, counts, i, x_nD)
+      else:
+        label_n, score_n, *found = self._add(
+          self._centers, self._mean, sums, counts, x_nD
+        )
+        if self._known:
+          self._known.keep(i, label_n, score_n)
+      sums, counts, cosines[i], num_bad[i] = found
+      jax.block_until_ready(cosines.get(i - self._ahead))
+      if self._saves_after(i):
+        self._name_bad_rows(num_bad)
+        sums, counts = self._save_part(i + 1, sums, counts, cosines)
+        cosines, num_bad = {}, {}
+    self._name_bad_rows(num_bad)
+    return sums, counts, cosines
+
+  def _saves_after(self, i: int) -> bool:
+    every, done = self._save_every, i + 1
+    return every > 0 and done % every == 0 and done < len(self._chunks)
+
+  def _save_part(self, chunks: int, sums, counts, cosines):
+    """Saves what the chunks so far have come to; sums and counts after it."""
+    part = partial_pass.Part(
+      chunks,
+      *partial_pass.to_host(sums, counts, self._num_centers),
+      *self._worst(cosines),
+    )
+    self.done = self.done._replace(part=part)
+    if self._save:
+      self._save(self.state())
+    return partial_pass.to_devices(part, self._mesh)
+
+  def _name_bad_rows(self, num_bad: dict[int, jax.Array]) -> None:
+    """Looks for bad rows in the first pass, only where there are some."""
+    bad_rows = self.done.bad_rows
+    for i, num in num_bad.items():
+      if self.done.objective or len(bad_rows) >= _MAX_NAMED:
+        return
+      start, stop = self._chunks.rows_of(i)
+      if int(num) > self._chunks.chunk - (stop - start):
+        bad_rows = (bad_rows + self._chunks.bad_rows(i))[:_MAX_NAMED]
+        self.done = self.done._replace(bad_rows=bad_rows)
+
+  def _worst(self, cosines) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rows farthest from their centers, the farthest first.
+
+    Among equals the lower row comes first; what exceeds the limit waits for the
+    next iteration.
+    """
+    part = self.done.part or partial_pass.NOTHING
+    found_scores, found_rows = [part.worst_scores], [part.worst_rows]
+    for i, score_n in cosines.items():
+      lowest = programs.lowest(score_n, min(len(score_n), _MAX_RESEEDED))
+      score, place = map(nearest.to_host, lowest)
+      usable = np.isfinite(score)  # Padding and bad rows are inf.
+      found_scores.append(score[usable])
+      first = self._chunks.rows_of(i)[0]
+      found_rows.append(first + place[usable].astype(np.int64))
+    found_scores = np.concatenate(found_scores)
+    order = np.argsort(found_scores, kind='stable')[:_MAX_RESEEDED]
+    return found_scores[order], np.concatenate(found_rows)[order]
+
+  def _replace(self, centers: np.ndarray, rows: np.ndarray) -> None:
+    """Puts rows in the place of the first of some centers."""
+    # Out of bounds where there is nothing to replace.
+    ids = np.full(_MAX_RESEEDED, len(self._centers), np.int32)
+    ids[: len(rows)] = centers[: len(rows)]
+    new = np.zeros((_MAX_RESEEDED, self._centers.shape[1]), np.float32)
+    new[: len(rows)] = points.unit_rows_at(self._embeddings, rows)
+    self._centers = programs.make_replace(self._mesh)(self._centers, ids, new)
