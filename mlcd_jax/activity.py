@@ -29,9 +29,10 @@ from mlcd_jax import sharding
 
 _log = logging.getLogger(__name__)
 
-# A screened pass passes over centers that moved by less, and points whose own
-# score fell by less: their labels would change the objective by less than 1e-5.
-_SCREENED_SHIFT = 0.01
+# A screened pass passes over centers that moved by less since they were last
+# looked at, and points whose own score fell by less: their labels would change
+# the objective by about 1e-6.
+_SCREENED_DRIFT = 0.03
 _SCREENED_FALL = 1e-3
 
 # Compared with this share of the centers or fewer, a pass looks only at those
@@ -45,7 +46,8 @@ class Activity:
   Attributes:
     labels: int32 [N] of the last pass.
     scores: float32 [N], the points' scores then.
-    moved: bool [K], centers that moved since.
+    drift: float32 [K], how far centers moved since points were last compared
+      with them; infinite where they must be.
     basis: float32 [D, P], the leading dimensions, if any are in use.
     width: dimensions that are scored; 0 = all.
   """
@@ -79,7 +81,7 @@ class Activity:
     self._labels = self._on_devices(np.zeros(num_points, np.int32))
     self._scores = self._on_devices(np.zeros(num_points, np.float32))
     self._leading = {}
-    self.moved = np.ones(num_centers, bool)
+    self.drift = np.full(num_centers, np.inf, np.float32)
     self.basis = np.zeros((0, 0), np.float32)
     self.width = 0
     self._iteration = 0
@@ -99,7 +101,7 @@ class Activity:
 
   def state(self) -> dict[str, Any]:
     """The attributes by name, to go on from."""
-    names = ('labels', 'scores', 'moved', 'basis', 'width')
+    names = ('labels', 'scores', 'drift', 'basis', 'width')
     return {name: getattr(self, name) for name in names}
 
   def restore(self, state: Any) -> None:
@@ -107,7 +109,7 @@ class Activity:
     if len(state.labels):
       self._labels = self._on_devices(state.labels)
       self._scores = self._on_devices(state.scores)
-      self.moved, self.basis = state.moved, state.basis
+      self.drift, self.basis = state.drift, state.basis
       self.width = state.width
       self._iteration = len(state.objective)
       self._chooses_first = False
@@ -131,7 +133,10 @@ class Activity:
       )
       mean = self._sample.mean
       basis = self.basis if self.width else mean[:, None]
-      self._centers = *prepare(c_KD, mean, basis), self._moved_flags()
+      moved = np.pad(
+        self._moved(), (0, self._padded_centers() - self._num_centers)
+      )
+      self._centers = *prepare(c_KD, mean, basis), moved
     return self._size > 0
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
@@ -184,6 +189,7 @@ class Activity:
       shift: [K], how far each moved.
     """
     before = self.width
+    looked = self._moved() if self._looks_at_few() else True
     if self._chooses_next:
       self.width, self.basis = self._sample.choose(
         c_KD,
@@ -193,24 +199,30 @@ class Activity:
         max_loss=screening.MAX_LOSS,
       )
       self._chooses_next, self._leading = False, {}
-    self.moved = shift > (_SCREENED_SHIFT if self.width else 0)
+    self.drift = np.where(looked, 0, self.drift) + shift
     if before and not self.width:  # Screened labels are not the best.
-      self.moved[:] = True
+      self.drift[:] = np.inf
     self._iteration += 1
 
   def _choose_size(self) -> int:
     """Centers that this pass looks at, padding included; 0 = a plain pass."""
-    padded = nearest.padded_centers(self._num_centers, self._mesh)
-    moved = int(self.moved.sum())
+    padded = self._padded_centers()
+    moved = int(self._moved().sum())
     for share in _SHARES:
       size = nearest.up(int(share * padded), screening.NUM_BUCKETS)
       if moved <= size < padded:
         return size
     return padded if self.width > 0 else 0
 
-  def _moved_flags(self) -> np.ndarray:
-    padded = nearest.padded_centers(self._num_centers, self._mesh)
-    return np.pad(self.moved, (0, padded - self._num_centers))
+  def _looks_at_few(self) -> bool:
+    return 0 < self._size < self._padded_centers()
+
+  def _moved(self) -> np.ndarray:
+    """Whether a pass must look at each center, bool [K]."""
+    return self.drift > (_SCREENED_DRIFT if self.width else 0)
+
+  def _padded_centers(self) -> int:
+    return nearest.padded_centers(self._num_centers, self._mesh)
 
   def _leading_of(self, chunk: int, x_nD: jax.Array) -> jax.Array:
     """The chunk on its leading dimensions; kept as long as the chunk is."""

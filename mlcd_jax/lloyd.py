@@ -41,7 +41,8 @@ class Fit(NamedTuple):
     labels: int32 [N] of the last iteration, on CPUs; this and what follows is
       what the next one knows of where labels can change.
     scores: float32 [N], of the points to their labels.
-    moved: bool [K], the centers that the last update moved.
+    drift: float32 [K], how far centers moved since points were last compared
+      with them.
     basis: float32 [D, P], the dimensions that are screened by.
     width: P, 0 where nothing is screened.
   """
@@ -55,7 +56,7 @@ class Fit(NamedTuple):
   part: partial_pass.Part | None = None
   labels: np.ndarray = np.zeros(0, np.int32)
   scores: np.ndarray = np.zeros(0, np.float32)
-  moved: np.ndarray = np.zeros(0, bool)
+  drift: np.ndarray = np.zeros(0, np.float32)
   basis: np.ndarray = np.zeros((0, 0), np.float32)
   width: int = 0
 

@@ -22,7 +22,7 @@ from mlcd_jax import sharding
 _log = logging.getLogger(__name__)
 
 # Widths to choose from.
-_WIDTHS = (96, 128, 160, 192, 256, 384)
+_WIDTHS = (128, 160, 192, 256, 384)
 
 # What a width may cost the mean cosine of a sample when it is chosen, and as a
 # share of the objective before a wider one is taken. Labels of the first pass
@@ -37,7 +37,7 @@ MAX_CHECKED_LOSS = 1e-4
 _SAMPLE_ROWS = 2_048
 FIRST_ROWS = 512
 LATER_ROWS = 1_024
-_CHECKED_ROWS = 256
+_CHECKED_ROWS = 512
 
 # Below these a pass is too short for screening to gain.
 _MIN_CENTERS = 512

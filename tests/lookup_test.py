@@ -6,7 +6,15 @@ import pytest
 
 from mlcd_jax import kmeans
 from mlcd_jax import lookup
+from mlcd_jax import nearest
 from mlcd_jax import sharding
+
+
+@pytest.fixture(autouse=True, params=['bfloat16', 'float32'])
+def score_dtype(request, monkeypatch):
+  """As on a CPU with products of bfloat16, and on one without."""
+  dtype = jax.numpy.dtype(request.param)
+  monkeypatch.setattr(nearest, 'score_dtype', lambda mesh: dtype)
 
 
 def make(num_rows, num_centers, dim=64, seed=0):
@@ -25,6 +33,7 @@ def expected(x, centers, count):
 def test_exact_however_many_are_in_doubt(monkeypatch, spare):
   monkeypatch.setattr(lookup, '_SPARE', spare)
   lookup._make_rescored.cache_clear()
+  lookup._make_bucketed.cache_clear()
   x, centers = make(600, 1_100)
   labels, scores = kmeans.nearest_centers(x, centers, 8)
   np.testing.assert_array_equal(labels, expected(x, centers, 8))
@@ -34,6 +43,7 @@ def test_exact_however_many_are_in_doubt(monkeypatch, spare):
     atol=1e-6,
   )
   lookup._make_rescored.cache_clear()
+  lookup._make_bucketed.cache_clear()
 
 
 def test_low_precision_alone_would_not_do():
