@@ -30,8 +30,8 @@ from mlcd_jax import sharding
 _log = logging.getLogger(__name__)
 
 # A screened pass passes over centers that moved by less since they were last
-# looked at, and points whose own score fell by less: their labels would change
-# the objective by about 1e-6.
+# looked at, and points whose own score fell by less. The check of every pass
+# sees what that costs too.
 _SCREENED_DRIFT = 0.03
 _SCREENED_FALL = 1e-3
 

@@ -25,9 +25,8 @@ _log = logging.getLogger(__name__)
 _WIDTHS = (128, 160, 192, 256, 384)
 
 # What a width may cost the mean cosine of a sample when it is chosen, and as a
-# share of the objective before a wider one is taken. Labels of the first pass
-# only make better centers of random rows: losing more there changed no
-# objective by 1e-4 (docs/clustering.md).
+# share of the objective before a wider one is taken. More may be lost in the
+# first pass, whose labels only make better centers of random rows.
 MAX_LOSS = 5e-5
 MAX_FIRST_LOSS = 1e-3
 MAX_CHECKED_LOSS = 1e-4
