@@ -84,7 +84,8 @@ def test_screened_labels_are_nearly_the_best(monkeypatch):
 
 
 def test_data_that_screening_would_cost_too_much_are_not_screened(monkeypatch):
-  monkeypatch.setattr(screening, '_MAX_LOSS', -1.0)
+  monkeypatch.setattr(screening, 'MAX_FIRST_LOSS', -1.0)
+  monkeypatch.setattr(screening, 'MAX_LOSS', -1.0)
   fit = kmeans.fit(TIGHT, 520, iterations=2)
   assert fit.width == 0
 
