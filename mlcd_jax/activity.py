@@ -86,8 +86,10 @@ class Activity:
     self.width = 0
     self._iteration = 0
     self._size = 0
-    # Whether to choose a width before the first pass, and after the next one.
-    self._chooses_first = self._chooses_next = screens
+    self._is_wrong = False
+    # A width is chosen before a pass that must look at every center anew, but
+    # not again within that pass.
+    self._screens = self._chooses = screens
 
   @property
   def labels(self) -> np.ndarray:
@@ -112,20 +114,13 @@ class Activity:
       self.drift, self.basis = state.drift, state.basis
       self.width = state.width
       self._iteration = len(state.objective)
-      self._chooses_first = False
-      self._chooses_next &= not self._iteration
+      self._chooses = self._screens and state.part is None
 
   def begin(self, c_KD: jax.Array) -> bool:
     """Before a pass: whether `add` serves it, not a plain one."""
-    if self._chooses_first:
-      self.width, self.basis = self._sample.choose(
-        c_KD,
-        self._sample_labels(),
-        rows=screening.FIRST_ROWS,
-        wider_than=0,
-        max_loss=screening.MAX_FIRST_LOSS,
-      )
-      self._chooses_first = False
+    if self._chooses and np.isinf(self.drift).all():
+      self._choose_width(c_KD)
+    self._chooses = self._screens
     self._size = self._choose_size()
     if self._size:
       prepare = screening.make_prepare(
@@ -179,30 +174,32 @@ class Activity:
       loss,
       '; more from here on' if wider else '',
     )
-    self._chooses_next |= wider
+    self._is_wrong = wider
 
-  def finish(self, c_KD: jax.Array, shift: np.ndarray) -> None:
-    """After the update: chooses the width where that is due.
+  def finish(self, shift: np.ndarray) -> None:
+    """After the update: what the next pass must look at.
 
     Args:
-      c_KD: the new centers.
-      shift: [K], how far each moved.
+      shift: [K], how far each center moved.
     """
-    before = self.width
     looked = self._moved() if self._looks_at_few() else True
-    if self._chooses_next:
-      self.width, self.basis = self._sample.choose(
-        c_KD,
-        self._sample_labels(),
-        rows=screening.LATER_ROWS,
-        wider_than=before if self._iteration else 0,
-        max_loss=screening.MAX_LOSS,
-      )
-      self._chooses_next, self._leading = False, {}
     self.drift = np.where(looked, 0, self.drift) + shift
-    if before and not self.width:  # Screened labels are not the best.
+    if self._is_wrong or (self._screens and not self._iteration):
       self.drift[:] = np.inf
+    self._is_wrong = False
     self._iteration += 1
+
+  def _choose_width(self, c_KD: jax.Array) -> None:
+    first = not self._iteration
+    self.width, self.basis = self._sample.choose(
+      c_KD,
+      self._sample_labels(),
+      rows=screening.FIRST_ROWS if first else screening.LATER_ROWS,
+      # Means are told apart by less than the rows they start from.
+      wider_than=self.width if self._iteration > 1 else 0,
+      max_loss=screening.MAX_FIRST_LOSS if first else screening.MAX_LOSS,
+    )
+    self._leading = {}
 
   def _choose_size(self) -> int:
     """Centers that this pass looks at, padding included; 0 = a plain pass."""

@@ -150,7 +150,7 @@ class Lloyd:
     if self._known:
       shift = nearest.to_host(shift)[: self._num_centers].copy()
       shift[empty] = np.inf
-      self._known.finish(self._centers, shift)
+      self._known.finish(shift)
     self.done = self.done._replace(
       counts=counts,
       objective=[*self.done.objective, float(total) / usable],

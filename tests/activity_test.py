@@ -96,9 +96,9 @@ def test_a_width_that_costs_too_much_is_left(monkeypatch):
   kmeans.fit(
     TIGHT, 520, iterations=6, save=lambda fit: widths.append(fit.width)
   )
-  assert widths[0] > 0 and widths[-1] == 0
+  assert max(widths) > 0 and widths[-1] == 0
   positive = [width for width in widths if width]
-  assert positive == sorted(set(positive))
+  assert positive == sorted(positive)
 
 
 def test_goes_on_screened_with_the_same_bits():
