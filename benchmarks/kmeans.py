@@ -10,8 +10,8 @@ subsampling, with its default threads; from a numpy array to numpy centers. The
 methods take turns in one process, each round has another start, and a ratio is
 the median over the rounds of a peer's seconds divided by ours. faiss.Kmeans,
 scikit-learn and mlcd_jax get the same first centers; superkmeans and
-faiss.SuperKmeans take only a seed. mlcd_jax has run once from each start before,
-so that compilation is not timed.
+faiss.SuperKmeans take only a seed. mlcd_jax has run once from each start
+before, so that compilation is not timed.
 
 The peers are at their best: on AMD's Zen 4 and 5 the OpenBLAS in faiss's wheel
 falls to a slow kernel unless OPENBLAS_CORETYPE is SkylakeX. The kernel in use
