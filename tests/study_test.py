@@ -4,7 +4,7 @@ import pytest
 import scipy.stats
 
 from benchmarks import studies
-from benchmarks import study
+from benchmarks import study_runs
 from benchmarks import study_tables
 from mlcd_jax import files
 from mlcd_jax import stages
@@ -37,7 +37,7 @@ def test_every_combination_of_every_seed_is_a_cell():
     cells=({}, {'embed.path': '{previous}'}),
     seeds=(1, 2),
   )
-  cells = list(study.cells('labels', made))
+  cells = list(study_runs.cells('labels', made))
   assert [(c.seed, c.point) for c in cells[:4]] == [
     (1, {'loss.scale': 8}),
     (1, {'embed.path': '{previous}', 'loss.scale': 8}),
@@ -101,8 +101,8 @@ def test_cells_share_clusters_and_are_run_once(tmp_path, monkeypatch):
     settings=settings, grid={'loss.num_positives': (1, 2)}, seeds=(1,)
   )
   monkeypatch.setattr(studies, 'STUDIES', {'labels': made})
-  runs = study.Runs(tmp_path, data='')
-  cells = list(study.cells('labels', made))
+  runs = study_runs.Runs(tmp_path, data='')
+  cells = list(study_runs.cells('labels', made))
   assert all(runs.run(cell) for cell in cells)
   assert len(list(tmp_path.glob('clusters-*/clusters'))) == 1
   found = files.read_json(runs.path)
