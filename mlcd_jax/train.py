@@ -98,22 +98,9 @@ def run(
   last = program.steps
   if config.train.stop_after_steps:
     last = min(last, first + config.train.stop_after_steps)
-  batches = pipelines.train_batches(
-    source,
-    label_rows,
-    labels,
-    num_positives=train_step.num_labels(config),
-    batch_size=config.train.batch_size,
-    image_size=config.model.image_size,
-    crop_area=tuple(config.data.crop_area),
-    flip=config.data.flip,
-    seed=config.seed,
-    start_step=first,
-    num_workers=config.data.num_workers,
-    max_bad_fraction=config.data.max_bad_fraction,
-  )
   batches = pipelines.Prefetched(
-    batches, functools.partial(sharding.put_batch, mesh)
+    _batches(config, source, label_rows, labels, first),
+    functools.partial(sharding.put_batch, mesh),
   )
   log = _Log(
     program,
@@ -133,6 +120,24 @@ def run(
     checkpointer.close()
   if last == program.steps:
     manifest.finish(step=last)
+
+
+def _batches(config, source, label_rows, labels, first):
+  """The batches after step `first`."""
+  return pipelines.train_batches(
+    source,
+    label_rows,
+    labels,
+    num_positives=train_step.num_labels(config),
+    batch_size=config.train.batch_size,
+    image_size=config.model.image_size,
+    crop_area=tuple(config.data.crop_area),
+    flip=config.data.flip,
+    seed=config.seed,
+    start_step=first,
+    num_workers=config.data.num_workers,
+    max_bad_fraction=config.data.max_bad_fraction,
+  )
 
 
 def _loop(

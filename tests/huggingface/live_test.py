@@ -46,9 +46,25 @@ def test_same_features(name, tmp_path):
       assert error < 1e-5, (size, key)
 
 
+def _run_folder(kind, folder, images):
+  """What a class of transformers makes of images, from an exported folder."""
+  import torch
+  import transformers
+
+  model, loading = kind.from_pretrained(folder, output_loading_info=True)
+  assert not any(
+    loading[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')
+  )
+  process = transformers.AutoImageProcessor.from_pretrained(
+    folder, use_fast=False
+  )
+  pixels = process(list(images), return_tensors='pt')['pixel_values']
+  with torch.no_grad():
+    return model.eval()(pixels)
+
+
 @pytest.mark.parametrize('position', ['learned', 'rope2d'])
 def test_exported_folder_gives_the_same_features(position, tmp_path, capfd):
-  import torch
   import transformers
 
   config = config_lib.default().model
@@ -65,18 +81,7 @@ def test_exported_folder_gives_the_same_features(position, tmp_path, capfd):
     'learned': transformers.CLIPVisionModelWithProjection,
     'rope2d': transformers.MLCDVisionModel,
   }
-  theirs, loading = classes[position].from_pretrained(
-    tmp_path, output_loading_info=True
-  )
-  assert not any(
-    loading[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')
-  )
-  process = transformers.AutoImageProcessor.from_pretrained(
-    tmp_path, use_fast=False
-  )
-  pixels = process(list(images), return_tensors='pt')['pixel_values']
-  with torch.no_grad():
-    out = theirs.eval()(pixels)
+  out = _run_folder(classes[position], tmp_path, images)
   pairs = [(out.last_hidden_state, expected['hidden'])]
   if position == 'learned':
     pairs.append((out.image_embeds, expected['embedding']))
@@ -90,7 +95,6 @@ def test_exported_folder_gives_the_same_features(position, tmp_path, capfd):
 
 
 def test_exported_resnet_gives_the_same_features(tmp_path):
-  import torch
   import transformers
 
   config = config_lib.default().model
@@ -104,18 +108,8 @@ def test_exported_resnet_gives_the_same_features(tmp_path):
   rng = np.random.default_rng(0)
   params = tree.unflatten([x + rng.uniform(0, 0.2, x.shape) for x in leaves])
   encoders.to_huggingface(tmp_path, model, {'params': params})
-  theirs, loading = transformers.ResNetModel.from_pretrained(
-    tmp_path, output_loading_info=True
-  )
-  assert not any(
-    loading[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')
-  )
-  process = transformers.AutoImageProcessor.from_pretrained(
-    tmp_path, use_fast=False
-  )
-  pixels = process(list(images), return_tensors='pt')['pixel_values']
-  with torch.no_grad():
-    found = theirs.eval()(pixels).pooler_output.flatten(1).numpy()
+  out = _run_folder(transformers.ResNetModel, tmp_path, images)
+  found = out.pooler_output.flatten(1).numpy()
   expected = jax.jit(model.apply)({'params': params}, images)['pooled']
   assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
 
