@@ -76,7 +76,7 @@ class Runs:
 
   def run(self, cell: Cell) -> bool:
     """Runs a cell that was not run yet; False where another process does."""
-    with _claimed(self.folder(cell).with_suffix('.lock')) as mine:
+    with _claimed(self.folder(cell)) as mine:
       if mine and not self._done(cell):
         _log.info('study: %s in %s', cell, self.folder(cell))
         self._train(cell)
@@ -108,7 +108,8 @@ class Runs:
 
   def _train(self, cell: Cell) -> None:
     if '{previous}' in cell.point.values():
-      self._train(cell.previous)
+      with _claimed(self.folder(cell.previous), wait=True):
+        self._train(cell.previous)
     config = self._config(cell)
     config.cluster.path = str(self._clusters(config))
     wanted = ('train', 'evaluate') if cell.study.baselines else ('train',)
@@ -120,8 +121,8 @@ class Runs:
     embedded = self._workdir / f'embeddings-{_digest(fields)}'
     fields |= stages.fields(config, 'cluster')
     clustered = self._workdir / f'clusters-{_digest(fields)}'
-    with _claimed(clustered.with_suffix('.lock'), wait=True):
-      with _claimed(embedded.with_suffix('.lock'), wait=True):
+    with _claimed(clustered, wait=True):
+      with _claimed(embedded, wait=True):
         stages.run(config, embedded, ('embed',))
       clustered.mkdir(exist_ok=True)
       link = clustered / 'embeddings'
@@ -152,7 +153,7 @@ class Runs:
       for k, v in sorted(results.items())
       if v is not None and not k.endswith(_INTERVALS)
     }
-    with _claimed(self.path.with_suffix('.lock'), wait=True):
+    with _claimed(self.path, wait=True):
       record = cell.record() | {'results': results}
       files.write_json(self.path, [*self.records(), record])
 
@@ -174,9 +175,9 @@ def _scores_of_run(folder: pathlib.Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _claimed(path: pathlib.Path, *, wait: bool = False) -> Iterator[bool]:
-  """Whether this process has the lock; a dead one holds nothing."""
+  """Whether a file or folder is this process's; a dead one holds nothing."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with open(path, 'w') as lock:
+  with open(path.with_suffix('.lock'), 'w') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
