@@ -1,16 +1,18 @@
 """Tables and plots of study.json, with 95 % intervals over seeds.
 
-  python benchmarks/study_tables.py docs/study.json docs/evidence
+  python benchmarks/study_tables.py docs/study.json --plots=docs/evidence \
+    docs/evidence.md README.md
 
-writes tables.md and a plot of every study with a grid into the folder. An
-interval is Student's over the seeds; a difference is that of the same seed's
-runs.
+writes a plot of every study with a grid into the folder, and the table of a
+study into the documents wherever they say `<!-- study: NAME -->`. An interval
+is Student's over the seeds; a difference is that of the same seed's runs.
 """
 
 import argparse
 from collections.abc import Mapping
 from collections.abc import Sequence
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -48,18 +50,35 @@ def write(records: Records, folder: pathlib.Path) -> None:
     folder: made where it is not there.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  found = {
-    name: [r for r in records if r['study'] == name] for name in studies.STUDIES
-  }
-  found = {name: chosen for name, chosen in found.items() if chosen}
   text = '\n'.join(
-    f'## {name}\n\n{table(name, chosen)}' for name, chosen in found.items()
+    f'## {name}\n\n{table(name, chosen)}'
+    for name, chosen in _by_study(records).items()
   )
   with files.atomic(folder / 'tables.md') as temporary:
     temporary.write_text(text)
-  for name, chosen in found.items():
-    if studies.STUDIES[name].grid:
-      _plot(name, chosen, folder / f'{name}.png')
+  plot(records, folder)
+
+
+def fill(text: str, records: Records) -> str:
+  """A document with its tables made anew.
+
+  Args:
+    text: Markdown; a table follows a line `<!-- study: NAME -->`.
+    records: of study.json.
+  """
+  found = _by_study(records)
+  return re.sub(
+    r'(<!-- study: (\w+) -->\n\n)(?:\|.*\n)*',
+    lambda match: match[1] + table(match[2], found[match[2]]),
+    text,
+  )
+
+
+def _by_study(records: Records) -> dict[str, Records]:
+  found = {
+    name: [r for r in records if r['study'] == name] for name in studies.STUDIES
+  }
+  return {name: chosen for name, chosen in found.items() if chosen}
 
 
 def table(name: str, records: Records) -> str:
@@ -123,6 +142,18 @@ def _said(point: Mapping[str, Any]) -> str:
   return ', '.join(f'{k}={v}' for k, v in point.items()) or 'as it is'
 
 
+def plot(records: Records, folder: pathlib.Path) -> None:
+  """Writes a plot of every study with a grid.
+
+  Args:
+    records: of study.json.
+    folder: that they are written to.
+  """
+  for name, chosen in _by_study(records).items():
+    if studies.STUDIES[name].grid:
+      _plot(name, chosen, folder / f'{name}.png')
+
+
 def _plot(name: str, records: Records, path: pathlib.Path) -> None:
   """Every metric over the first field of the grid, a line for the others."""
   study = studies.STUDIES[name]
@@ -170,12 +201,18 @@ def _mean_and_half(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-  """Writes tables and plots of a study.json."""
+  """Writes plots, and tables into documents."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('study', type=pathlib.Path)
-  parser.add_argument('folder', type=pathlib.Path)
+  parser.add_argument('documents', type=pathlib.Path, nargs='*')
+  parser.add_argument('--plots', type=pathlib.Path)
   args = parser.parse_args()
-  write(files.read_json(args.study), args.folder)
+  records = files.read_json(args.study)
+  for path in args.documents:
+    path.write_text(fill(path.read_text(), records))
+  if args.plots:
+    args.plots.mkdir(parents=True, exist_ok=True)
+    plot(records, args.plots)
 
 
 if __name__ == '__main__':

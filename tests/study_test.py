@@ -1,5 +1,8 @@
 """A study: its cells, its table, and runs that share clusters."""
 
+import pathlib
+import re
+
 import pytest
 import scipy.stats
 
@@ -9,6 +12,8 @@ from benchmarks import study_tables
 from mlcd_jax import files
 from mlcd_jax import stages
 from tests import commands
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 _METRIC = 'trained/digits/knn/accuracy'
 
@@ -88,6 +93,16 @@ def test_records_of_other_settings_are_left_out(monkeypatch):
   records = [_record(made, point, 1, 0.5), _record(longer, point, 2, 0.9)]
   row = study_tables.table('labels', records).splitlines()[-1]
   assert [c.strip() for c in row.split('|')[2:4]] == ['1', '50.0']
+
+
+def test_documents_say_what_study_json_says():
+  records = files.read_json(ROOT / 'docs/study.json')
+  found = []
+  for name in ('docs/evidence.md', 'README.md'):
+    text = (ROOT / name).read_text()
+    assert study_tables.fill(text, records) == text
+    found += re.findall('<!-- study: (.*) -->', text)
+  assert set(found) == set(studies.STUDIES)
 
 
 @pytest.mark.slow
