@@ -18,6 +18,7 @@ from mlcd_jax import nearest
 from mlcd_jax import partial_pass
 from mlcd_jax import points
 from mlcd_jax import screening
+from mlcd_jax import widths
 
 # Empty clusters that can restart in one iteration.
 _MAX_RESEEDED = 1_024
@@ -42,7 +43,10 @@ class Fit(NamedTuple):
       what the next one knows of where labels can change.
     scores: float32 [N], of the points to their labels.
     drift: float32 [K], how far centers moved since points were last compared
-      with them.
+      with them; infinite where they must be.
+    candidates: int32 [N, C], centers that each point is compared with, where
+      passes are screened.
+    searched: the pass that found them.
     basis: float32 [D, P], the dimensions that are screened by.
     width: P, 0 where nothing is screened.
   """
@@ -57,6 +61,8 @@ class Fit(NamedTuple):
   labels: np.ndarray = np.zeros(0, np.int32)
   scores: np.ndarray = np.zeros(0, np.float32)
   drift: np.ndarray = np.zeros(0, np.float32)
+  candidates: np.ndarray = np.zeros((0, 0), np.int32)
+  searched: int = 0
   basis: np.ndarray = np.zeros((0, 0), np.float32)
   width: int = 0
 
@@ -96,21 +102,19 @@ class Lloyd:
     self._num_centers, dim = start.centers.shape
     tile = nearest.tile_shape(mesh, self._num_centers)[0]
     self._chunks = points.Points(embeddings, mesh, tile=tile, hold=True)
-    sample = screening.Sample(embeddings, mesh, self._num_centers, score_dtype)
+    sample = widths.Sample(embeddings, self._num_centers, score_dtype)
     self._mean = sample.mean
     self._add = programs.make_add(mesh, self._num_centers, score_dtype)
+    self._score_dtype = score_dtype
     self._known = None
     if nearest.on_cpu(mesh):
-      self._known = activity.Activity(
-        mesh,
-        self._num_centers,
-        self._chunks,
-        sample=sample,
-        score_dtype=score_dtype,
-        screens=screens
-        and screening.pays(*embeddings.shape, self._num_centers),
-      )
-      self._known.restore(start)
+      screens &= widths.pay(*embeddings.shape, self._num_centers)
+      if screens and (start.width or not start.objective):
+        self._known = screening.Screening(
+          mesh, sample, self._chunks, score_dtype=score_dtype, start=start
+        )
+      else:
+        self._known = self._make_activity(start)
     self._centers = nearest.put_centers(start.centers, mesh)
     self._save = save
     chunk_tiles = self._chunks.chunk // (tile * mesh.shape['data'])
@@ -132,8 +136,6 @@ class Lloyd:
       ValueError: more centers than usable rows.
     """
     sums, counts, cosines = self._pass()
-    if self._known:
-      self._known.check(self._centers)
     self._centers, total, counts, shift = programs.make_update(self._mesh)(
       self._centers, sums, counts
     )
@@ -166,7 +168,7 @@ class Lloyd:
       sums, counts = partial_pass.to_devices(part, self._mesh)
     else:
       sums, counts = programs.make_zeros(self._mesh, *self._centers.shape)()
-    looks = bool(self._known) and self._known.begin(self._centers)
+    looks = self._begin()
     cosines, num_bad = {}, {}
     for i, x_nD in enumerate(self._chunks.after(part.chunks), part.chunks):
       if looks:
@@ -185,6 +187,25 @@ class Lloyd:
         cosines, num_bad = {}, {}
     self._name_bad_rows(num_bad)
     return sums, counts, cosines
+
+  def _begin(self) -> bool:
+    """Before a pass: whether what is known serves it, not a plain one."""
+    if not self._known:
+      return False
+    is_ready = self._known.begin(self._centers)
+    if not is_ready and isinstance(self._known, screening.Screening):
+      self._known = self._make_activity(None)
+    return is_ready
+
+  def _make_activity(self, start: Fit | None) -> activity.Activity:
+    return activity.Activity(
+      self._mesh,
+      self._num_centers,
+      self._chunks,
+      mean=self._mean,
+      score_dtype=self._score_dtype,
+      start=start,
+    )
 
   def _saves_after(self, i: int) -> bool:
     every, done = self._save_every, i + 1

@@ -7,8 +7,8 @@ import pytest
 from mlcd_jax import activity
 from mlcd_jax import kmeans
 from mlcd_jax import points
-from mlcd_jax import screening
 from mlcd_jax import sharding
+from mlcd_jax import widths
 
 
 def make_groups(num_rows, dim, num_groups, *, noise, seed=0):
@@ -84,14 +84,14 @@ def test_screened_labels_are_nearly_the_best(monkeypatch):
 
 
 def test_data_that_screening_would_cost_too_much_are_not_screened(monkeypatch):
-  monkeypatch.setattr(screening, 'MAX_FIRST_LOSS', -1.0)
-  monkeypatch.setattr(screening, 'MAX_LOSS', -1.0)
+  monkeypatch.setattr(widths, 'MAX_FIRST_LOSS', -1.0)
+  monkeypatch.setattr(widths, 'MAX_LOSS', -1.0)
   fit = kmeans.fit(TIGHT, 520, iterations=2)
   assert fit.width == 0
 
 
 def test_a_width_that_costs_too_much_is_left(monkeypatch):
-  monkeypatch.setattr(screening, 'MAX_CHECKED_LOSS', -1.0)
+  monkeypatch.setattr(widths, 'MAX_CHECKED_LOSS', -1.0)
   widths = []
   kmeans.fit(
     TIGHT, 520, iterations=6, save=lambda fit: widths.append(fit.width)
