@@ -7,8 +7,8 @@ Shapes: N points, K centers, D dimensions. Upper case is global, lower case this
 device's part.
 """
 
+from collections.abc import Mapping
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,14 @@ _SIZE_MULTIPLE = 64
 class Activity:
   """What the points' last labels say about where labels can change.
 
-  Attributes:
+  Its state, by name:
     labels: int32 [N] of the last pass.
     scores: float32 [N], the points' scores then.
-    drift: float32 [K], how far centers moved since points were last compared
-      with them; infinite where they must be.
+    drift: float32 [K], how far centers moved in the last update; infinite where
+      points must be compared with them.
   """
+
+  is_quick = False  # Passes start from zero sums and counts.
 
   def __init__(
     self,
@@ -45,9 +47,9 @@ class Activity:
     *,
     mean: np.ndarray,
     score_dtype: jnp.dtype,
-    start: Any = None,
+    known: Mapping[str, np.ndarray],
   ):
-    """Starts without labels, or from an object with these attributes.
+    """Starts without labels, or goes on.
 
     Args:
       mesh: of all devices.
@@ -55,7 +57,7 @@ class Activity:
       chunks: of the points.
       mean: [D], taken off what is scored.
       score_dtype: of the products' operands.
-      start: to go on from.
+      known: a state to go on from, or empty.
     """
     self._mesh = mesh
     self._num_centers = num_centers
@@ -63,19 +65,18 @@ class Activity:
     self._mean = mean
     self._score_dtype = score_dtype
     nothing = np.zeros(0)
-    self._labels = chunks.put(start.labels if start else nothing, np.int32)
-    self._scores = chunks.put(start.scores if start else nothing, np.float32)
-    self.drift = start.drift if start else nothing
-    if not len(self.drift):
-      self.drift = np.full(num_centers, np.inf, np.float32)
+    self._labels = chunks.put(known.get('labels', nothing), np.int32)
+    self._scores = chunks.put(known.get('scores', nothing), np.float32)
+    unknown = np.full(num_centers, np.inf, np.float32)
+    self._drift = known.get('drift', unknown)
     self._size = 0
 
-  def state(self) -> dict[str, Any]:
-    """The attributes by name, on the host."""
+  def state(self) -> dict[str, np.ndarray]:
+    """What is known, on the host."""
     return {
       'labels': self._chunks.get(self._labels),
       'scores': self._chunks.get(self._scores),
-      'drift': self.drift,
+      'drift': self._drift,
     }
 
   def begin(self, c_KD: jax.Array) -> bool:
@@ -83,7 +84,7 @@ class Activity:
     self._size = self._choose_size()
     if self._size:
       moved = np.zeros(self._padded_centers(), bool)
-      moved[: self._num_centers] = self.drift > 0
+      moved[: self._num_centers] = self._drift > 0
       prepare = _make_prepare(self._mesh, self._num_centers, self._score_dtype)
       self._centers = prepare(c_KD, self._mean), moved
     return self._size > 0
@@ -117,12 +118,12 @@ class Activity:
     Args:
       shift: [K], how far each center moved; infinite if it was restarted.
     """
-    self.drift = shift
+    self._drift = shift
 
   def _choose_size(self) -> int:
     """Centers that this pass looks at, padding included; 0 = a plain pass."""
     padded = self._padded_centers()
-    moved = int((self.drift > 0).sum())
+    moved = int((self._drift > 0).sum())
     for share in _SHARES:
       size = nearest.up(int(share * padded), _SIZE_MULTIPLE)
       if moved <= size < padded:

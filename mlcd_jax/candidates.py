@@ -1,11 +1,11 @@
 """Labels from a few candidate centers of each point, for CPUs.
 
 A full search scores all centers on a few leading dimensions, and the best of
-them, and the point's own center, on all dimensions. What it scored on all of
-them are the point's candidates, and a quick search looks at these alone, where
-one has moved. Shapes: N points, K centers, D dimensions, P leading dimensions,
-T points a tile, B buckets of centers, C candidates of a point. Upper case is
-global, lower case this device's part.
+them, the point's candidates, and its own center on all dimensions. A quick
+search looks at these alone, where one of them can have come to be the best:
+where they moved by more than the best was ahead. Shapes: N points, K centers, D
+dimensions, P leading dimensions, T points a tile, B buckets of centers, C
+candidates of a point. Upper case is global, lower case this device's part.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,11 @@ def make_whole(mesh: Mesh, num_centers: int) -> Callable:
 def make_full_search(
   mesh: Mesh, num_centers: int, score_dtype: jnp.dtype
 ) -> Callable:
-  """Makes: whole centers [K, D], what is scored of them [K, P], dimensions
-  [D, P], points [n, D], their labels -> labels, cosines, candidates [n, C].
+  """Makes the search among all centers.
+
+  It takes whole centers [K, D], what is scored of them [K, P], the dimensions
+  [D, P], points [n, D] and their labels, and returns labels, cosines, their
+  lead over the next, and candidates [n, C].
   """
 
   def search(c_KD, cs_KP, basis_DP, x_nD, label_n):
@@ -66,8 +69,8 @@ def make_full_search(
       return *best_candidate(x_TD, c_KD, label_T, ids_TC), ids_TC
 
     tiles = x_nD.reshape(-1, rows, x_nD.shape[1]), label_n.reshape(-1, rows)
-    score, label, ids = lax.map(tile, tiles)
-    return label.reshape(-1), score.reshape(-1), ids.reshape(-1, ids.shape[-1])
+    found = lax.map(tile, tiles)
+    return tuple(part.reshape(-1, *part.shape[2:]) for part in found)
 
   points, all_ = sharding.POINTS, sharding.REPLICATED
   return jax.jit(
@@ -75,7 +78,7 @@ def make_full_search(
       search,
       mesh=mesh,
       in_specs=(all_, all_, all_, points, points),
-      out_specs=(points, points, points),
+      out_specs=(points, points, points, points),
       check_vma=False,
     )
   )
@@ -83,26 +86,30 @@ def make_full_search(
 
 @functools.cache
 def make_quick_search(mesh: Mesh) -> Callable:
-  """Makes: whole centers [K, D], which of them moved, points [n, D], their
-  labels, cosines, candidates [n, C] -> labels, cosines.
+  """Makes the search among each point's candidates.
+
+  It takes whole centers [K, D], how far they moved [K], points [n, D] and what
+  the last search returned, and returns labels, cosines and leads; of points
+  that it did not look at, the cosine is the one from before.
   """
 
-  def search(c_KD, moved_K, x_nD, label_n, score_n, ids_nC):
-    due_n = moved_K[label_n] | moved_K[ids_nC].any(axis=1)
+  def search(c_KD, drift_K, x_nD, label_n, score_n, lead_n, ids_nC):
+    # No cosine changes by more than its center moved.
+    lead_n -= drift_K[label_n] + jnp.max(drift_K[ids_nC], axis=1)
+    due_n = (lead_n <= 0) & jnp.isfinite(score_n)
 
     def again(rows, found):
-      return best_candidate(x_nD[rows], c_KD, found[1], ids_nC[rows])
+      return best_candidate(x_nD[rows], c_KD, found[0], ids_nC[rows])
 
-    found = nearest.redo(again, due_n, (score_n, label_n), _QUICK_ROWS)
-    return found[1], found[0]
+    return nearest.redo(again, due_n, (label_n, score_n, lead_n), _QUICK_ROWS)
 
   points, all_ = sharding.POINTS, sharding.REPLICATED
   return jax.jit(
     jax.shard_map(
       search,
       mesh=mesh,
-      in_specs=(all_, all_, points, points, points, points),
-      out_specs=(points, points),
+      in_specs=(all_, all_, points, points, points, points, points),
+      out_specs=(points, points, points),
       check_vma=False,
     )
   )
@@ -159,12 +166,18 @@ def best_of_buckets(
 
 def best_candidate(
   x_TD: jax.Array, c_KD: jax.Array, label_T: jax.Array, ids_TC: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Best cosine [T], float32, among the label's and the candidates'; whose."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The best of the label and the candidates.
+
+  Returns:
+    Its number [T], its cosine, and its lead over the next, float32.
+  """
   ids_TM = jnp.concatenate([label_T[:, None], ids_TC], axis=1)
-  best_T, place_T = nearest.first_max(cosines(x_TD, c_KD, ids_TM).T)
+  s_TM = cosines(x_TD, c_KD, ids_TM)
+  best_T, place_T = nearest.first_max(s_TM.T)
   ids_T = jnp.take_along_axis(ids_TM, place_T[:, None], axis=1)[:, 0]
-  return best_T, ids_T
+  others_TM = jnp.where(ids_TM == ids_T[:, None], -jnp.inf, s_TM)
+  return ids_T, best_T, best_T - jnp.max(others_TM, axis=1)
 
 
 def cosines(x_TD: jax.Array, c_KD: jax.Array, ids_TM: jax.Array) -> jax.Array:

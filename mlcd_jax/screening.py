@@ -1,9 +1,11 @@
 """Screened assignment: by a few candidates of each point, for CPUs.
 
-A full search finds every point's candidates on leading dimensions, and the
-passes after it look at these alone, until a sample shows that they cost too
-much, a center was restarted, or as many passes are done as they may serve.
-Programs are in candidates.py, the choice of the dimensions in widths.py.
+A full search finds every point's candidates on leading dimensions. The passes
+after it are quick: they look at these alone, and move the points whose label
+changed from one sum to another. So it goes until a sample shows that it costs
+too much, a center was restarted, or as many passes are done as the candidates
+may serve. Programs are in candidates.py, the choice of the dimensions in
+widths.py.
 
 Shapes: N points, K centers, D dimensions, P leading dimensions, C candidates of
 a point.
@@ -32,12 +34,14 @@ _SERVE = 3
 class Screening:
   """What is known of the points between passes.
 
-  Attributes:
+  Its state, by name:
     labels: int32 [N] of the last pass.
-    scores: float32 [N], the points' cosines to them.
+    scores: float32 [N], the points' cosines to them when they were last looked
+      at, infinite for points that are left out.
+    leads: float32 [N], at least how far these are ahead of all candidates'.
+    candidates: int32 [N, C].
     drift: float32 [K], how far centers moved in the last update; infinite if
       the next pass searches fully.
-    candidates: int32 [N, C].
     searched: the pass whose candidates they are.
     basis: float32 [D, P], the leading dimensions.
     width: P, 0 if all dimensions are needed.
@@ -52,55 +56,64 @@ class Screening:
     score_dtype: jnp.dtype,
     start: Any,
   ):
-    """Starts, or goes on from an object with these attributes.
+    """Starts, or goes on.
 
     Args:
       mesh: of all devices.
       sample: of the points.
       chunks: of the points.
       score_dtype: of the products' operands.
-      start: has an objective too, and the part of the pass that has begun.
+      start: what was done; of a run that was screened, or that begins.
     """
     self._mesh = mesh
     self._num_centers = sample.num_centers
     self._chunks = chunks
     self._sample = sample
     self._score_dtype = score_dtype
-    self._labels = chunks.put(start.labels, np.int32)
-    self._scores = chunks.put(start.scores, np.float32)
+    known = start.known
+    nothing = np.zeros(0)
+    self._labels = chunks.put(known.get('labels', nothing), np.int32)
+    self._scores = chunks.put(known.get('scores', nothing), np.float32)
+    self._leads = chunks.put(known.get('leads', nothing), np.float32)
     self._candidates = chunks.put(
-      start.candidates, np.int32, (candidates.COUNT,)
+      known.get('candidates', nothing), np.int32, (candidates.COUNT,)
     )
-    self.drift = start.drift
-    if not len(self.drift):
-      self.drift = np.full(self._num_centers, np.inf, np.float32)
-    self.searched = start.searched
-    self.basis, self.width = start.basis, start.width
+    unknown = np.full(self._num_centers, np.inf, np.float32)
+    self._drift = known.get('drift', unknown)
+    self._searched = int(known.get('searched', 0))
+    self._basis = known.get('basis', np.zeros((0, 0), np.float32))
+    self._width = int(known.get('width', 0))
     self._iteration = len(start.objective)
-    self._is_within = start.part is not None
+    self._is_within = start.is_within
 
-  def state(self) -> dict[str, Any]:
-    """The attributes by name, on the host."""
+  def state(self) -> dict[str, np.ndarray]:
+    """What is known, on the host."""
     return {
       'labels': self._chunks.get(self._labels),
       'scores': self._chunks.get(self._scores),
-      'drift': self.drift,
+      'leads': self._chunks.get(self._leads),
       'candidates': self._chunks.get(self._candidates),
-      'searched': self.searched,
-      'basis': self.basis,
-      'width': self.width,
+      'drift': self._drift,
+      'searched': np.asarray(self._searched),
+      'basis': self._basis,
+      'width': np.asarray(self._width),
     }
+
+  @property
+  def is_quick(self) -> bool:
+    """Whether the next pass starts from the sums and counts of the last."""
+    return bool(np.isfinite(self._drift).all())
 
   def begin(self, c_KD: jax.Array) -> bool:
     """Before a pass: whether it can be screened."""
-    self._is_full = bool(np.isinf(self.drift).any())
+    self._is_full = not self.is_quick
     self._whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
     if self._is_full:
       if not self._is_within:
         self._choose_width()
-      self._scored = self._sample.scored(self._whole, self.basis)
+      self._scored = self._sample.scored(self._whole, self._basis)
     self._is_within = False
-    return self.width > 0
+    return self._width > 0
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
     """Adds a chunk of points to sums and counts, which are given up.
@@ -111,28 +124,38 @@ class Screening:
     Returns:
       sums, counts, cosines [n] of the points, number of bad points.
     """
-    if self._is_full:
-      search = candidates.make_full_search(
-        self._mesh, self._num_centers, self._score_dtype
-      )
-      label_n, score_n, self._candidates[chunk] = search(
-        self._whole, self._scored, self.basis, x_nD, self._labels[chunk]
-      )
-    else:
-      search = candidates.make_quick_search(self._mesh)
-      moved = np.zeros(len(self._whole), bool)
-      moved[: self._num_centers] = self.drift > 0
-      label_n, score_n = search(
-        self._whole,
-        moved,
-        x_nD,
-        self._labels[chunk],
-        self._scores[chunk],
-        self._candidates[chunk],
-      )
-    self._labels[chunk], self._scores[chunk] = label_n, score_n
+    add = self._add_full if self._is_full else self._add_quick
+    return add(sums, counts, chunk, x_nD)
+
+  def _add_full(self, sums, counts, chunk, x_nD):
+    search = candidates.make_full_search(
+      self._mesh, self._num_centers, self._score_dtype
+    )
+    label_n, score_n, self._leads[chunk], self._candidates[chunk] = search(
+      self._whole, self._scored, self._basis, x_nD, self._labels[chunk]
+    )
     accumulate = lloyd_programs.make_accumulate(self._mesh)
-    return accumulate(sums, counts, x_nD, label_n, score_n)
+    found = accumulate(sums, counts, x_nD, label_n, score_n)
+    self._labels[chunk], self._scores[chunk] = label_n, found[2]
+    return found
+
+  def _add_quick(self, sums, counts, chunk, x_nD):
+    search = candidates.make_quick_search(self._mesh)
+    before_n = self._labels[chunk]
+    label_n, score_n, lead_n = search(
+      self._whole,
+      self._drift,
+      x_nD,
+      before_n,
+      self._scores[chunk],
+      self._leads[chunk],
+      self._candidates[chunk],
+    )
+    move = lloyd_programs.make_move(self._mesh)
+    sums, counts = move(sums, counts, x_nD, before_n, label_n)
+    self._labels[chunk], self._scores[chunk] = label_n, score_n
+    self._leads[chunk] = lead_n
+    return sums, counts, score_n, 0
 
   def finish(self, shift: np.ndarray) -> None:
     """After the update: what the next pass must look at.
@@ -141,25 +164,25 @@ class Screening:
       shift: [K], how far each center moved; infinite if it was restarted.
     """
     if self._is_full:
-      self.searched = self._iteration
+      self._searched = self._iteration
     is_wrong = self._iteration > 0 and self._costs_too_much()
     if is_wrong and self._is_full:
-      self.width = widths.following(self.width, len(self.basis))
+      self._width = widths.following(self._width, len(self._basis))
     self._iteration += 1
-    if is_wrong or self._iteration > _SERVE * self.searched:
+    if is_wrong or self._iteration > _SERVE * self._searched:
       shift = np.full_like(shift, np.inf)
-    self.drift = shift
+    self._drift = shift
 
   def _choose_width(self) -> None:
-    if self._iteration > 1 and not self.width:
+    if self._iteration > 1 and not self._width:
       return
     first = not self._iteration
-    self.width, self.basis = self._sample.choose(
+    self._width, self._basis = self._sample.choose(
       self._whole,
       self._sample_labels(),
       rows=widths.FIRST_ROWS if first else widths.LATER_ROWS,
       # Means are told apart by less than the rows they start from.
-      at_least=self.width if self._iteration > 1 else 0,
+      at_least=self._width if self._iteration > 1 else 0,
       max_loss=widths.MAX_FIRST_LOSS if first else widths.MAX_LOSS,
     )
 
@@ -171,7 +194,7 @@ class Screening:
     is_wrong = loss > widths.MAX_CHECKED_LOSS * best
     _log.info(
       'screening: %s, cosines of the sample %.1e low%s',
-      f'{self.width} dimensions' if self._is_full else 'candidates',
+      f'{self._width} dimensions' if self._is_full else 'candidates',
       loss,
       '; more from here on' if is_wrong else '',
     )

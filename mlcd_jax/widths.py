@@ -178,7 +178,7 @@ def _best_cosines(c_KD, cs_KD, x_SD, label_S):
 def _screened_cosines(c_KD, cs_KP, x_SD, basis_DP, label_S, num_centers):
   xs_SP = (x_SD @ basis_DP).astype(cs_KP.dtype)
   ids_SC = candidates.best_of_buckets(cs_KP, xs_SP, num_centers)
-  return candidates.best_candidate(x_SD, c_KD, label_S, ids_SC)[0]
+  return candidates.best_candidate(x_SD, c_KD, label_S, ids_SC)[1]
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
