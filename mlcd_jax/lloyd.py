@@ -166,13 +166,8 @@ class Lloyd:
   def _pass(self):
     """Sums, counts, and cosines of the chunks since the last save."""
     part = self.done.part or partial_pass.NOTHING
-    if self._begun:
-      (sums, counts), self._begun = self._begun, None
-    elif self.done.part:
-      sums, counts = partial_pass.to_devices(part, self._mesh)
-    else:
-      sums, counts = programs.make_zeros(self._mesh, *self._centers.shape)()
     looks = self._begin()
+    sums, counts = self._first_sums(part, looks and self._known.is_quick)
     cosines, num_bad = {}, {}
     for i, x_nD in enumerate(self._chunks.after(part.chunks), part.chunks):
       if looks:
@@ -191,6 +186,15 @@ class Lloyd:
         cosines, num_bad = {}, {}
     self._name_bad_rows(num_bad)
     return sums, counts, cosines
+
+  def _first_sums(self, part: partial_pass.Part, is_quick: bool):
+    """Sums and counts that a pass, or the rest of one, starts from."""
+    begun, self._begun = self._begun, None
+    if begun and is_quick:
+      return begun
+    if part.chunks or is_quick:
+      return partial_pass.to_devices(part, self._mesh)
+    return programs.make_zeros(self._mesh, *self._centers.shape)()
 
   def _begin(self) -> bool:
     """Before a pass: whether what is known serves it, not a plain one."""

@@ -26,8 +26,8 @@ from mlcd_jax import widths
 
 _log = logging.getLogger(__name__)
 
-# The candidates of pass i serve up to pass 3 i: centers move less and less. So
-# those of the first, whose centers were single rows, serve for no other.
+# The candidates of pass i serve up to pass 3 i + 1, since centers move less and
+# less: passes 0, 2, 8 and 26 search fully.
 _SERVE = 3
 
 
@@ -106,13 +106,16 @@ class Screening:
 
   def begin(self, c_KD: jax.Array) -> bool:
     """Before a pass: whether it can be screened."""
-    self._is_full = not self.is_quick
     self._whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
-    if self._is_full:
-      if not self._is_within:
-        self._choose_width()
-      self._scored = self._sample.scored(self._whole, self._basis)
+    if not self._is_within:
+      if self.is_quick and self._candidates_lack_too_much():
+        self._drift = np.full_like(self._drift, np.inf)
+      if not self.is_quick:
+        self._width, self._basis = self._sample.choose(
+          self._whole, self._sampled(self._labels)
+        )
     self._is_within = False
+    self._scored = self._sample.scored(self._whole, self._basis)
     return self._width > 0
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
@@ -124,7 +127,7 @@ class Screening:
     Returns:
       sums, counts, cosines [n] of the points, number of bad points.
     """
-    add = self._add_full if self._is_full else self._add_quick
+    add = self._add_quick if self.is_quick else self._add_full
     return add(sums, counts, chunk, x_nD)
 
   def _add_full(self, sums, counts, chunk, x_nD):
@@ -163,42 +166,23 @@ class Screening:
     Args:
       shift: [K], how far each center moved; infinite if it was restarted.
     """
-    if self._is_full:
+    if not self.is_quick:
       self._searched = self._iteration
-    is_wrong = self._iteration > 0 and self._costs_too_much()
-    if is_wrong and self._is_full:
-      self._width = widths.following(self._width, len(self._basis))
     self._iteration += 1
-    if is_wrong or self._iteration > _SERVE * self._searched:
+    if self._iteration > _SERVE * self._searched + 1:
       shift = np.full_like(shift, np.inf)
     self._drift = shift
 
-  def _choose_width(self) -> None:
-    if self._iteration > 1 and not self._width:
-      return
-    first = not self._iteration
-    self._width, self._basis = self._sample.choose(
+  def _candidates_lack_too_much(self) -> bool:
+    """Whether a sample's best centers are too often no candidates."""
+    loss = self._sample.loss(
       self._whole,
-      self._sample_labels(),
-      rows=widths.FIRST_ROWS if first else widths.LATER_ROWS,
-      # Means are told apart by less than the rows they start from.
-      at_least=self._width if self._iteration > 1 else 0,
-      max_loss=widths.MAX_FIRST_LOSS if first else widths.MAX_LOSS,
+      self._sampled(self._labels),
+      self._sampled(self._candidates),
+      self._iteration,
     )
+    _log.info('screening: candidates would cost %.1e of the objective', loss)
+    return loss > widths.MAX_CANDIDATES_LOSS
 
-  def _costs_too_much(self) -> bool:
-    """Whether a sample's labels in this pass lack too much to the best."""
-    loss, best = self._sample.loss(
-      self._whole, self._sample_labels(), self._iteration
-    )
-    is_wrong = loss > widths.MAX_CHECKED_LOSS * best
-    _log.info(
-      'screening: %s, cosines of the sample %.1e low%s',
-      f'{self._width} dimensions' if self._is_full else 'candidates',
-      loss,
-      '; more from here on' if is_wrong else '',
-    )
-    return is_wrong
-
-  def _sample_labels(self) -> np.ndarray:
-    return self._chunks.get(self._labels)[self._sample.rows]
+  def _sampled(self, parts: list[jax.Array]) -> np.ndarray:
+    return self._chunks.get(parts)[self._sample.rows]

@@ -22,18 +22,15 @@ _log = logging.getLogger(__name__)
 # Widths to choose from.
 _WIDTHS = (96, 128, 160, 192, 256, 384)
 
-# What a width may cost the mean cosine of a sample when it is chosen, and as a
-# share of the objective before a wider one is taken. More may be lost in the
-# first pass, whose labels only make better centers of random rows.
-MAX_LOSS = 5e-5
-MAX_FIRST_LOSS = 1e-3
-MAX_CHECKED_LOSS = 1e-4
+# What a width may cost the mean cosine of a sample when it is chosen, and
+# candidates as a share of it before they are sought anew. The first is as good
+# as nothing: what the first passes lose is not made up for by later ones.
+MAX_LOSS = 1e-5
+MAX_CANDIDATES_LOSS = 1e-4
 
-# Sampled rows: all of them; to choose a width by before the first pass and
-# later; to check a pass by.
+# Sampled rows: all of them; to choose a width by; to check a pass by.
 _SAMPLE_ROWS = 2_048
-FIRST_ROWS = 512
-LATER_ROWS = 1_024
+_CHOICE_ROWS = 1_024
 _CHECKED_ROWS = 512
 
 # Below these a pass is too short for screening to gain.
@@ -53,7 +50,7 @@ def pay(num_rows: int, dim: int, num_centers: int) -> bool:
   )
 
 
-def following(width: int, dim: int) -> int:
+def _following(width: int, dim: int) -> int:
   """The next one, or 0 for all dimensions where it would not pay."""
   return next((w for w in _WIDTHS if width < w <= dim // 2), 0)
 
@@ -84,31 +81,22 @@ class Sample:
     self._score_dtype = score_dtype
 
   def choose(
-    self,
-    c_KD: jax.Array,
-    labels_S: np.ndarray,
-    *,
-    rows: int,
-    at_least: int,
-    max_loss: float,
+    self, c_KD: jax.Array, labels_S: np.ndarray
   ) -> tuple[int, np.ndarray]:
     """The smallest width that is good enough, and its dimensions.
 
     Args:
       c_KD: whole centers.
       labels_S: of the sample in the pass before.
-      rows: of the sample that are looked at.
-      at_least: the width to begin with; 0 = the smallest.
-      max_loss: that the mean cosine may lose.
 
     Returns:
       The width, 0 if all dimensions are needed; float32 [D, P], P the width.
     """
-    few = slice(None, None, -(-len(self.rows) // rows))
+    few = slice(None, None, -(-len(self.rows) // _CHOICE_ROWS))
     values, labels = self._values[few], labels_S[few]
     best_S = self._best_cosines(c_KD, values, labels)
     basis = np.zeros((len(self.mean), 0), np.float32)
-    width = at_least or following(0, len(self.mean))
+    width = _following(0, len(self.mean))
     while width:
       if basis.shape[1] < width:
         most = 192 if width <= 192 else _WIDTHS[-1]
@@ -124,24 +112,35 @@ class Sample:
       )
       loss = float(jnp.mean(jnp.maximum(best_S - found_S, 0)))
       _log.info('screening: %d dimensions would cost %.1e', width, loss)
-      if loss < max_loss:
+      if loss < MAX_LOSS:
         return width, leading
-      width = following(width, len(self.mean))
+      width = _following(width, len(self.mean))
     return 0, basis[:, :0]
 
   def loss(
-    self, c_KD: jax.Array, labels_S: np.ndarray, iteration: int
-  ) -> tuple[float, float]:
-    """Mean cosine that labels lack to the best center's, and the latter.
+    self,
+    c_KD: jax.Array,
+    labels_S: np.ndarray,
+    ids_SC: np.ndarray,
+    iteration: int,
+  ) -> float:
+    """The share of the mean cosine that is lost if only candidates are seen.
 
     Every iteration looks at other rows of the sample.
+
+    Args:
+      c_KD: whole centers.
+      labels_S: of the sample in the pass before.
+      ids_SC: candidates of the sample.
+      iteration: chooses the rows.
     """
     step = -(-len(self.rows) // _CHECKED_ROWS)
     few = slice(iteration % step, None, step)
     values, labels = self._values[few], labels_S[few]
     best_S = self._best_cosines(c_KD, values, labels)
-    own_S = _own_cosines(c_KD, values, labels)
-    return float(jnp.mean(best_S - own_S)), float(jnp.mean(best_S))
+    found_S = _candidates_cosines(c_KD, values, labels, ids_SC[few])
+    lost_S = jnp.maximum(best_S - found_S, 0)
+    return float(jnp.sum(lost_S) / jnp.sum(best_S))
 
   def scored(self, c_KD: jax.Array, basis: np.ndarray | None) -> jax.Array:
     """What is scored of whole centers: [K, P], or [K, D] without a basis."""
@@ -161,24 +160,22 @@ def _scored(c_KD, mean_D, basis_DP, dtype):
 
 
 @jax.jit
-def _own_cosines(c_KD, x_SD, label_S):
-  return jnp.sum(x_SD * c_KD[label_S], axis=1)
-
-
-@jax.jit
 def _best_cosines(c_KD, cs_KD, x_SD, label_S):
   tile = (256, len(cs_KD))
   _, best_S = nearest.best_center(cs_KD, x_SD.astype(cs_KD.dtype), tile=tile)
-  return jnp.maximum(
-    _own_cosines(c_KD, x_SD, best_S), _own_cosines(c_KD, x_SD, label_S)
-  )
+  return candidates.best_candidate(x_SD, c_KD, label_S, best_S[:, None])[1]
+
+
+@jax.jit
+def _candidates_cosines(c_KD, x_SD, label_S, ids_SC):
+  return candidates.best_candidate(x_SD, c_KD, label_S, ids_SC)[1]
 
 
 @functools.partial(jax.jit, static_argnums=5)
 def _screened_cosines(c_KD, cs_KP, x_SD, basis_DP, label_S, num_centers):
   xs_SP = (x_SD @ basis_DP).astype(cs_KP.dtype)
   ids_SC = candidates.best_of_buckets(cs_KP, xs_SP, num_centers)
-  return candidates.best_candidate(x_SD, c_KD, label_S, ids_SC)[1]
+  return _candidates_cosines(c_KD, x_SD, label_S, ids_SC)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
