@@ -105,18 +105,23 @@ class Points:
     return i * self.chunk, min((i + 1) * self.chunk, self._rows.shape[0])
 
   def put(
-    self, values: np.ndarray, dtype: Any, shape: tuple[int, ...] = ()
+    self,
+    values: np.ndarray,
+    dtype: Any,
+    shape: tuple[int, ...] = (),
+    padding: float = 0,
   ) -> list[jax.Array]:
     """A value for each row, on the devices in chunks [n, ...] like the rows'.
 
     Args:
-      values: [N, ...]; zeros if there are none.
+      values: [N, ...]; if there are none, all is padding.
       dtype: of the values.
       shape: of one.
+      padding: the value after the last row.
     """
     parts = []
     for start, stop in map(self.rows_of, range(len(self))):
-      padded = np.zeros((self.chunk, *shape), dtype)
+      padded = np.full((self.chunk, *shape), padding, dtype)
       if len(values):
         padded[: stop - start] = values[start:stop]
       parts.append(

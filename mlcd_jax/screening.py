@@ -73,7 +73,9 @@ class Screening:
     known = start.known
     nothing = np.zeros(0)
     self._labels = chunks.put(known.get('labels', nothing), np.int32)
-    self._scores = chunks.put(known.get('scores', nothing), np.float32)
+    self._scores = chunks.put(
+      known.get('scores', nothing), np.float32, padding=np.inf
+    )
     self._leads = chunks.put(known.get('leads', nothing), np.float32)
     self._candidates = chunks.put(
       known.get('candidates', nothing), np.int32, (candidates.COUNT,)

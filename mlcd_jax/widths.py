@@ -33,9 +33,11 @@ _SAMPLE_ROWS = 2_048
 _CHOICE_ROWS = 1_024
 _CHECKED_ROWS = 512
 
-# Below these a pass is too short for screening to gain.
+# Below these a pass is too short for screening to gain; above this candidates
+# would take more than 2 GiB.
 _MIN_CENTERS = 512
 _MIN_DIM = 256
+_MAX_ROWS = 2**31 // (4 * candidates.COUNT)
 
 # Centers whose leading dimensions are taken, and spare directions that make
 # those more exact.
@@ -46,7 +48,9 @@ _SPARE = 32
 def pay(num_rows: int, dim: int, num_centers: int) -> bool:
   """Whether a clustering is large enough to be screened."""
   return (
-    num_rows >= _SAMPLE_ROWS and num_centers >= _MIN_CENTERS and dim >= _MIN_DIM
+    _SAMPLE_ROWS <= num_rows <= _MAX_ROWS
+    and num_centers >= _MIN_CENTERS
+    and dim >= _MIN_DIM
   )
 
 

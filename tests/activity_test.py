@@ -9,6 +9,7 @@ from mlcd_jax import kmeans
 from mlcd_jax import points
 from mlcd_jax import sharding
 from mlcd_jax import widths
+from tests import fits
 
 
 def make_groups(num_rows, dim, num_groups, *, noise, seed=0):
@@ -37,12 +38,8 @@ def spied_sizes(monkeypatch):
   return sizes
 
 
-def assert_same(a, b):
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    a._asdict() | {'known': dict(a.known)},
-    b._asdict() | {'known': dict(b.known)},
-  )
+def passes_since_search(saved):
+  return [i - int(state.known['searched']) for i, state in enumerate(saved)]
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
@@ -55,7 +52,7 @@ def test_unscreened_is_a_plain_pass_in_every_bit(monkeypatch, shape):
   assert sum(size > 0 for size in sizes) >= 5
   assert min(size for size in sizes if size) < max(sizes)
   monkeypatch.setattr(activity.Activity, '_choose_size', lambda self: 0)
-  assert_same(found, kmeans.fit(x, 700, iterations=10, mesh=mesh))
+  fits.assert_same(found, kmeans.fit(x, 700, iterations=10, mesh=mesh))
 
 
 def test_ties_stay_with_the_lower_index_when_centers_move(monkeypatch):
@@ -66,14 +63,15 @@ def test_ties_stay_with_the_lower_index_when_centers_move(monkeypatch):
   found = kmeans.fit(x, 800, **options)
   assert any(sizes)
   monkeypatch.setattr(activity.Activity, '_choose_size', lambda self: 0)
-  assert_same(found, kmeans.fit(x, 800, **options))
+  fits.assert_same(found, kmeans.fit(x, 800, **options))
 
 
 def test_screened_labels_are_nearly_the_best():
   saved = []
   fit = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
   assert fit.known['width'] > 0
-  assert [s.known['searched'] for s in saved] == [0, 0, 2, 2, 2, 2]
+  assert passes_since_search(saved)[0] == 0
+  assert max(passes_since_search(saved)) >= 1
   centers = saved[-2].centers  # Those that the last labels were found with.
   x = points.unit_rows(TIGHT)
   own = np.sum(x * centers[fit.known['labels']], axis=1)
@@ -88,20 +86,22 @@ def test_quick_passes_keep_the_sums_of_the_labels():
   x = TIGHT.copy()
   x[0], x[9] = 0, np.nan
   saved = []
-  kmeans.fit(x, 520, iterations=4, save=saved.append)
+  kmeans.fit(x, 520, iterations=6, save=saved.append)
   unit = points.unit_rows(x)
   usable = unit.any(axis=1)
-  for state in saved[0], saved[2]:
+  quick = [i for i, n in enumerate(passes_since_search(saved)) if n]
+  assert quick
+  for state in (saved[i] for i in quick):
     labels = state.known['labels']
     assert labels.max() < 520
     counts = np.bincount(labels[usable], minlength=520)
     np.testing.assert_array_equal(state.counts, counts)
-    np.testing.assert_array_equal(state.part.counts, counts)
     sums = np.zeros((520, unit.shape[1]))
     np.add.at(sums, labels[usable], unit[usable])
-    np.testing.assert_allclose(state.part.sums, sums, atol=1e-5)
-  moved = saved[0].known['labels'] != saved[1].known['labels']
-  assert 10 < moved.sum() < 1_000
+    sums /= np.linalg.norm(sums, axis=1, keepdims=True)
+    np.testing.assert_allclose(state.centers, sums, atol=1e-5)
+  before, after = (saved[quick[0] - i].known['labels'] for i in (1, 0))
+  assert 0 < np.sum(before != after) < 1_000
 
 
 def test_data_that_screening_would_cost_too_much_are_not_screened(monkeypatch):
@@ -114,7 +114,7 @@ def test_candidates_that_cost_too_much_are_sought_anew(monkeypatch):
   saved = []
   monkeypatch.setattr(widths, 'MAX_CANDIDATES_LOSS', -1.0)
   kmeans.fit(TIGHT, 520, iterations=4, save=saved.append)
-  assert [s.known['searched'] for s in saved] == [0, 1, 2, 3]
+  assert not any(passes_since_search(saved))
 
 
 def test_goes_on_screened_with_the_same_bits():
@@ -122,7 +122,7 @@ def test_goes_on_screened_with_the_same_bits():
   whole = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
   for state in saved[0], saved[2]:
     assert state.known['width'] > 0
-    assert_same(kmeans.fit(TIGHT, 520, iterations=6, resume=state), whole)
+    fits.assert_same(kmeans.fit(TIGHT, 520, iterations=6, resume=state), whole)
 
 
 def test_goes_on_within_a_screened_pass_with_the_same_bits(monkeypatch):
@@ -136,7 +136,7 @@ def test_goes_on_within_a_screened_pass_with_the_same_bits(monkeypatch):
   assert not first.objective and len(last.objective) == 2
   assert first.known['width'] > 0 and last.known['width'] > 0
   for state in first, last:
-    assert_same(kmeans.fit(TIGHT, 520, resume=state, **options), whole)
+    fits.assert_same(kmeans.fit(TIGHT, 520, resume=state, **options), whole)
 
 
 def test_screened_read_anew_or_held_gives_the_same_bits(monkeypatch):
@@ -145,7 +145,7 @@ def test_screened_read_anew_or_held_gives_the_same_bits(monkeypatch):
   held = kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh)
   assert held.known['width'] > 0
   monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
-  assert_same(kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh), held)
+  fits.assert_same(kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh), held)
 
 
 @pytest.mark.parametrize('screening_, rtol', [('off', 1e-6), ('auto', 1e-4)])
