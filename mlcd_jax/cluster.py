@@ -144,7 +144,7 @@ def _iterate(
   if config.cluster.levels:
     iterations = config.cluster.repair_iterations
   done = len(state.fit.objective)
-  begun = bool(done or state.fit.part)
+  begun = bool(done or state.fit.is_within)
   if begun:
     _log.info('cluster: continuing after %d iterations', done)
   if len(measured):
@@ -155,7 +155,7 @@ def _iterate(
   def save(fit):
     nonlocal state, labels
     state = state._replace(fit=fit)
-    if len(measured) and fit.part is None:
+    if len(measured) and not fit.is_within:
       before = labels
       labels, objective = _measure(measured, fit.centers, mesh)
       state = state._replace(
@@ -202,7 +202,7 @@ def _measure(
 def _write_state(path: pathlib.Path, state: _State) -> None:
   if distributed.is_main():
     fit = state.fit._asdict()
-    part = fit.pop('part')
+    part, known = fit.pop('part'), fit.pop('known')
     files.write_npz(
       path,
       held_out=np.asarray(state.held_out),
@@ -210,6 +210,7 @@ def _write_state(path: pathlib.Path, state: _State) -> None:
       levels=np.asarray(json.dumps(state.levels)),
       **{f'fit_{k}': np.asarray(v) for k, v in fit.items()},
       **{f'part_{k}': v for k, v in (part._asdict() if part else {}).items()},
+      **{f'known_{k}': v for k, v in known.items()},
     )
   distributed.barrier('clustering state')
 
@@ -228,7 +229,14 @@ def _read_state(path: pathlib.Path) -> _State | None:
     return kind(**fields) if fields else None
 
   return _State(
-    read(kmeans.Fit, 'fit')._replace(part=read(partial_pass.Part, 'part')),
+    read(kmeans.Fit, 'fit')._replace(
+      part=read(partial_pass.Part, 'part'),
+      known={
+        name.removeprefix('known_'): value
+        for name, value in found.items()
+        if name.startswith('known_')
+      },
+    ),
     found['held_out'].tolist(),
     found['relabelled'].tolist(),
     json.loads(str(found['levels'])),

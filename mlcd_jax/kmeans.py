@@ -54,8 +54,9 @@ def fit(
     mesh: all devices, points split over them, where not given.
     score_dtype: of the products' operands, which accumulate in float32; where
       not given bfloat16, or float32 on CPUs that have no products of bfloat16.
-    screening: 'auto' = on CPUs, score on leading dimensions where a sample
-      shows that it costs the objective less than 1e-4 of it; 'off' = never.
+    screening: 'auto' = on CPUs, compare a point with a few candidates where a
+      sample shows that it costs the objective less than 1e-4 of it; 'off' =
+      never.
     resume: what `save` got, to go on from with the same bits.
     save: called after each iteration, on every process.
     save_every_tiles: call it within iterations too, after so many tiles of

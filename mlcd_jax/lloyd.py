@@ -4,7 +4,9 @@ Shapes: N points, K centers, D dimensions, P leading dimensions.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import os
+import types
 from typing import NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ from mlcd_jax import nearest
 from mlcd_jax import partial_pass
 from mlcd_jax import points
 from mlcd_jax import screening
+from mlcd_jax import widths
 
 # Empty clusters that can restart in one iteration.
 _MAX_RESEEDED = 1_024
@@ -37,14 +40,10 @@ class Fit(NamedTuple):
     reseeded: centers found empty and restarted, one number an iteration.
     skipped: rows left out because they are zero or not finite.
     bad_rows: numbers of the first of these.
-    part: of the iteration that has begun, if one has.
-    labels: int32 [N] of the last iteration, on CPUs; this and what follows is
-      what the next one knows of where labels can change.
-    scores: float32 [N], of the points to their labels.
-    drift: float32 [K], how far centers moved since points were last compared
-      with them.
-    basis: float32 [D, P], the dimensions that are screened by.
-    width: P, 0 where nothing is screened.
+    part: of the next iteration, what it starts from or has come to, if that
+      is anything.
+    known: what the next iteration knows of where labels can change, on CPUs;
+      see activity.py and screening.py.
   """
 
   centers: np.ndarray
@@ -54,11 +53,12 @@ class Fit(NamedTuple):
   skipped: int
   bad_rows: list[int]
   part: partial_pass.Part | None = None
-  labels: np.ndarray = np.zeros(0, np.int32)
-  scores: np.ndarray = np.zeros(0, np.float32)
-  drift: np.ndarray = np.zeros(0, np.float32)
-  basis: np.ndarray = np.zeros((0, 0), np.float32)
-  width: int = 0
+  known: Mapping[str, np.ndarray] = types.MappingProxyType({})
+
+  @property
+  def is_within(self) -> bool:
+    """Whether an iteration has begun."""
+    return bool(self.part and self.part.chunks)
 
 
 class Lloyd:
@@ -96,22 +96,22 @@ class Lloyd:
     self._num_centers, dim = start.centers.shape
     tile = nearest.tile_shape(mesh, self._num_centers)[0]
     self._chunks = points.Points(embeddings, mesh, tile=tile, hold=True)
-    sample = screening.Sample(embeddings, mesh, self._num_centers, score_dtype)
+    sample = widths.Sample(embeddings, self._num_centers, score_dtype)
     self._mean = sample.mean
     self._add = programs.make_add(mesh, self._num_centers, score_dtype)
+    self._score_dtype = score_dtype
     self._known = None
     if nearest.on_cpu(mesh):
-      self._known = activity.Activity(
-        mesh,
-        self._num_centers,
-        self._chunks,
-        sample=sample,
-        score_dtype=score_dtype,
-        screens=screens
-        and screening.pays(*embeddings.shape, self._num_centers),
-      )
-      self._known.restore(start)
+      screens &= widths.pay(*embeddings.shape, self._num_centers)
+      if screens and start.known.get('width', not start.objective):
+        self._known = screening.Screening(
+          mesh, sample, self._chunks, score_dtype=score_dtype, start=start
+        )
+      else:
+        self._known = self._make_activity(start.known)
     self._centers = nearest.put_centers(start.centers, mesh)
+    # Sums and counts that the next pass starts from.
+    self._begun = None
     self._save = save
     chunk_tiles = self._chunks.chunk // (tile * mesh.shape['data'])
     self._save_every = -(-save_every_tiles // chunk_tiles)
@@ -123,7 +123,11 @@ class Lloyd:
     """All that is needed to go on, on the host."""
     centers = nearest.to_host(self._centers)[: self._num_centers]
     known = self._known.state() if self._known else {}
-    return self.done._replace(centers=centers, **known)
+    part = self.done.part
+    if self._begun:
+      sums = partial_pass.to_host(*self._begun, self._num_centers)
+      part = partial_pass.NOTHING._replace(sums=sums[0], counts=sums[1])
+    return self.done._replace(centers=centers, part=part, known=known)
 
   def iterate(self) -> None:
     """One pass over the points, and the new centers.
@@ -131,11 +135,9 @@ class Lloyd:
     Raises:
       ValueError: more centers than usable rows.
     """
-    sums, counts, cosines = self._pass()
-    if self._known:
-      self._known.check(self._centers)
+    *sums, cosines = self._pass()
     self._centers, total, counts, shift = programs.make_update(self._mesh)(
-      self._centers, sums, counts
+      self._centers, *sums
     )
     counts = nearest.to_host(counts)[: self._num_centers]
     usable = int(counts.sum())
@@ -158,15 +160,14 @@ class Lloyd:
       skipped=self._embeddings.shape[0] - usable,
       part=None,
     )
+    if self._known and self._known.is_quick:
+      self._begun = partial_pass.merged(*sums)
 
   def _pass(self):
     """Sums, counts, and cosines of the chunks since the last save."""
     part = self.done.part or partial_pass.NOTHING
-    if self.done.part:
-      sums, counts = partial_pass.to_devices(part, self._mesh)
-    else:
-      sums, counts = programs.make_zeros(self._mesh, *self._centers.shape)()
-    looks = bool(self._known) and self._known.begin(self._centers)
+    looks = self._begin()
+    sums, counts = self._first_sums(part, looks and self._known.is_quick)
     cosines, num_bad = {}, {}
     for i, x_nD in enumerate(self._chunks.after(part.chunks), part.chunks):
       if looks:
@@ -185,6 +186,34 @@ class Lloyd:
         cosines, num_bad = {}, {}
     self._name_bad_rows(num_bad)
     return sums, counts, cosines
+
+  def _first_sums(self, part: partial_pass.Part, is_quick: bool):
+    """Sums and counts that a pass, or the rest of one, starts from."""
+    begun, self._begun = self._begun, None
+    if begun and is_quick:
+      return begun
+    if part.chunks or is_quick:
+      return partial_pass.to_devices(part, self._mesh)
+    return programs.make_zeros(self._mesh, *self._centers.shape)()
+
+  def _begin(self) -> bool:
+    """Before a pass: whether what is known serves it, not a plain one."""
+    if not self._known:
+      return False
+    is_ready = self._known.begin(self._centers)
+    if not is_ready and isinstance(self._known, screening.Screening):
+      self._known = self._make_activity({})
+    return is_ready
+
+  def _make_activity(self, known: Mapping[str, np.ndarray]):
+    return activity.Activity(
+      self._mesh,
+      self._num_centers,
+      self._chunks,
+      mean=self._mean,
+      score_dtype=self._score_dtype,
+      known=known,
+    )
 
   def _saves_after(self, i: int) -> bool:
     every, done = self._save_every, i + 1

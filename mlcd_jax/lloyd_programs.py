@@ -17,6 +17,9 @@ from mlcd_jax import nearest
 from mlcd_jax import points
 from mlcd_jax import sharding
 
+# Points that move from one center to another at a time.
+_MOVED_ROWS = 64
+
 
 def abstract_pass(
   mesh: Mesh, num_centers: int, dim: int, *, score_dtype=jnp.bfloat16
@@ -105,6 +108,34 @@ def _accumulate(sums_1kD, counts_1k, x_nD, center_n, cosine_n):
     *nearest.add_points(sums_1kD, counts_1k, x_nD, center_n, usable_n),
     jnp.where(usable_n, cosine_n, jnp.inf),
     lax.psum(jnp.sum(~usable_n), 'data'),
+  )
+
+
+@functools.cache
+def make_move(mesh: Mesh):
+  """A chunk, its labels before and now -> sums, counts."""
+
+  def move(sums_1kD, counts_1k, x_nD, old_n, new_n):
+    def tile(rows, flagged, found):
+      x_TD = x_nD[rows]
+      found = nearest.add_points(*found, x_TD, old_n[rows], flagged, -1)
+      return nearest.add_points(*found, x_TD, new_n[rows], flagged)
+
+    changed_n = old_n != new_n
+    return nearest.for_flagged(
+      tile, changed_n, (sums_1kD, counts_1k), _MOVED_ROWS
+    )
+
+  rows, sums = sharding.POINTS, nearest.SUMS
+  return jax.jit(
+    jax.shard_map(
+      move,
+      mesh=mesh,
+      in_specs=(sums, sums, rows, rows, rows),
+      out_specs=(sums, sums),
+      check_vma=False,
+    ),
+    donate_argnums=(0, 1),
   )
 
 

@@ -16,8 +16,8 @@ from jax import lax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mlcd_jax import candidates
 from mlcd_jax import nearest
-from mlcd_jax import screening
 from mlcd_jax import sharding
 
 # Candidates are this many more than the labels, so that few points are in
@@ -132,7 +132,7 @@ def _rescore(c_KD, x_TD, ids_TM, num_labels):
   """Cosines and centers [T, L], the best of the candidates by float32."""
   # top_k keeps the earlier of equals, which must be the lower center.
   ids_TM = jnp.sort(ids_TM, axis=1)
-  s_TM = screening.cosines(x_TD, c_KD, ids_TM)
+  s_TM = candidates.cosines(x_TD, c_KD, ids_TM)
   score_TL, place_TL = lax.top_k(s_TM, num_labels)
   return score_TL, jnp.take_along_axis(ids_TM, place_TL, axis=1)
 

@@ -9,6 +9,7 @@ point. Upper case is global, lower case this device's part.
 from collections.abc import Callable
 import functools
 import pathlib
+from typing import Any
 
 import jax
 from jax import lax
@@ -170,14 +171,15 @@ def add_points(
   x_nD: jax.Array,
   center_n: jax.Array,
   usable_n: jax.Array,
+  sign: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
   """Adds points to this device's sums; other devices' centers are left out."""
   k = counts_1k.shape[1]
   local = center_n - lax.axis_index('fsdp') * k
   local = jnp.where(usable_n & (local >= 0) & (local < k), local, k)
   return (
-    sums_1kD.at[0, local].add(x_nD, mode='drop'),
-    counts_1k.at[0, local].add(1, mode='drop'),
+    sums_1kD.at[0, local].add(sign * x_nD, mode='drop'),
+    counts_1k.at[0, local].add(sign, mode='drop'),
   )
 
 
@@ -202,22 +204,42 @@ def redo(
 
   Args:
     search: takes row numbers [T] and their part of `found`, gives it anew.
-    flag_n: which points; others in their tiles may be searched anew too.
+    flag_n: which points.
     found: arrays [n, ...].
     tile_rows: T.
 
   Returns:
     `found`, with the new values.
   """
+
+  def tile(rows, flagged, found):
+    new = search(rows, tuple(a[rows] for a in found))
+    place = jnp.where(flagged, rows, len(flag_n))
+    return tuple(a.at[place].set(b, mode='drop') for a, b in zip(found, new))
+
+  return for_flagged(tile, flag_n, found, tile_rows)
+
+
+def for_flagged(
+  body: Callable, flag_n: jax.Array, carry: Any, tile_rows: int
+) -> Any:
+  """Runs a loop over some points, a tile of them at a time.
+
+  Args:
+    body: takes row numbers [T], which of them are meant, since the last tile
+      may have others too, and the carry; gives the carry.
+    flag_n: which points.
+    carry: arrays.
+    tile_rows: T.
+  """
   n = flag_n.shape[0]
+  count = jnp.sum(flag_n)
   place_n = jnp.where(flag_n, jnp.cumsum(flag_n) - 1, n)
   row_n = jnp.arange(n, dtype=jnp.int32)
   todo_n = jnp.zeros(n, jnp.int32).at[place_n].set(row_n, mode='drop')
 
-  def tile(i, found):
+  def tile(i, carry):
     rows = lax.dynamic_slice_in_dim(todo_n, i * tile_rows, tile_rows)
-    new = search(rows, tuple(a[rows] for a in found))
-    return tuple(a.at[rows].set(b) for a, b in zip(found, new))
+    return body(rows, i * tile_rows + jnp.arange(tile_rows) < count, carry)
 
-  count = (jnp.sum(flag_n) + tile_rows - 1) // tile_rows
-  return lax.fori_loop(0, count, tile, found)
+  return lax.fori_loop(0, (count + tile_rows - 1) // tile_rows, tile, carry)

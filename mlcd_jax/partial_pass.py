@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
@@ -43,6 +44,27 @@ NOTHING = Part(
   np.zeros(0, np.float32),
   np.zeros(0, np.int64),
 )
+
+
+def merged(sums: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Sums and counts with those of all parts of the mesh in the first."""
+  return _make_merged(sums.sharding.mesh)(sums, counts)
+
+
+@functools.cache
+def _make_merged(mesh: Mesh):
+  def merge(sums_1kD, counts_1k):
+    first = lax.axis_index('data') == 0
+    return tuple(
+      jnp.where(first, lax.psum(x, 'data'), 0) for x in (sums_1kD, counts_1k)
+    )
+
+  specs = nearest.SUMS, nearest.SUMS
+  return jax.jit(
+    jax.shard_map(
+      merge, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False
+    )
+  )
 
 
 def to_devices(part: Part, mesh: Mesh) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,9 @@ bits. Shapes: N rows, D dimensions, n rows of a chunk.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent import futures
+from typing import Any
 from typing import Protocol
 
 import jax
@@ -16,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
+from mlcd_jax import nearest
 from mlcd_jax import sharding
 
 # Rows of a chunk: of all CPU devices, which share a memory, and of each
@@ -101,6 +104,40 @@ class Points:
     """First row of chunk i, and the row after its last."""
     return i * self.chunk, min((i + 1) * self.chunk, self._rows.shape[0])
 
+  def put(
+    self,
+    values: np.ndarray,
+    dtype: Any,
+    shape: tuple[int, ...] = (),
+    padding: float = 0,
+  ) -> list[jax.Array]:
+    """A value for each row, on the devices in chunks [n, ...] like the rows'.
+
+    Args:
+      values: [N, ...]; if there are none, all is padding.
+      dtype: of the values.
+      shape: of one.
+      padding: the value after the last row.
+    """
+    parts = []
+    for start, stop in map(self.rows_of, range(len(self))):
+      padded = np.full((self.chunk, *shape), padding, dtype)
+      if len(values):
+        padded[: stop - start] = values[start:stop]
+      parts.append(
+        jax.make_array_from_callback(
+          padded.shape,
+          NamedSharding(self._mesh, sharding.POINTS),
+          lambda index, padded=padded: padded[index],
+        )
+      )
+    return parts
+
+  def get(self, parts: Sequence[jax.Array]) -> np.ndarray:
+    """What `put` took [N, ...], on the host of every process."""
+    whole = np.concatenate([nearest.to_host(part) for part in parts])
+    return whole[: self._rows.shape[0]]
+
   def bad_rows(self, i: int) -> list[int]:
     """Rows of chunk i that are zero or not finite."""
     start, stop = self.rows_of(i)
@@ -160,7 +197,7 @@ def _unit(x_nD: jax.Array) -> jax.Array:
 def chunk_rows(mesh: Mesh, tile: int) -> int:
   """Rows of a chunk, where there are that many."""
   shards = mesh.shape['data']
-  if _on_cpu(mesh):
+  if nearest.on_cpu(mesh):
     return shards * _up(max(1, _CPU_CHUNK // shards), tile)
   return shards * _up(_ACCELERATOR_CHUNK, tile)
 
@@ -175,7 +212,7 @@ def held_bytes(num_rows: int, dim: int, mesh: Mesh, memory: float) -> float:
     memory: bytes of a device; CPUs' is not asked for.
   """
   held = 4 * num_rows * dim / mesh.shape['data']
-  if _on_cpu(mesh):
+  if nearest.on_cpu(mesh):
     return held if held * mesh.size <= _CPU_HELD_BYTES else 0
   return held if held <= _ACCELERATOR_HELD_SHARE * memory else 0
 
@@ -183,10 +220,6 @@ def held_bytes(num_rows: int, dim: int, mesh: Mesh, memory: float) -> float:
 def _memory(mesh: Mesh) -> float:
   """Bytes of a device, where it says so."""
   return (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', 0)
-
-
-def _on_cpu(mesh: Mesh) -> bool:
-  return mesh.devices.flat[0].platform == 'cpu'
 
 
 def _up(number: int, multiple: int) -> int:

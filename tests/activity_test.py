@@ -7,8 +7,9 @@ import pytest
 from mlcd_jax import activity
 from mlcd_jax import kmeans
 from mlcd_jax import points
-from mlcd_jax import screening
 from mlcd_jax import sharding
+from mlcd_jax import widths
+from tests import fits
 
 
 def make_groups(num_rows, dim, num_groups, *, noise, seed=0):
@@ -37,9 +38,8 @@ def spied_sizes(monkeypatch):
   return sizes
 
 
-def assert_same(a, b):
-  for name, x, y in zip(a._fields, a, b):
-    np.testing.assert_array_equal(x, y, name)
+def passes_since_search(saved):
+  return [i - int(state.known['searched']) for i, state in enumerate(saved)]
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
@@ -52,7 +52,7 @@ def test_unscreened_is_a_plain_pass_in_every_bit(monkeypatch, shape):
   assert sum(size > 0 for size in sizes) >= 5
   assert min(size for size in sizes if size) < max(sizes)
   monkeypatch.setattr(activity.Activity, '_choose_size', lambda self: 0)
-  assert_same(found, kmeans.fit(x, 700, iterations=10, mesh=mesh))
+  fits.assert_same(found, kmeans.fit(x, 700, iterations=10, mesh=mesh))
 
 
 def test_ties_stay_with_the_lower_index_when_centers_move(monkeypatch):
@@ -63,50 +63,66 @@ def test_ties_stay_with_the_lower_index_when_centers_move(monkeypatch):
   found = kmeans.fit(x, 800, **options)
   assert any(sizes)
   monkeypatch.setattr(activity.Activity, '_choose_size', lambda self: 0)
-  assert_same(found, kmeans.fit(x, 800, **options))
+  fits.assert_same(found, kmeans.fit(x, 800, **options))
 
 
-def test_screened_labels_are_nearly_the_best(monkeypatch):
-  sizes = spied_sizes(monkeypatch)
+def test_screened_labels_are_nearly_the_best():
   saved = []
   fit = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
-  assert fit.width > 0
-  assert 0 < min(sizes[1:]) < max(sizes)
+  assert fit.known['width'] > 0
+  assert passes_since_search(saved)[0] == 0
+  assert max(passes_since_search(saved)) >= 1
   centers = saved[-2].centers  # Those that the last labels were found with.
   x = points.unit_rows(TIGHT)
-  own = np.sum(x * centers[fit.labels], axis=1)
-  np.testing.assert_allclose(own, fit.scores, atol=1e-5)
+  own = np.sum(x * centers[fit.known['labels']], axis=1)
   _, best = kmeans.nearest_centers(TIGHT, centers, 1)
   assert np.mean(best[:, 0] - own) < 1e-4 * fit.objective[-1]
   plain = kmeans.fit(TIGHT, 520, iterations=6, screening='off')
-  assert plain.width == 0
+  assert 'width' not in plain.known
   assert fit.objective[-1] == pytest.approx(plain.objective[-1], rel=2e-3)
 
 
+def test_quick_passes_keep_the_sums_of_the_labels():
+  x = TIGHT.copy()
+  x[0], x[9] = 0, np.nan
+  saved = []
+  kmeans.fit(x, 520, iterations=6, save=saved.append)
+  unit = points.unit_rows(x)
+  usable = unit.any(axis=1)
+  quick = [i for i, n in enumerate(passes_since_search(saved)) if n]
+  assert quick
+  for state in (saved[i] for i in quick):
+    labels = state.known['labels']
+    assert labels.max() < 520
+    counts = np.bincount(labels[usable], minlength=520)
+    np.testing.assert_array_equal(state.counts, counts)
+    sums = np.zeros((520, unit.shape[1]))
+    np.add.at(sums, labels[usable], unit[usable])
+    sums /= np.linalg.norm(sums, axis=1, keepdims=True)
+    np.testing.assert_allclose(state.centers, sums, atol=1e-5)
+  before, after = (saved[quick[0] - i].known['labels'] for i in (1, 0))
+  assert 0 < np.sum(before != after) < 1_000
+
+
 def test_data_that_screening_would_cost_too_much_are_not_screened(monkeypatch):
-  monkeypatch.setattr(screening, 'MAX_FIRST_LOSS', -1.0)
-  monkeypatch.setattr(screening, 'MAX_LOSS', -1.0)
+  monkeypatch.setattr(widths, 'MAX_LOSS', -1.0)
   fit = kmeans.fit(TIGHT, 520, iterations=2)
-  assert fit.width == 0
+  assert 'width' not in fit.known
 
 
-def test_a_width_that_costs_too_much_is_left(monkeypatch):
-  monkeypatch.setattr(screening, 'MAX_CHECKED_LOSS', -1.0)
-  widths = []
-  kmeans.fit(
-    TIGHT, 520, iterations=6, save=lambda fit: widths.append(fit.width)
-  )
-  assert max(widths) > 0 and widths[-1] == 0
-  positive = [width for width in widths if width]
-  assert positive == sorted(positive)
+def test_candidates_that_cost_too_much_are_sought_anew(monkeypatch):
+  saved = []
+  monkeypatch.setattr(widths, 'MAX_CANDIDATES_LOSS', -1.0)
+  kmeans.fit(TIGHT, 520, iterations=4, save=saved.append)
+  assert not any(passes_since_search(saved))
 
 
 def test_goes_on_screened_with_the_same_bits():
   saved = []
   whole = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
   for state in saved[0], saved[2]:
-    assert state.width > 0
-    assert_same(kmeans.fit(TIGHT, 520, iterations=6, resume=state), whole)
+    assert state.known['width'] > 0
+    fits.assert_same(kmeans.fit(TIGHT, 520, iterations=6, resume=state), whole)
 
 
 def test_goes_on_within_a_screened_pass_with_the_same_bits(monkeypatch):
@@ -115,21 +131,21 @@ def test_goes_on_within_a_screened_pass_with_the_same_bits(monkeypatch):
   saved = []
   options = dict(iterations=3, mesh=mesh, save_every_tiles=4)
   whole = kmeans.fit(TIGHT, 520, save=saved.append, **options)
-  within = [state for state in saved if state.part]
+  within = [state for state in saved if state.is_within]
   first, last = within[0], within[-1]
   assert not first.objective and len(last.objective) == 2
-  assert first.width > 0 and last.width > 0
+  assert first.known['width'] > 0 and last.known['width'] > 0
   for state in first, last:
-    assert_same(kmeans.fit(TIGHT, 520, resume=state, **options), whole)
+    fits.assert_same(kmeans.fit(TIGHT, 520, resume=state, **options), whole)
 
 
 def test_screened_read_anew_or_held_gives_the_same_bits(monkeypatch):
   monkeypatch.setattr(points, '_CPU_CHUNK', 1_024)
   mesh = sharding.make_mesh(2, 1, devices=jax.devices()[:2])
   held = kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh)
-  assert held.width > 0
+  assert held.known['width'] > 0
   monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
-  assert_same(kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh), held)
+  fits.assert_same(kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh), held)
 
 
 @pytest.mark.parametrize('screening_, rtol', [('off', 1e-6), ('auto', 1e-4)])
@@ -145,5 +161,5 @@ def test_meshes_agree(screening_, rtol):
     )
     for shape in ((1, 1), (2, 2))
   )
-  assert one.width == four.width
+  assert one.known.get('width') == four.known.get('width')
   np.testing.assert_allclose(one.objective, four.objective, rtol=rtol)

@@ -8,6 +8,7 @@ import pytest
 from mlcd_jax import kmeans
 from mlcd_jax import points
 from mlcd_jax import sharding
+from tests import fits
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
@@ -146,8 +147,7 @@ def test_read_anew_or_held_gives_the_same_bits(monkeypatch, dtype):
   chunks_held = sum(r.stop - r.start > 1 for r in reads[:reads_held])
   assert len(in_chunks) - chunks_held > 3 * chunks_held // 2
   assert held.bad_rows == streamed.bad_rows == [4_999]
-  for a, b in zip(held, streamed):
-    np.testing.assert_array_equal(a, b)
+  fits.assert_same(held, streamed)
   labels, _ = kmeans.nearest_centers(Counted(), held.centers, 3, mesh=mesh)
   expected, _ = kmeans.nearest_centers(x[:700], held.centers, 3, mesh=mesh)
   np.testing.assert_array_equal(labels[:700], expected)
@@ -175,8 +175,7 @@ def test_goes_on_within_a_pass_with_the_same_bits(monkeypatch, mesh_shape):
   assert whole.part is None and max(whole.reseeded) > 0
   for fit in saved:
     again = kmeans.fit(x, 60, resume=fit, **options)
-    for name, a, b in zip(whole._fields, again, whole):
-      np.testing.assert_array_equal(a, b, err_msg=name)
+    fits.assert_same(again, whole)
   options['save_every_tiles'] = 0
   plain = kmeans.fit(x, 60, **options)
   np.testing.assert_allclose(plain.objective, whole.objective, rtol=1e-6)

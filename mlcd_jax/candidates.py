@@ -1,0 +1,197 @@
+"""Labels from a few candidate centers of each point, for CPUs.
+
+A full search scores all centers on a few leading dimensions, and the best of
+them, the point's candidates, and its own center on all dimensions. A quick
+search looks at these alone, where one of them can have come to be the best:
+where they moved by more than the best was ahead. Shapes: N points, K centers, D
+dimensions, P leading dimensions, T points a tile, B buckets of centers, C
+candidates of a point. Upper case is global, lower case this device's part.
+"""
+
+from collections.abc import Callable
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mlcd_jax import nearest
+from mlcd_jax import sharding
+
+# Candidates are among the best two of each bucket of centers.
+_NUM_BUCKETS = 64
+_BUCKET_PARTS = 8
+COUNT = 16
+
+# Centers of a tile of scores, and points of a tile of a quick search.
+_TILE_CENTERS = 4_096
+_QUICK_ROWS = 64
+
+
+@functools.cache
+def make_whole(mesh: Mesh, num_centers: int) -> Callable:
+  """Makes: centers -> float32 [K, D] on every device.
+
+  Copies of the first center are in the place of padding.
+  """
+  return jax.jit(
+    jax.shard_map(
+      lambda c_kD: lax.all_gather(
+        nearest.real_centers(c_kD, num_centers), 'fsdp', tiled=True
+      ),
+      mesh=mesh,
+      in_specs=sharding.CENTERS,
+      out_specs=sharding.REPLICATED,
+      check_vma=False,
+    )
+  )
+
+
+@functools.cache
+def make_full_search(
+  mesh: Mesh, num_centers: int, score_dtype: jnp.dtype
+) -> Callable:
+  """Makes the search among all centers.
+
+  It takes whole centers [K, D], what is scored of them [K, P], the dimensions
+  [D, P], points [n, D] and their labels, and returns labels, cosines, their
+  lead over the next, and candidates [n, C].
+  """
+
+  def search(c_KD, cs_KP, basis_DP, x_nD, label_n):
+    rows = _tile_rows(len(cs_KP))
+
+    def tile(part):
+      x_TD, label_T = part
+      xs_TP = (x_TD @ basis_DP).astype(score_dtype)
+      ids_TC = best_of_buckets(cs_KP, xs_TP, num_centers)
+      return *best_candidate(x_TD, c_KD, label_T, ids_TC), ids_TC
+
+    tiles = x_nD.reshape(-1, rows, x_nD.shape[1]), label_n.reshape(-1, rows)
+    found = lax.map(tile, tiles)
+    return tuple(part.reshape(-1, *part.shape[2:]) for part in found)
+
+  points, all_ = sharding.POINTS, sharding.REPLICATED
+  return jax.jit(
+    jax.shard_map(
+      search,
+      mesh=mesh,
+      in_specs=(all_, all_, all_, points, points),
+      out_specs=(points, points, points, points),
+      check_vma=False,
+    )
+  )
+
+
+@functools.cache
+def make_quick_search(mesh: Mesh) -> Callable:
+  """Makes the search among each point's candidates.
+
+  It takes whole centers [K, D], how far they moved [K], points [n, D] and what
+  the last search returned, and returns labels, cosines and leads; of points
+  that it did not look at, the cosine is the one from before.
+  """
+
+  def search(c_KD, drift_K, x_nD, label_n, score_n, lead_n, ids_nC):
+    # No cosine changes by more than its center moved.
+    lead_n -= drift_K[label_n] + jnp.max(drift_K[ids_nC], axis=1)
+    due_n = (lead_n <= 0) & jnp.isfinite(score_n)
+
+    def again(rows, found):
+      return best_candidate(x_nD[rows], c_KD, found[0], ids_nC[rows])
+
+    return nearest.redo(again, due_n, (label_n, score_n, lead_n), _QUICK_ROWS)
+
+  points, all_ = sharding.POINTS, sharding.REPLICATED
+  return jax.jit(
+    jax.shard_map(
+      search,
+      mesh=mesh,
+      in_specs=(all_, all_, points, points, points, points, points),
+      out_specs=(points, points, points),
+      check_vma=False,
+    )
+  )
+
+
+def best_of_buckets(
+  cs_KP: jax.Array, xs_TP: jax.Array, num_centers: int
+) -> jax.Array:
+  """Numbers [T, C] of the best centers, among the best two of each bucket."""
+  tile = nearest.divisor(len(cs_KP), _TILE_CENTERS)
+  tile_rows = tile // _NUM_BUCKETS
+  # The row rides in the score's low bits, which mean less than the dimensions
+  # that are left out: one maximum finds both.
+  num_rows = len(cs_KP) // _NUM_BUCKETS
+  mask = (1 << (num_rows - 1).bit_length()) - 1
+
+  def best_two(best, part):
+    first_row, c_tP = part
+    s_tT = nearest.products(c_tP, xs_TP)
+    s_RBT = s_tT.reshape(tile_rows, _NUM_BUCKETS, -1)
+    row_RBT = first_row + lax.broadcasted_iota(jnp.int32, s_RBT.shape, 0)
+    key_RBT = lax.bitcast_convert_type(s_RBT, jnp.int32) & ~mask | row_RBT
+    key_RBT = lax.bitcast_convert_type(key_RBT, jnp.float32)
+    # The second of a bucket is not sought among the rows of the first's part.
+    parts = key_RBT.reshape(
+      nearest.divisor(tile_rows, _BUCKET_PARTS), -1, *key_RBT.shape[1:]
+    )
+    first_BT, second_BT = best
+    for key_BT in jnp.max(parts, axis=1):
+      second_BT = jnp.maximum(second_BT, jnp.minimum(first_BT, key_BT))
+      first_BT = jnp.maximum(first_BT, key_BT)
+    return (first_BT, second_BT), None
+
+  nothing_BT = jnp.full((_NUM_BUCKETS, len(xs_TP)), -jnp.inf, jnp.float32)
+  best, _ = lax.scan(
+    best_two,
+    (nothing_BT, nothing_BT),
+    (
+      jnp.arange(0, num_rows, tile_rows, dtype=jnp.int32),
+      cs_KP.reshape(-1, tile, cs_KP.shape[1]),
+    ),
+  )
+  key_XT = jnp.concatenate(best)
+  found = []
+  for _ in range(COUNT):
+    key_T, place_T = nearest.first_max(key_XT)
+    row_T = lax.bitcast_convert_type(key_T, jnp.int32) & mask
+    found.append(row_T * _NUM_BUCKETS + place_T % _NUM_BUCKETS)
+    place_XT = lax.broadcasted_iota(jnp.int32, key_XT.shape, 0)
+    key_XT = jnp.where(place_XT == place_T[None], -jnp.inf, key_XT)
+  ids_TC = jnp.stack(found, axis=1)
+  return jnp.where(ids_TC < num_centers, ids_TC, 0)  # Of which padding is.
+
+
+def best_candidate(
+  x_TD: jax.Array, c_KD: jax.Array, label_T: jax.Array, ids_TC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The best of the label and the candidates.
+
+  Returns:
+    Its number [T], its cosine, and its lead over the next, float32.
+  """
+  ids_TM = jnp.concatenate([label_T[:, None], ids_TC], axis=1)
+  s_TM = cosines(x_TD, c_KD, ids_TM)
+  best_T, place_T = nearest.first_max(s_TM.T)
+  ids_T = jnp.take_along_axis(ids_TM, place_T[:, None], axis=1)[:, 0]
+  others_TM = jnp.where(ids_TM == ids_T[:, None], -jnp.inf, s_TM)
+  return ids_T, best_T, best_T - jnp.max(others_TM, axis=1)
+
+
+def cosines(x_TD: jax.Array, c_KD: jax.Array, ids_TM: jax.Array) -> jax.Array:
+  """Float32 cosines [T, M] to the centers of these numbers."""
+  # Fused into the products, the gather is twice as slow.
+  c_TMD = lax.optimization_barrier(
+    c_KD.at[ids_TM.reshape(-1)].get(mode='promise_in_bounds')
+  ).reshape(*ids_TM.shape, -1)
+  return jnp.einsum(
+    'td,tmd->tm', x_TD, c_TMD, preferred_element_type=jnp.float32
+  )
+
+
+def _tile_rows(num_centers: int) -> int:
+  """Points of a tile: 2 MB of scores stay in the cache."""
+  rows = min(256, 2**19 // min(num_centers, _TILE_CENTERS))
+  return 1 << (rows.bit_length() - 1)
