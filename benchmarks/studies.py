@@ -64,9 +64,14 @@ _DIGITS = dict(
     'trained/digits/knn/accuracy': 'kNN',
   },
 )
-# The embedded presets' loss before these studies, which is the paper's.
-_LOSS = {'loss.name': 'mlcd', 'loss.scale': 32.0, 'loss.margin': 0.3}
-_DIGITS_SETTINGS = _LOSS | {
+# What the quickstart had before these studies.
+_BEFORE = {
+  'loss.name': 'mlcd',
+  'loss.scale': 32.0,
+  'loss.margin': 0.3,
+  'optimizer.learning_rate': 2e-3,
+}
+_DIGITS_SETTINGS = _BEFORE | {
   'train.steps': 300,
   'train.checkpoint_every_steps': 300,
   'cluster.num_labels': 32,
@@ -78,7 +83,7 @@ def _digits(title: str, settings: Mapping[str, Any] | None = None, **others):
   return Study(title=title, settings=settings, **(_DIGITS | others))
 
 
-_EMOJI_SETTINGS = _LOSS | {
+_EMOJI_SETTINGS = _BEFORE | {
   'data.source': 'webdataset',
   'data.path': '{data}/noto.tar',
   'data.caption_key': 'json',

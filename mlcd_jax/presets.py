@@ -136,7 +136,10 @@ def digits(config: ml_collections.ConfigDict) -> None:
   config.embed.embedder = 'hog'
   config.embed.shard_rows = 1_000
   config.cluster.num_centers = 1_500
-  config.loss.scale = 32.0
+  # As docs/evidence.md found for this size: twice the scale learns less in 300
+  # steps, and so do sampled negatives; the margin and, once trained, the form
+  # of the loss hardly matter, so these stay the paper's.
+  config.loss.scale = 16.0
   config.loss.sample_rate = 1.0
   config_lib.add_dataset(
     config, 'digits', attributes_key='attributes', prompts='digits'
@@ -174,7 +177,9 @@ def _paper(config: ml_collections.ConfigDict) -> None:
   config.cluster.iterations = 20  # Ours; OVE's k-means runs 20.
   config.cluster.num_labels = 10  # OVE stores 10.
 
-  config.loss.name = 'mlcd'  # MLCD Eq. 5.
+  # MLCD Eq. 5. On small data `mean_softmax`, the authors' later public code,
+  # learned faster and came out equal (docs/evidence.md).
+  config.loss.name = 'mlcd'
   config.loss.num_positives = 8  # MLCD section 3.2; Table 5c.
   config.loss.sample_rate = 0.1  # MLCD section 3.2; Table 5b.
   config.loss.margin = 0.3  # MLCD appendix A.1.2.
