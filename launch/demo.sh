@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the quickstart twice on the same clusters, with 8 labels an image and
-# with 1, and prints both beside the baselines. A demo of another seed that
+# with 1, each at its best settings (docs/evidence.md), and prints both beside
+# the baselines. A demo of another seed that
 # lies there already is moved aside.
 #
 #   launch/demo.sh [SEED]
@@ -21,6 +22,7 @@ done
 common=(--config=configs/quickstart.py "--config.seed=$seed")
 "$python" -m mlcd_jax.main "${common[@]}" --workdir=runs/quickstart
 "$python" -m mlcd_jax.main "${common[@]}" --workdir=runs/quickstart_1label \
-  --config.cluster.path=runs/quickstart --config.loss.num_positives=1
+  --config.cluster.path=runs/quickstart --config.loss.num_positives=1 \
+  --config.loss.scale=32.0 --config.optimizer.learning_rate=2e-3
 echo
 "$python" -m mlcd_jax.report runs/quickstart runs/quickstart_1label
