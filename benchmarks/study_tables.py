@@ -206,7 +206,7 @@ def main() -> None:
   parser.add_argument('study', type=pathlib.Path)
   parser.add_argument('documents', type=pathlib.Path, nargs='*')
   parser.add_argument('--plots', type=pathlib.Path)
-  args = parser.parse_args()
+  args = parser.parse_intermixed_args()
   records = files.read_json(args.study)
   for path in args.documents:
     path.write_text(fill(path.read_text(), records))
