@@ -27,6 +27,7 @@ from matplotlib import pyplot as plt
 import numpy as np
 
 from benchmarks import studies
+from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax.evaluate import statistics
 from mlcd_jax.evaluate import table as evaluate_table
@@ -65,13 +66,20 @@ def fill(text: str, records: Records) -> str:
   Args:
     text: Markdown; a table follows a line `<!-- study: NAME -->`.
     records: of study.json.
+
+  Raises:
+    UserError: a study without records.
   """
   found = _by_study(records)
-  return re.sub(
-    r'(<!-- study: (\w+) -->\n\n)(?:\|.*\n)*',
-    lambda match: match[1] + table(match[2], found[match[2]]),
-    text,
-  )
+
+  def made(match):
+    if match[2] not in found:
+      raise errors.UserError(
+        f'there is no study {match[2]!r}; there are: ' + ', '.join(found)
+      )
+    return match[1] + table(match[2], found[match[2]])
+
+  return re.sub(r'(<!-- study: (\w+) -->\n\n)(?:\|.*\n)*', made, text)
 
 
 def _by_study(records: Records) -> dict[str, Records]:
@@ -207,9 +215,15 @@ def main() -> None:
   parser.add_argument('documents', type=pathlib.Path, nargs='*')
   parser.add_argument('--plots', type=pathlib.Path)
   args = parser.parse_intermixed_args()
-  records = files.read_json(args.study)
-  for path in args.documents:
-    path.write_text(fill(path.read_text(), records))
+  for path in (args.study, *args.documents):
+    if not path.is_file():
+      parser.error(f'{path}: no such file')
+  try:
+    records = files.read_json(args.study)
+    for path in args.documents:
+      path.write_text(fill(path.read_text(), records))
+  except errors.UserError as error:
+    parser.error(str(error))
   if args.plots:
     args.plots.mkdir(parents=True, exist_ok=True)
     plot(records, args.plots)

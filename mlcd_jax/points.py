@@ -63,8 +63,10 @@ class Points:
     num_rows, dim = rows.shape
     # As few chunks as can be, of nearly equal size: padding costs time.
     count = max(1, -(-num_rows // chunk_rows(mesh, tile)))
-    self.chunk = _up(max(1, -(-num_rows // count)), tile * mesh.shape['data'])
-    padded = _up(num_rows, self.chunk)
+    self.chunk = nearest.up(
+      max(1, -(-num_rows // count)), tile * mesh.shape['data']
+    )
+    padded = nearest.up(num_rows, self.chunk)
     hold = hold and held_bytes(padded, dim, mesh, _memory(mesh)) > 0
     self._held = [] if hold else None
 
@@ -198,8 +200,8 @@ def chunk_rows(mesh: Mesh, tile: int) -> int:
   """Rows of a chunk, where there are that many."""
   shards = mesh.shape['data']
   if nearest.on_cpu(mesh):
-    return shards * _up(max(1, _CPU_CHUNK // shards), tile)
-  return shards * _up(_ACCELERATOR_CHUNK, tile)
+    return shards * nearest.up(max(1, _CPU_CHUNK // shards), tile)
+  return shards * nearest.up(_ACCELERATOR_CHUNK, tile)
 
 
 def held_bytes(num_rows: int, dim: int, mesh: Mesh, memory: float) -> float:
@@ -220,7 +222,3 @@ def held_bytes(num_rows: int, dim: int, mesh: Mesh, memory: float) -> float:
 def _memory(mesh: Mesh) -> float:
   """Bytes of a device, where it says so."""
   return (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', 0)
-
-
-def _up(number: int, multiple: int) -> int:
-  return -(-number // multiple) * multiple

@@ -117,7 +117,8 @@ class Screening:
           self._whole, self._sampled(self._labels)
         )
     self._is_within = False
-    self._scored = self._sample.scored(self._whole, self._basis)
+    if not self.is_quick:
+      self._scored = self._sample.scored(self._whole, self._basis)
     return self._width > 0
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
