@@ -10,8 +10,9 @@ demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: .venv/installed
 	@launch/demo.sh $(SEED)
 
+# In two processes, each of eight fake devices; tests of a file stay together.
 test: .venv/installed-test
-	$(BIN)/python -m pytest -q -rs
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile
 
 # Whole runs, killed and stopped, in one process and two; the report in
 # Chromium, which is installed where that is allowed.

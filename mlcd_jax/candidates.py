@@ -20,13 +20,15 @@ from mlcd_jax import nearest
 from mlcd_jax import sharding
 
 # Candidates are among the best two of each bucket of centers.
-_NUM_BUCKETS = 64
+_NUM_BUCKETS = 32
 _BUCKET_PARTS = 8
-COUNT = 16
+COUNT = 12
 
-# Centers of a tile of scores, and points of a tile of a quick search.
+# Centers of a tile of scores; its scores, which stay in the cache; and points
+# that are compared with their candidates at a time.
 _TILE_CENTERS = 4_096
-_QUICK_ROWS = 64
+_TILE_SCORES = 2**18
+_COMPARED_ROWS = 64
 
 
 @functools.cache
@@ -55,22 +57,14 @@ def make_full_search(
   """Makes the search among all centers.
 
   It takes whole centers [K, D], what is scored of them [K, P], the dimensions
-  [D, P], points [n, D] and their labels, and returns labels, cosines, their
-  lead over the next, and candidates [n, C].
+  [D, P], or None for all, points [n, D] and their labels, and returns labels,
+  cosines, their lead over the next, and candidates [n, C].
   """
 
   def search(c_KD, cs_KP, basis_DP, x_nD, label_n):
-    rows = _tile_rows(len(cs_KP))
-
-    def tile(part):
-      x_TD, label_T = part
-      xs_TP = (x_TD @ basis_DP).astype(score_dtype)
-      ids_TC = best_of_buckets(cs_KP, xs_TP, num_centers)
-      return *best_candidate(x_TD, c_KD, label_T, ids_TC), ids_TC
-
-    tiles = x_nD.reshape(-1, rows, x_nD.shape[1]), label_n.reshape(-1, rows)
-    found = lax.map(tile, tiles)
-    return tuple(part.reshape(-1, *part.shape[2:]) for part in found)
+    xs_nP = x_nD if basis_DP is None else x_nD @ basis_DP
+    ids_nC = seek(cs_KP, xs_nP.astype(score_dtype), num_centers)
+    return *compare(x_nD, c_KD, label_n, ids_nC), ids_nC
 
   points, all_ = sharding.POINTS, sharding.REPLICATED
   return jax.jit(
@@ -101,7 +95,8 @@ def make_quick_search(mesh: Mesh) -> Callable:
     def again(rows, found):
       return best_candidate(x_nD[rows], c_KD, found[0], ids_nC[rows])
 
-    return nearest.redo(again, due_n, (label_n, score_n, lead_n), _QUICK_ROWS)
+    found = label_n, score_n, lead_n
+    return nearest.redo(again, due_n, found, _COMPARED_ROWS)
 
   points, all_ = sharding.POINTS, sharding.REPLICATED
   return jax.jit(
@@ -115,9 +110,35 @@ def make_quick_search(mesh: Mesh) -> Callable:
   )
 
 
-def best_of_buckets(
-  cs_KP: jax.Array, xs_TP: jax.Array, num_centers: int
-) -> jax.Array:
+def seek(cs_KP: jax.Array, xs_nP: jax.Array, num_centers: int) -> jax.Array:
+  """Numbers [n, C] of each point's candidates, in tiles of points."""
+  rows = min(256, _TILE_SCORES // min(len(cs_KP), _TILE_CENTERS))
+
+  def tile(xs_TP):
+    return _best_of_buckets(cs_KP, xs_TP, num_centers)
+
+  return _in_tiles(tile, 1 << (rows.bit_length() - 1), xs_nP)
+
+
+def compare(
+  x_nD: jax.Array, c_KD: jax.Array, label_n: jax.Array, ids_nC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`best_candidate` of all points, in tiles of them."""
+
+  def tile(x_TD, label_T, ids_TC):
+    return best_candidate(x_TD, c_KD, label_T, ids_TC)
+
+  return _in_tiles(tile, _COMPARED_ROWS, x_nD, label_n, ids_nC)
+
+
+def _in_tiles(function: Callable, rows: int, *arrays: jax.Array):
+  """A function of so many rows of arrays [n, ...] at a time."""
+  tiles = [a.reshape(-1, rows, *a.shape[1:]) for a in arrays]
+  found = lax.map(lambda tile: function(*tile), tiles)
+  return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
+
+
+def _best_of_buckets(cs_KP, xs_TP, num_centers):
   """Numbers [T, C] of the best centers, among the best two of each bucket."""
   tile = nearest.divisor(len(cs_KP), _TILE_CENTERS)
   tile_rows = tile // _NUM_BUCKETS
@@ -189,9 +210,3 @@ def cosines(x_TD: jax.Array, c_KD: jax.Array, ids_TM: jax.Array) -> jax.Array:
   return jnp.einsum(
     'td,tmd->tm', x_TD, c_TMD, preferred_element_type=jnp.float32
   )
-
-
-def _tile_rows(num_centers: int) -> int:
-  """Points of a tile: 2 MB of scores stay in the cache."""
-  rows = min(256, 2**19 // min(num_centers, _TILE_CENTERS))
-  return 1 << (rows.bit_length() - 1)

@@ -103,7 +103,7 @@ class Lloyd:
     self._known = None
     if nearest.on_cpu(mesh):
       screens &= widths.pay(*embeddings.shape, self._num_centers)
-      if screens and start.known.get('width', not start.objective):
+      if screens and start.known.get('pays', not start.objective):
         self._known = screening.Screening(
           mesh, sample, self._chunks, score_dtype=score_dtype, start=start
         )

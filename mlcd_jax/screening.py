@@ -26,9 +26,9 @@ from mlcd_jax import widths
 
 _log = logging.getLogger(__name__)
 
-# The candidates of pass i serve up to pass 3 i + 1, since centers move less and
-# less: passes 0, 2, 8 and 26 search fully.
-_SERVE = 3
+# The pass that searches fully again, since centers move far in the first ones.
+_SECOND = 2
+_FULL = (2,)
 
 
 class Screening:
@@ -42,9 +42,8 @@ class Screening:
     candidates: int32 [N, C].
     drift: float32 [K], how far centers moved in the last update; infinite if
       the next pass searches fully.
-    searched: the pass whose candidates they are.
-    basis: float32 [D, P], the leading dimensions.
-    width: P, 0 if all dimensions are needed.
+    basis: float32 [D, P], the leading dimensions; P is 0 if all are needed.
+    pays: whether it goes on being screened.
   """
 
   def __init__(
@@ -82,9 +81,9 @@ class Screening:
     )
     unknown = np.full(self._num_centers, np.inf, np.float32)
     self._drift = known.get('drift', unknown)
-    self._searched = int(known.get('searched', 0))
-    self._basis = known.get('basis', np.zeros((0, 0), np.float32))
-    self._width = int(known.get('width', 0))
+    basis = known.get('basis', nothing)
+    self._basis = basis if basis.size else None
+    self._pays = bool(known.get('pays', True))
     self._iteration = len(start.objective)
     self._is_within = start.is_within
 
@@ -96,9 +95,8 @@ class Screening:
       'leads': self._chunks.get(self._leads),
       'candidates': self._chunks.get(self._candidates),
       'drift': self._drift,
-      'searched': np.asarray(self._searched),
-      'basis': self._basis,
-      'width': np.asarray(self._width),
+      'basis': np.zeros((0, 0)) if self._basis is None else self._basis,
+      'pays': np.asarray(self._pays),
     }
 
   @property
@@ -108,18 +106,17 @@ class Screening:
 
   def begin(self, c_KD: jax.Array) -> bool:
     """Before a pass: whether it can be screened."""
+    if not self._pays:
+      return False
     self._whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
-    if not self._is_within:
-      if self.is_quick and self._candidates_lack_too_much():
-        self._drift = np.full_like(self._drift, np.inf)
-      if not self.is_quick:
-        self._width, self._basis = self._sample.choose(
+    if not self.is_quick:
+      if not self._is_within:
+        self._basis = self._sample.choose(
           self._whole, self._sampled(self._labels)
         )
-    self._is_within = False
-    if not self.is_quick:
       self._scored = self._sample.scored(self._whole, self._basis)
-    return self._width > 0
+    self._is_within = False
+    return True
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
     """Adds a chunk of points to sums and counts, which are given up.
@@ -169,23 +166,21 @@ class Screening:
     Args:
       shift: [K], how far each center moved; infinite if it was restarted.
     """
-    if not self.is_quick:
-      self._searched = self._iteration
-    self._iteration += 1
-    if self._iteration > _SERVE * self._searched + 1:
+    lost = self.is_quick and self._lost_too_much()
+    if lost or self._iteration + 1 in _FULL:
       shift = np.full_like(shift, np.inf)
+    # Then candidates do not serve even if all dimensions are scored.
+    self._pays = not (lost and self._basis is None and self._iteration > _SECOND)
+    self._iteration += 1
     self._drift = shift
 
-  def _candidates_lack_too_much(self) -> bool:
-    """Whether a sample's best centers are too often no candidates."""
+  def _lost_too_much(self) -> bool:
+    """Whether too many of a sample are not with their best centers."""
     loss = self._sample.loss(
-      self._whole,
-      self._sampled(self._labels),
-      self._sampled(self._candidates),
-      self._iteration,
+      self._whole, self._sampled(self._labels), self._iteration
     )
-    _log.info('screening: candidates would cost %.1e of the objective', loss)
-    return loss > widths.MAX_CANDIDATES_LOSS
+    _log.info('screening: the pass cost %.1e of the objective', loss)
+    return loss > widths.MAX_PASS_LOSS
 
   def _sampled(self, parts: list[jax.Array]) -> np.ndarray:
     return self._chunks.get(parts)[self._sample.rows]

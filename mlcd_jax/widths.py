@@ -26,12 +26,13 @@ _WIDTHS = (96, 128, 160, 192, 256, 384)
 # candidates as a share of it before they are sought anew. The first is as good
 # as nothing: what the first passes lose is not made up for by later ones.
 MAX_LOSS = 1e-5
-MAX_CANDIDATES_LOSS = 1e-4
+MAX_PASS_LOSS = 1e-4
 
-# Sampled rows: all of them; to choose a width by; to check a pass by.
+# Sampled rows: all of them; to choose a width by; to check a pass by, of which
+# it is a share that takes little time.
 _SAMPLE_ROWS = 2_048
 _CHOICE_ROWS = 1_024
-_CHECKED_ROWS = 512
+_CHECKED_SHARE = 1 / 64
 
 # Below these a pass is too short for screening to gain; above this candidates
 # would take more than 2 GiB.
@@ -39,10 +40,8 @@ _MIN_CENTERS = 512
 _MIN_DIM = 256
 _MAX_ROWS = 2**31 // (4 * candidates.COUNT)
 
-# Centers whose leading dimensions are taken, and spare directions that make
-# those more exact.
+# Centers whose leading dimensions are taken.
 _BASIS_ROWS = 4_096
-_SPARE = 32
 
 
 def pay(num_rows: int, dim: int, num_centers: int) -> bool:
@@ -52,11 +51,6 @@ def pay(num_rows: int, dim: int, num_centers: int) -> bool:
     and num_centers >= _MIN_CENTERS
     and dim >= _MIN_DIM
   )
-
-
-def _following(width: int, dim: int) -> int:
-  """The next one, or 0 for all dimensions where it would not pay."""
-  return next((w for w in _WIDTHS if width < w <= dim // 2), 0)
 
 
 class Sample:
@@ -82,69 +76,54 @@ class Sample:
     usable = max(1, self._values.any(axis=1).sum())
     self.mean = np.round(self._values.sum(axis=0) / usable, 3)
     self.num_centers = num_centers
+    checked = nearest.up(int(_CHECKED_SHARE * embeddings.shape[0]), 256)
+    self._checked = min(checked, count)
     self._score_dtype = score_dtype
 
   def choose(
     self, c_KD: jax.Array, labels_S: np.ndarray
-  ) -> tuple[int, np.ndarray]:
-    """The smallest width that is good enough, and its dimensions.
+  ) -> np.ndarray | None:
+    """The fewest leading dimensions that are good enough.
 
     Args:
       c_KD: whole centers.
       labels_S: of the sample in the pass before.
 
     Returns:
-      The width, 0 if all dimensions are needed; float32 [D, P], P the width.
+      float32 [D, P], None if all dimensions are needed.
     """
     few = slice(None, None, -(-len(self.rows) // _CHOICE_ROWS))
     values, labels = self._values[few], labels_S[few]
     best_S = self._best_cosines(c_KD, values, labels)
-    basis = np.zeros((len(self.mean), 0), np.float32)
-    width = _following(0, len(self.mean))
-    while width:
-      if basis.shape[1] < width:
-        most = 192 if width <= 192 else _WIDTHS[-1]
-        basis = np.asarray(_leading(c_KD, self.mean, most, self.num_centers))
-      leading = basis[:, :width]
-      found_S = _screened_cosines(
-        c_KD,
-        self.scored(c_KD, leading),
-        values,
-        leading,
-        labels,
-        self.num_centers,
+    widths = [width for width in _WIDTHS if width <= len(self.mean) // 2]
+    basis = _leading(c_KD, self.mean, widths[-1], self.num_centers)
+    scored = self.scored(c_KD, basis)
+    for width in widths:
+      loss = _screened_loss(
+        c_KD, scored, values, basis, labels, best_S, width, self.num_centers
       )
-      loss = float(jnp.mean(jnp.maximum(best_S - found_S, 0)))
       _log.info('screening: %d dimensions would cost %.1e', width, loss)
       if loss < MAX_LOSS:
-        return width, leading
-      width = _following(width, len(self.mean))
-    return 0, basis[:, :0]
+        return np.asarray(basis)[:, :width]
+    return None
 
   def loss(
-    self,
-    c_KD: jax.Array,
-    labels_S: np.ndarray,
-    ids_SC: np.ndarray,
-    iteration: int,
+    self, c_KD: jax.Array, labels_S: np.ndarray, iteration: int
   ) -> float:
-    """The share of the mean cosine that is lost if only candidates are seen.
+    """The share of the mean cosine that labels lose to the best centers.
 
     Every iteration looks at other rows of the sample.
 
     Args:
       c_KD: whole centers.
-      labels_S: of the sample in the pass before.
-      ids_SC: candidates of the sample.
+      labels_S: of the sample.
       iteration: chooses the rows.
     """
-    step = -(-len(self.rows) // _CHECKED_ROWS)
-    few = slice(iteration % step, None, step)
+    rng = np.random.default_rng(iteration)
+    few = rng.choice(len(self.rows), self._checked, replace=False)
     values, labels = self._values[few], labels_S[few]
     best_S = self._best_cosines(c_KD, values, labels)
-    found_S = _candidates_cosines(c_KD, values, labels, ids_SC[few])
-    lost_S = jnp.maximum(best_S - found_S, 0)
-    return float(jnp.sum(lost_S) / jnp.sum(best_S))
+    return float(_lost(c_KD, values, labels, best_S))
 
   def scored(self, c_KD: jax.Array, basis: np.ndarray | None) -> jax.Array:
     """What is scored of whole centers: [K, P], or [K, D] without a basis."""
@@ -167,37 +146,31 @@ def _scored(c_KD, mean_D, basis_DP, dtype):
 def _best_cosines(c_KD, cs_KD, x_SD, label_S):
   tile = (256, len(cs_KD))
   _, best_S = nearest.best_center(cs_KD, x_SD.astype(cs_KD.dtype), tile=tile)
-  return candidates.best_candidate(x_SD, c_KD, label_S, best_S[:, None])[1]
+  return candidates.compare(x_SD, c_KD, label_S, best_S[:, None])[1]
 
 
 @jax.jit
-def _candidates_cosines(c_KD, x_SD, label_S, ids_SC):
-  return candidates.best_candidate(x_SD, c_KD, label_S, ids_SC)[1]
+def _lost(c_KD, x_SD, label_S, best_S):
+  own_S = jnp.sum(x_SD * c_KD[label_S], axis=1)
+  return jnp.sum(jnp.maximum(best_S - own_S, 0)) / jnp.sum(best_S)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def _screened_cosines(c_KD, cs_KP, x_SD, basis_DP, label_S, num_centers):
-  xs_SP = (x_SD @ basis_DP).astype(cs_KP.dtype)
-  ids_SC = candidates.best_of_buckets(cs_KP, xs_SP, num_centers)
-  return _candidates_cosines(c_KD, x_SD, label_S, ids_SC)
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _screened_loss(
+  c_KD, cs_KP, x_SD, basis_DP, label_S, best_S, width, num_centers
+):
+  """What the mean cosine loses if `width` dimensions are scored."""
+  cs_KP = cs_KP[:, :width]
+  xs_SP = (x_SD @ basis_DP[:, :width]).astype(cs_KP.dtype)
+  ids_SC = candidates.seek(cs_KP, xs_SP, num_centers)
+  _, found_S, _ = candidates.compare(x_SD, c_KD, label_S, ids_SC)
+  return jnp.mean(jnp.maximum(best_S - found_S, 0))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _leading(c_KD, mean_D, width, num_centers):
-  """The leading directions [D, P] of some centers, the first ones first.
-
-  Two steps of subspace iteration (Halko, Martinsson and Tropp 2011, Algorithm
-  4.4), then the eigenvectors within the subspace.
-  """
+  """The leading directions [D, P] of some centers, the first ones first."""
   rows = np.linspace(0, num_centers - 1, min(_BASIS_ROWS, num_centers))
   c_SD = c_KD[rows.astype(int)] - mean_D[None]
-  moment_DD = c_SD.T @ c_SD
-  y_DP = jax.random.normal(
-    jax.random.key(0), (len(mean_D), min(width + _SPARE, len(mean_D)))
-  )
-  for _ in range(2):
-    y_DP = moment_DD @ y_DP
-    y_DP /= jnp.linalg.norm(y_DP, axis=0, keepdims=True)
-  q_DP = jnp.linalg.qr(y_DP)[0]
-  _, vectors = jnp.linalg.eigh(q_DP.T @ (moment_DD @ q_DP))
-  return q_DP @ vectors[:, ::-1][:, :width]
+  _, vectors = jnp.linalg.eigh(c_SD.T @ c_SD)
+  return vectors[:, ::-1][:, :width]
