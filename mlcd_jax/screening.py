@@ -2,10 +2,9 @@
 
 A full search finds every point's candidates on leading dimensions. The passes
 after it are quick: they look at these alone, and move the points whose label
-changed from one sum to another. So it goes until a sample shows that it costs
-too much, a center was restarted, or as many passes are done as the candidates
-may serve. Programs are in candidates.py, the choice of the dimensions in
-widths.py.
+changed from one sum to another. So it goes until a sample shows that a pass
+cost too much, or a center was restarted. Programs are in candidates.py, the
+choice of the dimensions in widths.py.
 
 Shapes: N points, K centers, D dimensions, P leading dimensions, C candidates of
 a point.
@@ -27,8 +26,9 @@ from mlcd_jax import widths
 _log = logging.getLogger(__name__)
 
 # The pass that searches fully again, since centers move far in the first ones.
+# Its candidates serve long, so that it takes a width to spare.
 _SECOND = 2
-_FULL = (2,)
+_SPARE = 1
 
 
 class Screening:
@@ -42,7 +42,7 @@ class Screening:
     candidates: int32 [N, C].
     drift: float32 [K], how far centers moved in the last update; infinite if
       the next pass searches fully.
-    basis: float32 [D, P], the leading dimensions; P is 0 if all are needed.
+    basis: float32 [D, P], the leading dimensions; empty if all are needed.
     pays: whether it goes on being screened.
   """
 
@@ -111,8 +111,9 @@ class Screening:
     self._whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
     if not self.is_quick:
       if not self._is_within:
+        spare = _SPARE if self._iteration else 0
         self._basis = self._sample.choose(
-          self._whole, self._sampled(self._labels)
+          self._whole, self._sampled(self._labels), spare
         )
       self._scored = self._sample.scored(self._whole, self._basis)
     self._is_within = False
@@ -167,10 +168,11 @@ class Screening:
       shift: [K], how far each center moved; infinite if it was restarted.
     """
     lost = self.is_quick and self._lost_too_much()
-    if lost or self._iteration + 1 in _FULL:
+    early = self._iteration < _SECOND
+    # If it is late and all dimensions were scored, candidates do not serve.
+    self._pays = not (lost and not early and self._basis is None)
+    if lost or self._iteration == _SECOND - 1:
       shift = np.full_like(shift, np.inf)
-    # Then candidates do not serve even if all dimensions are scored.
-    self._pays = not (lost and self._basis is None and self._iteration > _SECOND)
     self._iteration += 1
     self._drift = shift
 

@@ -22,9 +22,10 @@ _log = logging.getLogger(__name__)
 # Widths to choose from.
 _WIDTHS = (96, 128, 160, 192, 256, 384)
 
-# What a width may cost the mean cosine of a sample when it is chosen, and
-# candidates as a share of it before they are sought anew. The first is as good
-# as nothing: what the first passes lose is not made up for by later ones.
+# What a width may cost the mean cosine of a sample when it is chosen, and a
+# pass as a share of it before candidates are sought anew. The first is as good
+# as nothing: what early passes lose grows, since a point that goes to its best
+# center draws others after it.
 MAX_LOSS = 1e-5
 MAX_PASS_LOSS = 1e-4
 
@@ -81,13 +82,15 @@ class Sample:
     self._score_dtype = score_dtype
 
   def choose(
-    self, c_KD: jax.Array, labels_S: np.ndarray
+    self, c_KD: jax.Array, labels_S: np.ndarray, spare: int
   ) -> np.ndarray | None:
     """The fewest leading dimensions that are good enough.
 
     Args:
       c_KD: whole centers.
       labels_S: of the sample in the pass before.
+      spare: take so many widths more, for the few points that a sample of this
+        size does not show.
 
     Returns:
       float32 [D, P], None if all dimensions are needed.
@@ -98,13 +101,13 @@ class Sample:
     widths = [width for width in _WIDTHS if width <= len(self.mean) // 2]
     basis = _leading(c_KD, self.mean, widths[-1], self.num_centers)
     scored = self.scored(c_KD, basis)
-    for width in widths:
+    for width, taken in zip(widths, widths[spare:]):
       loss = _screened_loss(
         c_KD, scored, values, basis, labels, best_S, width, self.num_centers
       )
       _log.info('screening: %d dimensions would cost %.1e', width, loss)
       if loss < MAX_LOSS:
-        return np.asarray(basis)[:, :width]
+        return np.asarray(basis)[:, :taken]
     return None
 
   def loss(

@@ -38,8 +38,12 @@ def spied_sizes(monkeypatch):
   return sizes
 
 
-def passes_since_search(saved):
-  return [i - int(state.known['searched']) for i, state in enumerate(saved)]
+def quick_passes(saved):
+  return [
+    i + 1
+    for i, state in enumerate(saved[:-1])
+    if np.isfinite(state.known.get('drift')).all()
+  ]
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (4, 2)])
@@ -69,16 +73,15 @@ def test_ties_stay_with_the_lower_index_when_centers_move(monkeypatch):
 def test_screened_labels_are_nearly_the_best():
   saved = []
   fit = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
-  assert fit.known['width'] > 0
-  assert passes_since_search(saved)[0] == 0
-  assert max(passes_since_search(saved)) >= 1
+  assert fit.known['pays']
+  assert len(quick_passes(saved)) >= 2
   centers = saved[-2].centers  # Those that the last labels were found with.
   x = points.unit_rows(TIGHT)
   own = np.sum(x * centers[fit.known['labels']], axis=1)
   _, best = kmeans.nearest_centers(TIGHT, centers, 1)
   assert np.mean(best[:, 0] - own) < 1e-4 * fit.objective[-1]
   plain = kmeans.fit(TIGHT, 520, iterations=6, screening='off')
-  assert 'width' not in plain.known
+  assert 'pays' not in plain.known
   assert fit.objective[-1] == pytest.approx(plain.objective[-1], rel=2e-3)
 
 
@@ -89,7 +92,7 @@ def test_quick_passes_keep_the_sums_of_the_labels():
   kmeans.fit(x, 520, iterations=6, save=saved.append)
   unit = points.unit_rows(x)
   usable = unit.any(axis=1)
-  quick = [i for i, n in enumerate(passes_since_search(saved)) if n]
+  quick = quick_passes(saved)
   assert quick
   for state in (saved[i] for i in quick):
     labels = state.known['labels']
@@ -104,24 +107,42 @@ def test_quick_passes_keep_the_sums_of_the_labels():
   assert 0 < np.sum(before != after) < 1_000
 
 
-def test_data_that_screening_would_cost_too_much_are_not_screened(monkeypatch):
+def test_all_dimensions_are_scored_where_fewer_cost_too_much(monkeypatch):
   monkeypatch.setattr(widths, 'MAX_LOSS', -1.0)
-  fit = kmeans.fit(TIGHT, 520, iterations=2)
-  assert 'width' not in fit.known
+  fit = kmeans.fit(TIGHT, 520, iterations=1)
+  assert fit.known['pays'] and not fit.known['basis'].size
+  first = kmeans.fit(TIGHT, 520, iterations=0)
+  best, _ = kmeans.nearest_centers(TIGHT, first.centers, 1)
+  np.testing.assert_array_equal(fit.known['labels'], best[:, 0])
 
 
 def test_candidates_that_cost_too_much_are_sought_anew(monkeypatch):
   saved = []
-  monkeypatch.setattr(widths, 'MAX_CANDIDATES_LOSS', -1.0)
-  kmeans.fit(TIGHT, 520, iterations=4, save=saved.append)
-  assert not any(passes_since_search(saved))
+  monkeypatch.setattr(widths, 'MAX_PASS_LOSS', -1.0)
+  kmeans.fit(TIGHT, 520, iterations=5, save=saved.append)
+  assert saved[-1].known['pays']
+  assert quick_passes(saved) == [1, 3]
+
+
+def test_is_plain_where_candidates_of_all_dimensions_do_not_serve(monkeypatch):
+  saved = []
+  monkeypatch.setattr(widths, 'MAX_LOSS', -1.0)
+  monkeypatch.setattr(widths, 'MAX_PASS_LOSS', -1.0)
+  kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
+  assert [bool(state.known.get('pays')) for state in saved] == 3 * [True] + (
+    3 * [False]
+  )
+  assert 'candidates' not in saved[-1].known
+  for state in saved[2], saved[3]:
+    again = kmeans.fit(TIGHT, 520, iterations=6, resume=state)
+    fits.assert_same(again, saved[-1])
 
 
 def test_goes_on_screened_with_the_same_bits():
   saved = []
   whole = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
   for state in saved[0], saved[2]:
-    assert state.known['width'] > 0
+    assert state.known['pays']
     fits.assert_same(kmeans.fit(TIGHT, 520, iterations=6, resume=state), whole)
 
 
@@ -134,7 +155,7 @@ def test_goes_on_within_a_screened_pass_with_the_same_bits(monkeypatch):
   within = [state for state in saved if state.is_within]
   first, last = within[0], within[-1]
   assert not first.objective and len(last.objective) == 2
-  assert first.known['width'] > 0 and last.known['width'] > 0
+  assert first.known['pays'] and last.known['pays']
   for state in first, last:
     fits.assert_same(kmeans.fit(TIGHT, 520, resume=state, **options), whole)
 
@@ -143,7 +164,7 @@ def test_screened_read_anew_or_held_gives_the_same_bits(monkeypatch):
   monkeypatch.setattr(points, '_CPU_CHUNK', 1_024)
   mesh = sharding.make_mesh(2, 1, devices=jax.devices()[:2])
   held = kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh)
-  assert held.known['width'] > 0
+  assert held.known['pays']
   monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
   fits.assert_same(kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh), held)
 
@@ -161,5 +182,6 @@ def test_meshes_agree(screening_, rtol):
     )
     for shape in ((1, 1), (2, 2))
   )
-  assert one.known.get('width') == four.known.get('width')
+  assert ('pays' in one.known) == (screening_ == 'auto')
+  assert one.known.keys() == four.known.keys()
   np.testing.assert_allclose(one.objective, four.objective, rtol=rtol)
