@@ -1,5 +1,6 @@
 """Eight CPU devices in one process, strict broadcasting, compile caches."""
 
+import os
 import pathlib
 
 from absl import flags
@@ -10,6 +11,18 @@ from mlcd_jax import config as config_lib
 from mlcd_jax import presets
 
 _ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _take_one_core():
+  """Of several processes of tests, each has a core: threads do not compete."""
+  worker = os.environ.get('PYTEST_XDIST_WORKER')
+  if worker and hasattr(os, 'sched_setaffinity'):
+    cores = sorted(os.sched_getaffinity(0))
+    number = int(worker.removeprefix('gw'))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+_take_one_core()
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
