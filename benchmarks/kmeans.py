@@ -115,12 +115,16 @@ def make_rows(
 
 
 def digits() -> np.ndarray:
-  """The HOG embeddings of the 5,000 embedded digits, as `embed` makes them."""
+  """The HOG embeddings of the 3,500 training digits, as `embed` makes them."""
   from mlcd_jax import config as config_lib
   from mlcd_jax.data import sources
+  from mlcd_jax.data import transforms
 
   source = sources.make(config_lib.default().data)
-  images = [source[i]['image'] for i in range(len(source))]
+  prepare = embed.Hog(28).prepare
+  images = np.stack(
+    [prepare(transforms.decode(source[i]['image'])) for i in range(len(source))]
+  )
   features = embed.Hog(28).features(images)
   return embed.Hog(28, features.mean(0))(images)
 
