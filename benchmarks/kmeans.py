@@ -53,10 +53,12 @@ _NUM_LABELS = 8
 def main() -> None:
   """Takes turns, prints a table for each shape and kind of data."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--shapes', default=','.join(_SHAPES))
-  parser.add_argument('--noise', default='0.75,1.5', help='tight, loose')
+  parser.add_argument('--shapes', type=_shapes, default=','.join(_SHAPES))
+  parser.add_argument(
+    '--noise', type=_numbers, default='0.75,1.5', help='tight, loose'
+  )
   parser.add_argument('--data', choices=('made', 'digits'), default='made')
-  parser.add_argument('--peers', default=','.join(_PEERS))
+  parser.add_argument('--peers', type=_peers, default=','.join(_PEERS))
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--nearest', action='store_true', help='8 centers a row')
   args = parser.parse_args()
@@ -64,18 +66,42 @@ def main() -> None:
   if args.nearest:
     _nearest(args.rounds)
     return
-  peers = args.peers.split(',')
   if args.data == 'digits':
     rows = digits()
-    _whole_runs('digits, HOG', rows, 500, 10, peers, args.rounds)
+    _whole_runs('digits, HOG', rows, 500, 10, args.peers, args.rounds)
     return
-  for shape in args.shapes.split(','):
-    num_rows, dim, num_centers = map(int, shape.split('x'))
-    for noise in map(float, args.noise.split(',')):
+  for num_rows, dim, num_centers in args.shapes:
+    iterations = _SHAPES.get(f'{num_rows}x{dim}x{num_centers}', 8)
+    for noise in args.noise:
       rows = make_rows(num_rows, dim, 2 * num_centers, noise=noise)
-      iterations = _SHAPES.get(shape, 8)
       name = f'noise {noise}'
-      _whole_runs(name, rows, num_centers, iterations, peers, args.rounds)
+      _whole_runs(name, rows, num_centers, iterations, args.peers, args.rounds)
+
+
+def _shapes(text: str) -> list[tuple[int, int, int]]:
+  shapes = [shape.split('x') for shape in text.split(',')]
+  if not all(
+    len(shape) == 3 and all(n.isdecimal() and int(n) > 0 for n in shape)
+    for shape in shapes
+  ):
+    raise argparse.ArgumentTypeError(f'{text}: say ROWSxDIMENSIONSxCENTERS')
+  return [tuple(map(int, shape)) for shape in shapes]
+
+
+def _numbers(text: str) -> list[float]:
+  try:
+    return [float(number) for number in text.split(',')]
+  except ValueError as e:
+    raise argparse.ArgumentTypeError(f'{text}: say numbers') from e
+
+
+def _peers(text: str) -> list[str]:
+  peers = text.split(',')
+  for peer in peers:
+    if peer not in _PEERS:
+      known = ', '.join(_PEERS)
+      raise argparse.ArgumentTypeError(f'{peer}: use any of {known}')
+  return peers
 
 
 def make_rows(

@@ -108,7 +108,8 @@ class Lloyd:
           mesh, sample, self._chunks, score_dtype=score_dtype, start=start
         )
       else:
-        self._known = self._make_activity(start.known)
+        was_screened = 'candidates' in start.known
+        self._known = self._make_activity({} if was_screened else start.known)
     self._centers = nearest.put_centers(start.centers, mesh)
     # Sums and counts that the next pass starts from.
     self._begun = None

@@ -42,7 +42,7 @@ def quick_passes(saved):
   return [
     i + 1
     for i, state in enumerate(saved[:-1])
-    if np.isfinite(state.known.get('drift')).all()
+    if np.isfinite(state.known['drift']).all()
   ]
 
 
