@@ -112,12 +112,14 @@ class Activity:
     """Takes a chunk's labels and scores from a plain pass."""
     self._labels[chunk], self._scores[chunk] = label_n, score_n
 
-  def finish(self, shift: np.ndarray) -> None:
+  def finish(self, shift: np.ndarray, c_KD: jax.Array) -> None:
     """After the update: what the next pass must look at.
 
     Args:
       shift: [K], how far each center moved; infinite if it was restarted.
+      c_KD: the new centers.
     """
+    del c_KD
     self._drift = shift
 
   def _choose_size(self) -> int:

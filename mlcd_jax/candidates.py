@@ -3,13 +3,18 @@
 A full search scores all centers on a few leading dimensions, and the best of
 them, the point's candidates, and its own center on all dimensions. A quick
 search looks at these alone, where one of them can have come to be the best:
-where they moved by more than the best was ahead. Shapes: N points, K centers, D
-dimensions, P leading dimensions, T points a tile, B buckets of centers, C
-candidates of a point. Upper case is global, lower case this device's part.
+where they moved by more than the best was ahead. Then it searches fully for the
+points whose candidates may no longer be the best: whose best one is hardly
+nearer than the last of them was, for what centers have moved since.
+
+Shapes: N points, K centers, D dimensions, P leading dimensions, T points a
+tile, B buckets of centers, C candidates of a point. Upper case is global, lower
+case this device's part.
 """
 
 from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -50,83 +55,132 @@ def make_whole(mesh: Mesh, num_centers: int) -> Callable:
   )
 
 
+class Search(NamedTuple):
+  """All that a search looks at but the points.
+
+  Attributes:
+    c_KD: whole centers.
+    cs_KP: what is scored of them, which gives the scores their type.
+    basis_DP: the leading dimensions, or None for all.
+    reach: how much nearer than its last candidate was found a point's best one
+      has to be, beside what it had to be when they were found.
+  """
+
+  c_KD: jax.Array
+  cs_KP: jax.Array
+  basis_DP: jax.Array | None
+  reach: jax.Array
+
+
+class Found(NamedTuple):
+  """What a search finds of points.
+
+  Attributes:
+    label_n: their centers.
+    score_n: cosines to these.
+    lead_n: how far these are ahead of all candidates'.
+    floor_n: cosines of the last candidates less the search's reach.
+    ids_nC: candidates.
+  """
+
+  label_n: jax.Array
+  score_n: jax.Array
+  lead_n: jax.Array
+  floor_n: jax.Array
+  ids_nC: jax.Array
+
+
 @functools.cache
-def make_full_search(
-  mesh: Mesh, num_centers: int, score_dtype: jnp.dtype
-) -> Callable:
+def make_full_search(mesh: Mesh, num_centers: int) -> Callable:
   """Makes the search among all centers.
 
-  It takes whole centers [K, D], what is scored of them [K, P], the dimensions
-  [D, P], or None for all, points [n, D] and their labels, and returns labels,
-  cosines, their lead over the next, and candidates [n, C].
+  It takes a Search, points [n, D] and their labels, and returns a Found.
   """
 
-  def search(c_KD, cs_KP, basis_DP, x_nD, label_n):
-    xs_nP = x_nD if basis_DP is None else x_nD @ basis_DP
-    ids_nC = seek(cs_KP, xs_nP.astype(score_dtype), num_centers)
-    return *compare(x_nD, c_KD, label_n, ids_nC), ids_nC
+  def search(among, x_nD, label_n):
+    return _search_fully(among, x_nD, label_n, num_centers)
 
   points, all_ = sharding.POINTS, sharding.REPLICATED
   return jax.jit(
     jax.shard_map(
       search,
       mesh=mesh,
-      in_specs=(all_, all_, all_, points, points),
-      out_specs=(points, points, points, points),
+      in_specs=(all_, points, points),
+      out_specs=points,
       check_vma=False,
     )
   )
 
 
 @functools.cache
-def make_quick_search(mesh: Mesh) -> Callable:
+def make_quick_search(mesh: Mesh, num_centers: int) -> Callable:
   """Makes the search among each point's candidates.
 
-  It takes whole centers [K, D], how far they moved [K], points [n, D] and what
-  the last search returned, and returns labels, cosines and leads; of points
-  that it did not look at, the cosine is the one from before.
+  It takes a Search, how far centers moved [K], points [n, D] and the Found of
+  the last search, and returns a Found; of points that it did not look at, the
+  cosine is the one from before.
   """
 
-  def search(c_KD, drift_K, x_nD, label_n, score_n, lead_n, ids_nC):
+  def search(among, drift_K, x_nD, found):
     # No cosine changes by more than its center moved.
-    lead_n -= drift_K[label_n] + jnp.max(drift_K[ids_nC], axis=1)
-    due_n = (lead_n <= 0) & jnp.isfinite(score_n)
+    moved_n = drift_K[found.label_n] + jnp.max(drift_K[found.ids_nC], axis=1)
+    found = found._replace(lead_n=found.lead_n - moved_n)
+    usable_n = jnp.isfinite(found.score_n)
 
-    def again(rows, found):
-      return best_candidate(x_nD[rows], c_KD, found[0], ids_nC[rows])
+    def again(rows, old):
+      return best_candidate(x_nD[rows], among.c_KD, old[0], found.ids_nC[rows])
 
-    found = label_n, score_n, lead_n
-    return nearest.redo(again, due_n, found, _COMPARED_ROWS)
+    due_n = usable_n & (found.lead_n <= 0)
+    found = Found(
+      *nearest.redo(again, due_n, found[:3], _COMPARED_ROWS), *found[3:]
+    )
+
+    def anew(rows, old):
+      return tuple(_search_fully(among, x_nD[rows], old[0], num_centers))
+
+    stale_n = usable_n & (found.score_n < found.floor_n + among.reach)
+    return Found(*nearest.redo(anew, stale_n, tuple(found), _COMPARED_ROWS))
 
   points, all_ = sharding.POINTS, sharding.REPLICATED
   return jax.jit(
     jax.shard_map(
       search,
       mesh=mesh,
-      in_specs=(all_, all_, points, points, points, points, points),
-      out_specs=(points, points, points),
+      in_specs=(all_, all_, points, points),
+      out_specs=points,
       check_vma=False,
     )
   )
+
+
+def _search_fully(among: Search, x_nD, label_n, num_centers) -> Found:
+  c_KD, cs_KP, basis_DP, reach = among
+  xs_nP = x_nD if basis_DP is None else x_nD @ basis_DP
+  ids_nC = seek(cs_KP, xs_nP.astype(cs_KP.dtype), num_centers)
+  label_n, score_n, lead_n, last_n = compare(x_nD, c_KD, label_n, ids_nC)
+  return Found(label_n, score_n, lead_n, last_n - reach, ids_nC)
 
 
 def seek(cs_KP: jax.Array, xs_nP: jax.Array, num_centers: int) -> jax.Array:
   """Numbers [n, C] of each point's candidates, in tiles of points."""
   rows = min(256, _TILE_SCORES // min(len(cs_KP), _TILE_CENTERS))
+  rows = min(1 << (rows.bit_length() - 1), len(xs_nP))
 
   def tile(xs_TP):
     return _best_of_buckets(cs_KP, xs_TP, num_centers)
 
-  return _in_tiles(tile, 1 << (rows.bit_length() - 1), xs_nP)
+  return _in_tiles(tile, rows, xs_nP)
 
 
 def compare(
   x_nD: jax.Array, c_KD: jax.Array, label_n: jax.Array, ids_nC: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`best_candidate` of all points, in tiles of them."""
+) -> tuple[jax.Array, ...]:
+  """`best_candidate` of all points, and the last one's cosine."""
 
   def tile(x_TD, label_T, ids_TC):
-    return best_candidate(x_TD, c_KD, label_T, ids_TC)
+    ids_TM = jnp.concatenate([label_T[:, None], ids_TC], axis=1)
+    s_TM = cosines(x_TD, c_KD, ids_TM)
+    return *_best(ids_TM, s_TM), jnp.min(s_TM[:, 1:], axis=1)
 
   return _in_tiles(tile, _COMPARED_ROWS, x_nD, label_n, ids_nC)
 
@@ -194,7 +248,10 @@ def best_candidate(
     Its number [T], its cosine, and its lead over the next, float32.
   """
   ids_TM = jnp.concatenate([label_T[:, None], ids_TC], axis=1)
-  s_TM = cosines(x_TD, c_KD, ids_TM)
+  return _best(ids_TM, cosines(x_TD, c_KD, ids_TM))
+
+
+def _best(ids_TM, s_TM):
   best_T, place_T = nearest.first_max(s_TM.T)
   ids_T = jnp.take_along_axis(ids_TM, place_T[:, None], axis=1)[:, 0]
   others_TM = jnp.where(ids_TM == ids_T[:, None], -jnp.inf, s_TM)

@@ -99,17 +99,25 @@ class Lloyd:
     sample = widths.Sample(embeddings, self._num_centers, score_dtype)
     self._mean = sample.mean
     self._add = programs.make_add(mesh, self._num_centers, score_dtype)
-    self._score_dtype = score_dtype
     self._known = None
     if nearest.on_cpu(mesh):
       screens &= widths.pay(*embeddings.shape, self._num_centers)
-      if screens and start.known.get('pays', not start.objective):
+      # A pass of one kind cannot go on with what the other knows.
+      is_screened = 'ids_nC' in start.known
+      if screens and (is_screened or not start.known):
         self._known = screening.Screening(
-          mesh, sample, self._chunks, score_dtype=score_dtype, start=start
+          mesh, sample, self._chunks, start=start
         )
       else:
-        was_screened = 'candidates' in start.known
-        self._known = self._make_activity({} if was_screened else start.known)
+        known = {} if 'basis' in start.known else start.known
+        self._known = activity.Activity(
+          mesh,
+          self._num_centers,
+          self._chunks,
+          mean=sample.mean,
+          score_dtype=score_dtype,
+          known=known,
+        )
     self._centers = nearest.put_centers(start.centers, mesh)
     # Sums and counts that the next pass starts from.
     self._begun = None
@@ -153,7 +161,7 @@ class Lloyd:
     if self._known:
       shift = nearest.to_host(shift)[: self._num_centers].copy()
       shift[empty] = np.inf
-      self._known.finish(shift)
+      self._known.finish(shift, self._centers)
     self.done = self.done._replace(
       counts=counts,
       objective=[*self.done.objective, float(total) / usable],
@@ -167,7 +175,7 @@ class Lloyd:
   def _pass(self):
     """Sums, counts, and cosines of the chunks since the last save."""
     part = self.done.part or partial_pass.NOTHING
-    looks = self._begin()
+    looks = bool(self._known) and self._known.begin(self._centers)
     sums, counts = self._first_sums(part, looks and self._known.is_quick)
     cosines, num_bad = {}, {}
     for i, x_nD in enumerate(self._chunks.after(part.chunks), part.chunks):
@@ -196,25 +204,6 @@ class Lloyd:
     if part.chunks or is_quick:
       return partial_pass.to_devices(part, self._mesh)
     return programs.make_zeros(self._mesh, *self._centers.shape)()
-
-  def _begin(self) -> bool:
-    """Before a pass: whether what is known serves it, not a plain one."""
-    if not self._known:
-      return False
-    is_ready = self._known.begin(self._centers)
-    if not is_ready and isinstance(self._known, screening.Screening):
-      self._known = self._make_activity({})
-    return is_ready
-
-  def _make_activity(self, known: Mapping[str, np.ndarray]):
-    return activity.Activity(
-      self._mesh,
-      self._num_centers,
-      self._chunks,
-      mean=self._mean,
-      score_dtype=self._score_dtype,
-      known=known,
-    )
 
   def _saves_after(self, i: int) -> bool:
     every, done = self._save_every, i + 1

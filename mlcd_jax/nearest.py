@@ -21,8 +21,9 @@ import numpy as np
 from mlcd_jax import sharding
 
 # Rows and centers of a score tile. Mesh-independent, so that products are
-# computed alike everywhere. On CPUs products with many centers are fastest.
-_CPU_TILE = (256, 4_096)
+# computed alike everywhere. On CPUs products of bfloat16 with many centers are
+# fastest (Zen 5); float32's where the scores stay in the cache (Zen 3).
+_CPU_TILE = {'bfloat16': (256, 4_096), 'float32': (256, 1_024)}
 _ACCELERATOR_TILE = (4_096, 2_048)
 
 # Each part of the mesh sums its own points; the parts meet once a pass.
@@ -57,7 +58,7 @@ def tile_shape(mesh: Mesh, num_centers: int) -> tuple[int, int]:
   """Points and centers of a score tile."""
   if not on_cpu(mesh):
     return _ACCELERATOR_TILE
-  rows, centers = _CPU_TILE
+  rows, centers = _CPU_TILE[score_dtype(mesh).name]
   return rows, min(centers, up(num_centers, 256))
 
 

@@ -140,6 +140,15 @@ class Points:
     whole = np.concatenate([nearest.to_host(part) for part in parts])
     return whole[: self._rows.shape[0]]
 
+  def at(self, parts: Sequence[jax.Array], rows: np.ndarray) -> np.ndarray:
+    """What `put` took of some rows, in ascending order; without copying all."""
+    found = []
+    for i, part in enumerate(parts):
+      start, stop = self.rows_of(i)
+      here = rows[(start <= rows) & (rows < stop)]
+      found.append(nearest.to_host(part)[here - start])
+    return np.concatenate(found)
+
   def bad_rows(self, i: int) -> list[int]:
     """Rows of chunk i that are zero or not finite."""
     start, stop = self.rows_of(i)

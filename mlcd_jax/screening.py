@@ -1,10 +1,11 @@
 """Screened assignment: by a few candidates of each point, for CPUs.
 
-A full search finds every point's candidates on leading dimensions. The passes
-after it are quick: they look at these alone, and move the points whose label
-changed from one sum to another. So it goes until a sample shows that a pass
-cost too much, or a center was restarted. Programs are in candidates.py, the
-choice of the dimensions in widths.py.
+The first pass searches fully, on leading dimensions, and finds every point's
+candidates. The passes after it are quick: they look at these alone, search
+anew for the points whose candidates have grown old, and move the points whose
+label changed from one sum to another. So it goes unless a sample shows that a
+pass cost too much, or a center is restarted: then the next one searches fully.
+Programs are in candidates.py, the choice of the dimensions in widths.py.
 
 Shapes: N points, K centers, D dimensions, P leading dimensions, C candidates of
 a point.
@@ -14,7 +15,6 @@ import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
@@ -25,25 +25,29 @@ from mlcd_jax import widths
 
 _log = logging.getLogger(__name__)
 
-# The pass that searches fully again, since centers move far in the first ones.
-# Its candidates serve long, so that it takes a width to spare.
-_SECOND = 2
-_SPARE = 1
+# Type, shape and padding of what is found of a point.
+_KINDS = {
+  'label_n': (np.int32,),
+  'score_n': (np.float32, (), np.inf),
+  'lead_n': (np.float32,),
+  'floor_n': (np.float32,),
+  'ids_nC': (np.int32, (candidates.COUNT,)),
+}
 
 
 class Screening:
   """What is known of the points between passes.
 
   Its state, by name:
-    labels: int32 [N] of the last pass.
-    scores: float32 [N], the points' cosines to them when they were last looked
-      at, infinite for points that are left out.
-    leads: float32 [N], at least how far these are ahead of all candidates'.
-    candidates: int32 [N, C].
+    label_n, score_n, lead_n, floor_n, ids_nC: what the last search found of
+      the points, [N] or [N, C], see candidates.Found; the scores of points that
+      are left out are infinite.
     drift: float32 [K], how far centers moved in the last update; infinite if
       the next pass searches fully.
-    basis: float32 [D, P], the leading dimensions; empty if all are needed.
-    pays: whether it goes on being screened.
+    reach: how much nearer a center may have come to a point near it, in all
+      updates together.
+    basis: float32 [D, P], the leading dimensions of the first centers.
+    width: how many of them are scored; 0 if all dimensions are needed.
   """
 
   def __init__(
@@ -52,7 +56,6 @@ class Screening:
     sample: widths.Sample,
     chunks: points.Points,
     *,
-    score_dtype: jnp.dtype,
     start: Any,
   ):
     """Starts, or goes on.
@@ -61,42 +64,40 @@ class Screening:
       mesh: of all devices.
       sample: of the points.
       chunks: of the points.
-      score_dtype: of the products' operands.
       start: what was done; of a run that was screened, or that begins.
     """
     self._mesh = mesh
     self._num_centers = sample.num_centers
     self._chunks = chunks
     self._sample = sample
-    self._score_dtype = score_dtype
     known = start.known
     nothing = np.zeros(0)
-    self._labels = chunks.put(known.get('labels', nothing), np.int32)
-    self._scores = chunks.put(
-      known.get('scores', nothing), np.float32, padding=np.inf
-    )
-    self._leads = chunks.put(known.get('leads', nothing), np.float32)
-    self._candidates = chunks.put(
-      known.get('candidates', nothing), np.int32, (candidates.COUNT,)
-    )
+    self._found = [
+      candidates.Found(*chunk)
+      for chunk in zip(
+        *(
+          chunks.put(known.get(name, nothing), *_KINDS[name])
+          for name in candidates.Found._fields
+        )
+      )
+    ]
     unknown = np.full(self._num_centers, np.inf, np.float32)
     self._drift = known.get('drift', unknown)
-    basis = known.get('basis', nothing)
-    self._basis = basis if basis.size else None
-    self._pays = bool(known.get('pays', True))
+    self._reach = float(known.get('reach', 0))
+    self._basis = known.get('basis')
+    self._width = int(known.get('width', 0))
     self._iteration = len(start.objective)
     self._is_within = start.is_within
 
   def state(self) -> dict[str, np.ndarray]:
     """What is known, on the host."""
+    found = dict(zip(candidates.Found._fields, zip(*self._found)))
     return {
-      'labels': self._chunks.get(self._labels),
-      'scores': self._chunks.get(self._scores),
-      'leads': self._chunks.get(self._leads),
-      'candidates': self._chunks.get(self._candidates),
+      **{name: self._chunks.get(parts) for name, parts in found.items()},
       'drift': self._drift,
-      'basis': np.zeros((0, 0)) if self._basis is None else self._basis,
-      'pays': np.asarray(self._pays),
+      'reach': np.asarray(self._reach),
+      **({} if self._basis is None else {'basis': self._basis}),
+      'width': np.asarray(self._width),
     }
 
   @property
@@ -105,18 +106,19 @@ class Screening:
     return bool(np.isfinite(self._drift).all())
 
   def begin(self, c_KD: jax.Array) -> bool:
-    """Before a pass: whether it can be screened."""
-    if not self._pays:
-      return False
-    self._whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
-    if not self.is_quick:
-      if not self._is_within:
-        spare = _SPARE if self._iteration else 0
-        self._basis = self._sample.choose(
-          self._whole, self._sampled(self._labels), spare
-        )
-      self._scored = self._sample.scored(self._whole, self._basis)
+    """Before a pass: whether `add` serves it, which it does."""
+    whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
+    if self._basis is None:
+      self._basis = self._sample.leading(whole)
+    if not (self.is_quick or self._is_within):
+      self._width = self._sample.choose(
+        whole, self._basis, self._sampled('label_n')
+      )
     self._is_within = False
+    basis = self._basis[:, : self._width] if self._width else None
+    self._among = candidates.Search(
+      whole, self._sample.scored(whole, basis), basis, self._reach
+    )
     return True
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
@@ -132,57 +134,49 @@ class Screening:
     return add(sums, counts, chunk, x_nD)
 
   def _add_full(self, sums, counts, chunk, x_nD):
-    search = candidates.make_full_search(
-      self._mesh, self._num_centers, self._score_dtype
-    )
-    label_n, score_n, self._leads[chunk], self._candidates[chunk] = search(
-      self._whole, self._scored, self._basis, x_nD, self._labels[chunk]
-    )
+    search = candidates.make_full_search(self._mesh, self._num_centers)
+    found = search(self._among, x_nD, self._found[chunk].label_n)
     accumulate = lloyd_programs.make_accumulate(self._mesh)
-    found = accumulate(sums, counts, x_nD, label_n, score_n)
-    self._labels[chunk], self._scores[chunk] = label_n, found[2]
-    return found
+    sums, counts, score_n, num_bad = accumulate(
+      sums, counts, x_nD, found.label_n, found.score_n
+    )
+    self._found[chunk] = found._replace(score_n=score_n)
+    return sums, counts, score_n, num_bad
 
   def _add_quick(self, sums, counts, chunk, x_nD):
-    search = candidates.make_quick_search(self._mesh)
-    before_n = self._labels[chunk]
-    label_n, score_n, lead_n = search(
-      self._whole,
-      self._drift,
-      x_nD,
-      before_n,
-      self._scores[chunk],
-      self._leads[chunk],
-      self._candidates[chunk],
-    )
+    search = candidates.make_quick_search(self._mesh, self._num_centers)
+    before = self._found[chunk]
+    found = search(self._among, self._drift, x_nD, before)
     move = lloyd_programs.make_move(self._mesh)
-    sums, counts = move(sums, counts, x_nD, before_n, label_n)
-    self._labels[chunk], self._scores[chunk] = label_n, score_n
-    self._leads[chunk] = lead_n
-    return sums, counts, score_n, 0
+    sums, counts = move(sums, counts, x_nD, before.label_n, found.label_n)
+    self._found[chunk] = found
+    return sums, counts, found.score_n, 0
 
-  def finish(self, shift: np.ndarray) -> None:
+  def finish(self, shift: np.ndarray, c_KD: jax.Array) -> None:
     """After the update: what the next pass must look at.
 
     Args:
       shift: [K], how far each center moved; infinite if it was restarted.
+      c_KD: the new centers.
     """
     lost = self.is_quick and self._lost_too_much()
-    early = self._iteration < _SECOND
-    # If it is late and all dimensions were scored, candidates do not serve.
-    self._pays = not (lost and not early and self._basis is None)
-    if lost or self._iteration == _SECOND - 1:
-      shift = np.full_like(shift, np.inf)
     self._iteration += 1
-    self._drift = shift
+    self._drift = np.full_like(shift, np.inf) if lost else shift
+    if self.is_quick:
+      whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
+      self._reach += self._sample.rise(
+        self._among.c_KD, whole, self._sampled('ids_nC')
+      )
 
   def _lost_too_much(self) -> bool:
     """Whether too many of a sample are not with their best centers."""
     loss = self._sample.loss(
-      self._whole, self._sampled(self._labels), self._iteration
+      self._among.c_KD, self._sampled('label_n'), self._iteration
     )
     _log.info('screening: the pass cost %.1e of the objective', loss)
     return loss > widths.MAX_PASS_LOSS
 
-  def _sampled(self, parts: list[jax.Array]) -> np.ndarray:
-    return self._chunks.get(parts)[self._sample.rows]
+  def _sampled(self, name: str) -> np.ndarray:
+    """What is found of the sample."""
+    parts = [getattr(found, name) for found in self._found]
+    return self._chunks.at(parts, self._sample.rows)

@@ -23,6 +23,7 @@ def make_groups(num_rows, dim, num_groups, *, noise, seed=0):
 
 
 TIGHT = make_groups(2_600, 256, 600, noise=0.4)
+LOOSE = make_groups(2_600, 256, 600, noise=1.5)
 
 
 def spied_sizes(monkeypatch):
@@ -73,15 +74,15 @@ def test_ties_stay_with_the_lower_index_when_centers_move(monkeypatch):
 def test_screened_labels_are_nearly_the_best():
   saved = []
   fit = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
-  assert fit.known['pays']
+  assert 'ids_nC' in fit.known
   assert len(quick_passes(saved)) >= 2
   centers = saved[-2].centers  # Those that the last labels were found with.
   x = points.unit_rows(TIGHT)
-  own = np.sum(x * centers[fit.known['labels']], axis=1)
+  own = np.sum(x * centers[fit.known['label_n']], axis=1)
   _, best = kmeans.nearest_centers(TIGHT, centers, 1)
   assert np.mean(best[:, 0] - own) < 1e-4 * fit.objective[-1]
   plain = kmeans.fit(TIGHT, 520, iterations=6, screening='off')
-  assert 'pays' not in plain.known
+  assert 'ids_nC' not in plain.known
   assert fit.objective[-1] == pytest.approx(plain.objective[-1], rel=2e-3)
 
 
@@ -95,7 +96,7 @@ def test_quick_passes_keep_the_sums_of_the_labels():
   quick = quick_passes(saved)
   assert quick
   for state in (saved[i] for i in quick):
-    labels = state.known['labels']
+    labels = state.known['label_n']
     assert labels.max() < 520
     counts = np.bincount(labels[usable], minlength=520)
     np.testing.assert_array_equal(state.counts, counts)
@@ -103,46 +104,44 @@ def test_quick_passes_keep_the_sums_of_the_labels():
     np.add.at(sums, labels[usable], unit[usable])
     sums /= np.linalg.norm(sums, axis=1, keepdims=True)
     np.testing.assert_allclose(state.centers, sums, atol=1e-5)
-  before, after = (saved[quick[0] - i].known['labels'] for i in (1, 0))
+  before, after = (saved[quick[0] - i].known['label_n'] for i in (1, 0))
   assert 0 < np.sum(before != after) < 1_000
 
 
 def test_all_dimensions_are_scored_where_fewer_cost_too_much(monkeypatch):
-  monkeypatch.setattr(widths, 'MAX_LOSS', -1.0)
+  monkeypatch.setattr(widths, '_screened_loss', lambda *args: 1e-3)
   fit = kmeans.fit(TIGHT, 520, iterations=1)
-  assert fit.known['pays'] and not fit.known['basis'].size
+  assert fit.known['width'] == 0
   first = kmeans.fit(TIGHT, 520, iterations=0)
   best, _ = kmeans.nearest_centers(TIGHT, first.centers, 1)
-  np.testing.assert_array_equal(fit.known['labels'], best[:, 0])
+  np.testing.assert_array_equal(fit.known['label_n'], best[:, 0])
+
+
+def test_old_candidates_are_sought_anew(monkeypatch):
+  monkeypatch.setattr(widths.Sample, 'choose', lambda self, *args: 0)
+  wrong = []
+  for rise in (0.0, 10.0):
+    monkeypatch.setattr(widths.Sample, 'rise', lambda *args, r=rise: r)
+    saved = []
+    fit = kmeans.fit(LOOSE, 520, iterations=5, save=saved.append)
+    assert len(quick_passes(saved)) == 4
+    best, _ = kmeans.nearest_centers(LOOSE, saved[-2].centers, 1)
+    wrong.append(np.sum(fit.known['label_n'] != best[:, 0]))
+  assert wrong[0] > 0 and wrong[1] == 0
 
 
 def test_candidates_that_cost_too_much_are_sought_anew(monkeypatch):
   saved = []
   monkeypatch.setattr(widths, 'MAX_PASS_LOSS', -1.0)
   kmeans.fit(TIGHT, 520, iterations=5, save=saved.append)
-  assert saved[-1].known['pays']
   assert quick_passes(saved) == [1, 3]
-
-
-def test_is_plain_where_candidates_of_all_dimensions_do_not_serve(monkeypatch):
-  saved = []
-  monkeypatch.setattr(widths, 'MAX_LOSS', -1.0)
-  monkeypatch.setattr(widths, 'MAX_PASS_LOSS', -1.0)
-  kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
-  assert [bool(state.known.get('pays')) for state in saved] == 3 * [True] + (
-    3 * [False]
-  )
-  assert 'candidates' not in saved[-1].known
-  for state in saved[2], saved[3]:
-    again = kmeans.fit(TIGHT, 520, iterations=6, resume=state)
-    fits.assert_same(again, saved[-1])
 
 
 def test_goes_on_screened_with_the_same_bits():
   saved = []
   whole = kmeans.fit(TIGHT, 520, iterations=6, save=saved.append)
   for state in saved[0], saved[2]:
-    assert state.known['pays']
+    assert 'ids_nC' in state.known
     fits.assert_same(kmeans.fit(TIGHT, 520, iterations=6, resume=state), whole)
 
 
@@ -155,7 +154,7 @@ def test_goes_on_within_a_screened_pass_with_the_same_bits(monkeypatch):
   within = [state for state in saved if state.is_within]
   first, last = within[0], within[-1]
   assert not first.objective and len(last.objective) == 2
-  assert first.known['pays'] and last.known['pays']
+  assert 'ids_nC' in first.known and 'ids_nC' in last.known
   for state in first, last:
     fits.assert_same(kmeans.fit(TIGHT, 520, resume=state, **options), whole)
 
@@ -164,7 +163,7 @@ def test_screened_read_anew_or_held_gives_the_same_bits(monkeypatch):
   monkeypatch.setattr(points, '_CPU_CHUNK', 1_024)
   mesh = sharding.make_mesh(2, 1, devices=jax.devices()[:2])
   held = kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh)
-  assert held.known['pays']
+  assert 'ids_nC' in held.known
   monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
   fits.assert_same(kmeans.fit(TIGHT, 520, iterations=4, mesh=mesh), held)
 
@@ -182,6 +181,6 @@ def test_meshes_agree(screening_, rtol):
     )
     for shape in ((1, 1), (2, 2))
   )
-  assert ('pays' in one.known) == (screening_ == 'auto')
+  assert ('ids_nC' in one.known) == (screening_ == 'auto')
   assert one.known.keys() == four.known.keys()
   np.testing.assert_allclose(one.objective, four.objective, rtol=rtol)
