@@ -4,8 +4,8 @@ A full search scores all centers on a few leading dimensions, and the best of
 them, the point's candidates, and its own center on all dimensions. A quick
 search looks at these alone, where one of them can have come to be the best:
 where they moved by more than the best was ahead. Then it searches fully for the
-points whose candidates may no longer be the best: whose best one is hardly
-nearer than the last of them was, for what centers have moved since.
+points whose candidates are old: whose best one is nearer than the last one was
+found by less than other centers can have come nearer since.
 
 Shapes: N points, K centers, D dimensions, P leading dimensions, T points a
 tile, B buckets of centers, C candidates of a point. Upper case is global, lower
@@ -62,14 +62,14 @@ class Search(NamedTuple):
     c_KD: whole centers.
     cs_KP: what is scored of them, which gives the scores their type.
     basis_DP: the leading dimensions, or None for all.
-    reach: how much nearer than its last candidate was found a point's best one
-      has to be, beside what it had to be when they were found.
+    reach: how much nearer a center can have come to a point since the first
+      pass, a cosine.
   """
 
   c_KD: jax.Array
   cs_KP: jax.Array
   basis_DP: jax.Array | None
-  reach: jax.Array
+  reach: float
 
 
 class Found(NamedTuple):
@@ -79,7 +79,8 @@ class Found(NamedTuple):
     label_n: their centers.
     score_n: cosines to these.
     lead_n: how far these are ahead of all candidates'.
-    floor_n: cosines of the last candidates less the search's reach.
+    floor_n: cosines of the last candidates when they were found, less the reach
+      then.
     ids_nC: candidates.
   """
 

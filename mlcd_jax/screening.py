@@ -44,8 +44,8 @@ class Screening:
       are left out are infinite.
     drift: float32 [K], how far centers moved in the last update; infinite if
       the next pass searches fully.
-    reach: how much nearer a center may have come to a point near it, in all
-      updates together.
+    reach: how much nearer a center can have come to a point, in all updates
+      together.
     basis: float32 [D, P], the leading dimensions of the first centers.
     width: how many of them are scored; 0 if all dimensions are needed.
   """
