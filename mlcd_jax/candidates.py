@@ -195,11 +195,10 @@ def _in_tiles(function: Callable, rows: int, *arrays: jax.Array):
 
 def _best_of_buckets(cs_KP, xs_TP, num_centers):
   """Numbers [T, C] of the best centers, among the best two of each bucket."""
-  tile = nearest.divisor(len(cs_KP), _TILE_CENTERS)
-  tile_rows = tile // _NUM_BUCKETS
   # The row rides in the score's low bits, which mean less than the dimensions
   # that are left out: one maximum finds both.
   num_rows = len(cs_KP) // _NUM_BUCKETS
+  tile_rows = nearest.divisor(num_rows, _TILE_CENTERS // _NUM_BUCKETS)
   mask = (1 << (num_rows - 1).bit_length()) - 1
 
   def best_two(best, part):
@@ -225,7 +224,7 @@ def _best_of_buckets(cs_KP, xs_TP, num_centers):
     (nothing_BT, nothing_BT),
     (
       jnp.arange(0, num_rows, tile_rows, dtype=jnp.int32),
-      cs_KP.reshape(-1, tile, cs_KP.shape[1]),
+      cs_KP.reshape(-1, tile_rows * _NUM_BUCKETS, cs_KP.shape[1]),
     ),
   )
   key_XT = jnp.concatenate(best)

@@ -102,21 +102,21 @@ class Lloyd:
     self._known = None
     if nearest.on_cpu(mesh):
       screens &= widths.pay(*embeddings.shape, self._num_centers)
-      # A pass of one kind cannot go on with what the other knows.
-      is_screened = 'ids_nC' in start.known
-      if screens and (is_screened or not start.known):
+      if screens and (not start.known or 'ids_nC' in start.known):
         self._known = screening.Screening(
           mesh, sample, self._chunks, start=start
         )
       else:
-        known = {} if 'basis' in start.known else start.known
+        if 'basis' in start.known:
+          # Its pass was screened, so that a plain one begins anew.
+          self.done = start = start._replace(part=None, known={})
         self._known = activity.Activity(
           mesh,
           self._num_centers,
           self._chunks,
           mean=sample.mean,
           score_dtype=score_dtype,
-          known=known,
+          known=start.known,
         )
     self._centers = nearest.put_centers(start.centers, mesh)
     # Sums and counts that the next pass starts from.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mlcd_jax import activity
+from mlcd_jax import candidates
 from mlcd_jax import kmeans
 from mlcd_jax import points
 from mlcd_jax import sharding
@@ -157,6 +158,21 @@ def test_goes_on_within_a_screened_pass_with_the_same_bits(monkeypatch):
   assert 'ids_nC' in first.known and 'ids_nC' in last.known
   for state in first, last:
     fits.assert_same(kmeans.fit(TIGHT, 520, resume=state, **options), whole)
+  # A plain pass begins anew: the sums of a screened one have all points.
+  plain = kmeans.fit(TIGHT, 520, resume=last, screening='off', **options)
+  assert plain.counts.sum() == len(TIGHT)
+
+
+@pytest.mark.parametrize('num_centers', [3_072, 5_120, 131 * 1_024])
+def test_the_best_center_is_among_the_candidates(num_centers):
+  rng = np.random.default_rng(0)
+  c, x = (
+    rng.normal(size=(rows, 8)).astype(np.float32) for rows in (num_centers, 64)
+  )
+  ids = np.asarray(jax.jit(candidates.seek, static_argnums=2)(c, x, len(c)))
+  assert ids.shape == (64, candidates.COUNT)
+  best = (x @ c.T).argmax(axis=1)
+  assert (ids == best[:, None]).any(axis=1).all()
 
 
 def test_screened_read_anew_or_held_gives_the_same_bits(monkeypatch):
