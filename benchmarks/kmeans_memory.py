@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from mlcd_jax import config as config_lib
+from mlcd_jax import errors
 from mlcd_jax import presets
 from mlcd_jax import stages
 
@@ -76,6 +77,14 @@ def main() -> None:
   parser.add_argument('--iterations', type=int, default=2)
   parser.add_argument('--folder', help='where the rows go; a temporary one')
   args = parser.parse_args()
+  try:
+    print(json.dumps(measure(args)))
+  except (errors.UserError, OSError) as error:
+    parser.exit(2, f'error: {error}\n')
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+  """GiB of the data, of the process before it is read, and taken for it."""
   with tempfile.TemporaryDirectory(dir=args.folder) as name:
     folder = pathlib.Path(name, 'rows')
     folder.mkdir()
@@ -88,15 +97,11 @@ def main() -> None:
       num_centers=args.centers,
       iterations=args.iterations,
     )
-  print(
-    json.dumps(
-      {
-        'data_gib': round(data / 2**30, 3),
-        'baseline_gib': round(base / 2**30, 3),
-        'taken_gib': round(taken / 2**30, 3),
-      }
-    )
-  )
+  return {
+    'data_gib': round(data / 2**30, 3),
+    'baseline_gib': round(base / 2**30, 3),
+    'taken_gib': round(taken / 2**30, 3),
+  }
 
 
 if __name__ == '__main__':
