@@ -3,8 +3,8 @@
 The first pass searches fully, on leading dimensions, and finds every point's
 candidates. The passes after it are quick: they look at these alone, search
 anew for the points whose candidates have grown old, and move the points whose
-label changed from one sum to another. So it goes unless a sample shows that a
-pass cost too much, or a center is restarted: then the next one searches fully.
+label changed from one sum to another. A sample says how old is too old. When
+most points are, or a center was restarted, a pass searches fully again.
 Programs are in candidates.py, the choice of the dimensions in widths.py.
 
 Shapes: N points, K centers, D dimensions, P leading dimensions, C candidates of
@@ -24,6 +24,11 @@ from mlcd_jax import points
 from mlcd_jax import widths
 
 _log = logging.getLogger(__name__)
+
+# The share of points to be searched anew above which all are: then fewer
+# dimensions may do.
+_MOST_OLD = 0.5
+
 
 # Type, shape and padding of what is found of a point.
 _KINDS = {
@@ -110,16 +115,27 @@ class Screening:
     whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
     if self._basis is None:
       self._basis = self._sample.leading(whole)
-    if not (self.is_quick or self._is_within):
-      self._width = self._sample.choose(
-        whole, self._basis, self._sampled('label_n')
-      )
+    if not self._is_within:
+      self._plan(whole)
     self._is_within = False
     basis = self._basis[:, : self._width] if self._width else None
     self._among = candidates.Search(
       whole, self._sample.scored(whole, basis), basis, self._reach
     )
     return True
+
+  def _plan(self, c_KD: jax.Array) -> None:
+    """Chooses what kind of pass it will be, and how many dimensions."""
+    sampled = self._sampled()
+    if self.is_quick:
+      old = self._sample.share_old(c_KD, sampled, self._reach)
+      _log.info(
+        'screening: %.1f %% of the points have old candidates', 100 * old
+      )
+      if old <= _MOST_OLD:
+        return
+      self._drift = np.full_like(self._drift, np.inf)
+    self._width = self._sample.choose(c_KD, self._basis, sampled.label_n)
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
     """Adds a chunk of points to sums and counts, which are given up.
@@ -159,24 +175,24 @@ class Screening:
       shift: [K], how far each center moved; infinite if it was restarted.
       c_KD: the new centers.
     """
-    lost = self.is_quick and self._lost_too_much()
     self._iteration += 1
-    self._drift = np.full_like(shift, np.inf) if lost else shift
+    before = self._among
+    if self.is_quick:
+      self._reach = self._sample.check(before, self._sampled(), self._iteration)
+    self._drift = shift
     if self.is_quick:
       whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
       self._reach += self._sample.rise(
-        self._among.c_KD, whole, self._sampled('ids_nC')
+        before.c_KD,
+        whole,
+        self._sampled().ids_nC,
+        is_first=self._iteration == 1,
       )
 
-  def _lost_too_much(self) -> bool:
-    """Whether too many of a sample are not with their best centers."""
-    loss = self._sample.loss(
-      self._among.c_KD, self._sampled('label_n'), self._iteration
-    )
-    _log.info('screening: the pass cost %.1e of the objective', loss)
-    return loss > widths.MAX_PASS_LOSS
-
-  def _sampled(self, name: str) -> np.ndarray:
+  def _sampled(self) -> candidates.Found:
     """What is found of the sample."""
-    parts = [getattr(found, name) for found in self._found]
-    return self._chunks.at(parts, self._sample.rows)
+    return candidates.Found(
+      *(
+        self._chunks.at(parts, self._sample.rows) for parts in zip(*self._found)
+      )
+    )

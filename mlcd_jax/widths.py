@@ -24,15 +24,19 @@ _log = logging.getLogger(__name__)
 _WIDTHS = (96, 128, 160, 192, 256, 384)
 
 # What a width may cost the mean cosine of a sample when it is chosen, and a
-# pass as a share of it before candidates are sought anew. The first is as good
-# as nothing: what early passes lose grows, since a point that goes to its best
+# pass as a share of it before more is searched anew. The first is as good as
+# nothing: what early passes lose grows, since a point that goes to its best
 # center draws others after it.
-MAX_LOSS = 1e-5
-MAX_PASS_LOSS = 1e-4
+_MAX_LOSS = 1e-5
+_MAX_PASS_LOSS = 1e-4
 
 # What is taken for the most that a center comes nearer to a point: so many
-# standard deviations above the mean. With 3 runs end within 1e-4 of exact ones.
-_RISE_DEVIATIONS = 3
+# standard deviations above the mean, in the first update and in later ones,
+# which move centers less. With fewer, runs end lower than exact ones by 1e-4.
+_RISE_DEVIATIONS = (3, 2.5)
+
+# What it must save the mean cosine to search anew for all points.
+_WORTH = 3e-4
 
 # Sampled rows: all of them; to choose a width by; to check a pass by, a share
 # of all rows that takes little time.
@@ -86,7 +90,7 @@ class Sample:
     self.mean = np.round(self._values.sum(axis=0) / usable, 3)
     self.num_centers = num_centers
     tiles = int(_CHECKED_SHARE * embeddings.shape[0]) // _TILE[0]
-    self._checked = min(max(1, tiles) * _TILE[0], count)
+    self._checked = min(max(1, tiles) * _TILE[0], _CHOICE_ROWS, count)
     self._score_dtype = score_dtype
 
   def leading(self, c_KD: jax.Array) -> np.ndarray:
@@ -125,14 +129,33 @@ class Sample:
         c_KD, cs_KP, values, xs_SP, labels, best_S, widths[i], self.num_centers
       )
       _log.info('screening: %d dimensions would cost %.1e', widths[i], loss)
-      if loss < MAX_LOSS:
+      if loss < _MAX_LOSS:
         return widths[i]
-      # The next width costs a quarter of it at best.
-      i += max(1, int(math.log(loss / MAX_LOSS, 4)))
+      # The next width costs an eighth of it at best.
+      i += max(1, int(math.log(loss / _MAX_LOSS, 8)))
     return 0
 
+  def share_old(
+    self, c_KD: jax.Array, found: candidates.Found, reach: float
+  ) -> float:
+    """The share of points that a quick search would search anew, about.
+
+    Args:
+      c_KD: whole centers.
+      found: of the sample.
+      reach: how much nearer a center can have come to a point.
+    """
+    few = self._few()
+    some = candidates.Found(*(a[few] for a in found))
+    return float(_share_old(c_KD, self._values[few], some, reach))
+
   def rise(
-    self, before_KD: jax.Array, c_KD: jax.Array, ids_SC: np.ndarray
+    self,
+    before_KD: jax.Array,
+    c_KD: jax.Array,
+    ids_SC: np.ndarray,
+    *,
+    is_first: bool,
   ) -> float:
     """How much nearer a center near a point may have come to it, about.
 
@@ -142,35 +165,46 @@ class Sample:
       before_KD: whole centers.
       c_KD: the same after an update.
       ids_SC: centers near each of the sample.
+      is_first: whether that update was the run's first.
     """
     few = self._few()
     change = _change(before_KD, c_KD, self._values[few], ids_SC[few])
     mean, deviation = map(float, change)
-    return max(0.0, mean + _RISE_DEVIATIONS * deviation)
+    return max(0.0, mean + _RISE_DEVIATIONS[not is_first] * deviation)
 
-  def loss(
-    self, c_KD: jax.Array, labels_S: np.ndarray, iteration: int
+  def check(
+    self, among: candidates.Search, found: candidates.Found, iteration: int
   ) -> float:
-    """The share of the mean cosine that labels lose to the best centers.
+    """Compares labels with the best centers.
 
     Every iteration looks at a few other rows of the sample. If they lose too
-    much, which one row can do, all of it is asked.
+    much, which one row can do, all of it is asked. If that does too, the reach
+    grows as far as it is worth it.
 
     Args:
-      c_KD: whole centers.
-      labels_S: of the sample.
+      among: what was searched.
+      found: of the sample.
       iteration: chooses the rows.
+
+    Returns:
+      The reach that the pass should have had.
     """
     rng = np.random.default_rng(iteration)
     few = rng.choice(len(self.rows), self._checked, replace=False)
-    loss = self._loss(c_KD, self._values[few], labels_S[few])
-    if loss > MAX_PASS_LOSS:
-      loss = self._loss(c_KD, self._values, labels_S)
-    return loss
-
-  def _loss(self, c_KD, values, labels):
-    best_S = self._best_cosines(c_KD, values, labels)
-    return float(_lost(c_KD, values, labels, best_S))
+    for rows in few, slice(None):
+      values, labels = self._values[rows], found.label_n[rows]
+      best_S = self._best_cosines(among.c_KD, values, labels)
+      own_S, lost_S = map(np.asarray, _lost(among.c_KD, values, labels, best_S))
+      loss = lost_S.sum() / np.asarray(best_S).sum()
+      _log.info('screening: the pass cost %.1e of the objective', loss)
+      if loss <= _MAX_PASS_LOSS:
+        return among.reach
+    # What is kept with a reach are the rows with a larger margin.
+    margin_S = own_S - found.floor_n
+    order = np.argsort(-margin_S)
+    cost = np.append(0, np.cumsum(lost_S[order] - _WORTH))
+    margin = np.append(margin_S[order], -np.inf)[np.argmin(cost)]
+    return max(among.reach, float(margin))
 
   def scored(self, c_KD: jax.Array, basis: np.ndarray | None) -> jax.Array:
     """What is scored of whole centers: [K, P], or [K, D] without a basis."""
@@ -215,8 +249,17 @@ def _change(before_KD, c_KD, x_SD, ids_SC):
 
 @jax.jit
 def _lost(c_KD, x_SD, label_S, best_S):
+  """Cosines to the labels' centers, and what these lose."""
   own_S = jnp.sum(x_SD * c_KD[label_S], axis=1)
-  return jnp.sum(jnp.maximum(best_S - own_S, 0)) / jnp.sum(best_S)
+  return own_S, jnp.maximum(best_S - own_S, 0)
+
+
+@jax.jit
+def _share_old(c_KD, x_SD, found, reach):
+  _, best_S, _ = candidates.best_candidate(
+    x_SD, c_KD, found.label_n, found.ids_nC
+  )
+  return jnp.mean(best_S < found.floor_n + reach)
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7))
