@@ -115,27 +115,16 @@ class Screening:
     whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
     if self._basis is None:
       self._basis = self._sample.leading(whole)
-    if not self._is_within:
-      self._plan(whole)
+    if not (self.is_quick or self._is_within):
+      self._width = self._sample.choose(
+        whole, self._basis, self._sampled().label_n
+      )
     self._is_within = False
     basis = self._basis[:, : self._width] if self._width else None
     self._among = candidates.Search(
       whole, self._sample.scored(whole, basis), basis, self._reach
     )
     return True
-
-  def _plan(self, c_KD: jax.Array) -> None:
-    """Chooses what kind of pass it will be, and how many dimensions."""
-    sampled = self._sampled()
-    if self.is_quick:
-      old = self._sample.share_old(c_KD, sampled, self._reach)
-      _log.info(
-        'screening: %.1f %% of the points have old candidates', 100 * old
-      )
-      if old <= _MOST_OLD:
-        return
-      self._drift = np.full_like(self._drift, np.inf)
-    self._width = self._sample.choose(c_KD, self._basis, sampled.label_n)
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
     """Adds a chunk of points to sums and counts, which are given up.
@@ -176,18 +165,20 @@ class Screening:
       c_KD: the new centers.
     """
     self._iteration += 1
-    before = self._among
+    sampled, before = self._sampled(), self._among
     if self.is_quick:
-      self._reach = self._sample.check(before, self._sampled(), self._iteration)
+      self._reach = self._sample.check(before, sampled, self._iteration)
     self._drift = shift
-    if self.is_quick:
-      whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
-      self._reach += self._sample.rise(
-        before.c_KD,
-        whole,
-        self._sampled().ids_nC,
-        is_first=self._iteration == 1,
-      )
+    if not self.is_quick:
+      return
+    whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
+    rise, old = self._sample.age(
+      before, whole, sampled, is_first=self._iteration == 1
+    )
+    self._reach += rise
+    _log.info('screening: %.1f %% of the points have old candidates', 100 * old)
+    if old > _MOST_OLD:
+      self._drift = np.full_like(shift, np.inf)
 
   def _sampled(self) -> candidates.Found:
     """What is found of the sample."""

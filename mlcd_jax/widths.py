@@ -135,42 +135,35 @@ class Sample:
       i += max(1, int(math.log(loss / _MAX_LOSS, 8)))
     return 0
 
-  def share_old(
-    self, c_KD: jax.Array, found: candidates.Found, reach: float
-  ) -> float:
-    """The share of points that a quick search would search anew, about.
+  def age(
+    self,
+    before: candidates.Search,
+    c_KD: jax.Array,
+    found: candidates.Found,
+    *,
+    is_first: bool,
+  ) -> tuple[float, float]:
+    """What an update does to candidates.
 
     Args:
-      c_KD: whole centers.
+      before: what was searched, with the reach until now.
+      c_KD: whole centers after the update.
       found: of the sample.
-      reach: how much nearer a center can have come to a point.
+      is_first: whether the update was the run's first.
+
+    Returns:
+      How much nearer a center near a point may have come to it, about, which is
+      to be added to the reach; and the share of points whose candidates are
+      older than that.
     """
     few = self._few()
     some = candidates.Found(*(a[few] for a in found))
-    return float(_share_old(c_KD, self._values[few], some, reach))
-
-  def rise(
-    self,
-    before_KD: jax.Array,
-    c_KD: jax.Array,
-    ids_SC: np.ndarray,
-    *,
-    is_first: bool,
-  ) -> float:
-    """How much nearer a center near a point may have come to it, about.
-
-    Few come nearer by more than three standard deviations above the mean.
-
-    Args:
-      before_KD: whole centers.
-      c_KD: the same after an update.
-      ids_SC: centers near each of the sample.
-      is_first: whether that update was the run's first.
-    """
-    few = self._few()
-    change = _change(before_KD, c_KD, self._values[few], ids_SC[few])
-    mean, deviation = map(float, change)
-    return max(0.0, mean + _RISE_DEVIATIONS[not is_first] * deviation)
+    change_SC, best_S = map(
+      np.asarray, _change(before.c_KD, c_KD, self._values[few], some)
+    )
+    deviations = _RISE_DEVIATIONS[not is_first]
+    rise = max(0.0, float(change_SC.mean() + deviations * change_SC.std()))
+    return rise, float(np.mean(best_S < some.floor_n + before.reach + rise))
 
   def check(
     self, among: candidates.Search, found: candidates.Found, iteration: int
@@ -241,10 +234,19 @@ def _best_cosines(c_KD, cs_KD, x_SD, label_S):
 
 
 @jax.jit
-def _change(before_KD, c_KD, x_SD, ids_SC):
-  """Mean and standard deviation of how cosines changed."""
-  change_SC = candidates.cosines(x_SD, c_KD - before_KD, ids_SC)
-  return jnp.mean(change_SC), jnp.std(change_SC)
+def _change(before_KD, c_KD, x_SD, found):
+  """How cosines to candidates changed [S, C], and the best of them now."""
+
+  def cosines(c_KD):
+    return candidates.in_tiles(
+      lambda x_TD, ids_TC: candidates.cosines(x_TD, c_KD, ids_TC),
+      candidates.COMPARED_ROWS,
+      x_SD,
+      found.ids_nC,
+    )
+
+  now_SC = cosines(c_KD)
+  return now_SC - cosines(before_KD), jnp.max(now_SC, axis=1)
 
 
 @jax.jit
@@ -252,14 +254,6 @@ def _lost(c_KD, x_SD, label_S, best_S):
   """Cosines to the labels' centers, and what these lose."""
   own_S = jnp.sum(x_SD * c_KD[label_S], axis=1)
   return own_S, jnp.maximum(best_S - own_S, 0)
-
-
-@jax.jit
-def _share_old(c_KD, x_SD, found, reach):
-  _, best_S, _ = candidates.best_candidate(
-    x_SD, c_KD, found.label_n, found.ids_nC
-  )
-  return jnp.mean(best_S < found.floor_n + reach)
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7))

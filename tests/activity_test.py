@@ -8,6 +8,7 @@ from mlcd_jax import activity
 from mlcd_jax import candidates
 from mlcd_jax import kmeans
 from mlcd_jax import points
+from mlcd_jax import screening
 from mlcd_jax import sharding
 from mlcd_jax import widths
 from tests import fits
@@ -118,24 +119,48 @@ def test_all_dimensions_are_scored_where_fewer_cost_too_much(monkeypatch):
   np.testing.assert_array_equal(fit.known['label_n'], best[:, 0])
 
 
+def wrong_labels(x, saved):
+  """How many of a finished clustering's labels are not the best centers."""
+  best, _ = kmeans.nearest_centers(x, saved[-2].centers, 1)
+  return np.sum(saved[-1].known['label_n'] != best[:, 0])
+
+
 def test_old_candidates_are_sought_anew(monkeypatch):
   monkeypatch.setattr(widths.Sample, 'choose', lambda self, *args: 0)
   wrong = []
   for rise in (0.0, 10.0):
-    monkeypatch.setattr(widths.Sample, 'rise', lambda *args, r=rise: r)
+    age = (rise, 0.0)
+    monkeypatch.setattr(widths.Sample, 'age', lambda *_, a=age, **__: a)
     saved = []
-    fit = kmeans.fit(LOOSE, 520, iterations=5, save=saved.append)
+    kmeans.fit(LOOSE, 520, iterations=5, save=saved.append)
     assert len(quick_passes(saved)) == 4
-    best, _ = kmeans.nearest_centers(LOOSE, saved[-2].centers, 1)
-    wrong.append(np.sum(fit.known['label_n'] != best[:, 0]))
+    wrong.append(wrong_labels(LOOSE, saved))
   assert wrong[0] > 0 and wrong[1] == 0
 
 
-def test_candidates_that_cost_too_much_are_sought_anew(monkeypatch):
+def test_a_pass_that_cost_too_much_lengthens_the_reach(monkeypatch):
+  monkeypatch.setattr(widths.Sample, 'age', lambda *_, **__: (0.0, 0.0))
+  monkeypatch.setattr(widths, '_WORTH', 0.0)
+  wrong = []
+  for limit in (1.0, 0.0):
+    monkeypatch.setattr(widths, '_MAX_PASS_LOSS', limit)
+    saved = []
+    kmeans.fit(LOOSE, 520, iterations=5, save=saved.append)
+    reach = [float(state.known['reach']) for state in saved]
+    assert (reach[-1] > 0) == (limit == 0)
+    assert reach == sorted(reach)
+    wrong.append(wrong_labels(LOOSE, saved))
+  assert wrong[1] < wrong[0] / 2
+
+
+def test_searches_fully_where_most_candidates_are_old(monkeypatch):
+  monkeypatch.setattr(widths.Sample, 'age', lambda *_, **__: (10.0, 0.6))
   saved = []
-  monkeypatch.setattr(widths, 'MAX_PASS_LOSS', -1.0)
-  kmeans.fit(TIGHT, 520, iterations=5, save=saved.append)
-  assert quick_passes(saved) == [1, 3]
+  kmeans.fit(LOOSE, 520, iterations=3, save=saved.append)
+  assert not quick_passes(saved)
+  monkeypatch.setattr(screening, '_MOST_OLD', 0.7)
+  kmeans.fit(LOOSE, 520, iterations=3, save=saved.append)
+  assert quick_passes(saved[3:]) == [1, 2]
 
 
 def test_goes_on_screened_with_the_same_bits():
