@@ -27,8 +27,8 @@ _SPARE = 8
 # Centers below which a plain search is as fast.
 _MIN_CENTERS = 1_024
 
-# Points of a tile of float32 scores; products with fewer are slower.
-_TILE_ROWS = 128
+# Points of a tile of float32 scores; with more they leave the cache.
+_TILE_ROWS = 64
 
 # Buckets of centers among which the best are looked for first.
 _BUCKETS = 256
@@ -132,7 +132,12 @@ def _rescore(c_KD, x_TD, ids_TM, num_labels):
   """Cosines and centers [T, L], the best of the candidates by float32."""
   # top_k keeps the earlier of equals, which must be the lower center.
   ids_TM = jnp.sort(ids_TM, axis=1)
-  s_TM = candidates.cosines(x_TD, c_KD, ids_TM)
+  s_TM = candidates.in_tiles(
+    lambda x_RD, ids_RM: candidates.cosines(x_RD, c_KD, ids_RM),
+    min(candidates.COMPARED_ROWS, len(x_TD)),
+    x_TD,
+    ids_TM,
+  )
   score_TL, place_TL = lax.top_k(s_TM, num_labels)
   return score_TL, jnp.take_along_axis(ids_TM, place_TL, axis=1)
 
