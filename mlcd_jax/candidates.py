@@ -31,7 +31,7 @@ COUNT = 12
 
 # The most that a lead shrinks, as a share of how far its two centers moved. By
 # the triangle inequality it is 1; of 8,192 rows of four data sets 99 % stayed
-# below 0.25 and 99.9 % below 0.45, and what is missed beyond 0.3 cost at most
+# below 0.3 and 99.9 % below 0.45, and what is missed beyond 0.3 cost at most
 # 5e-7 of the objective a pass.
 _LEAD_SHARE = 0.3
 
