@@ -39,7 +39,7 @@ _LEAD_SHARE = 0.3
 # that are compared with their candidates at a time.
 _TILE_CENTERS = 4_096
 _TILE_SCORES = 2**18
-COMPARED_ROWS = 64
+_COMPARED_ROWS = 64
 
 
 @functools.cache
@@ -138,14 +138,14 @@ def make_quick_search(mesh: Mesh, num_centers: int) -> Callable:
 
     due_n = usable_n & (found.lead_n <= 0)
     found = Found(
-      *nearest.redo(again, due_n, found[:3], COMPARED_ROWS), *found[3:]
+      *nearest.redo(again, due_n, found[:3], _COMPARED_ROWS), *found[3:]
     )
 
     def anew(rows, old):
       return tuple(_search_fully(among, x_nD[rows], old[0], num_centers))
 
     stale_n = usable_n & (found.score_n < found.floor_n + among.reach)
-    return Found(*nearest.redo(anew, stale_n, tuple(found), COMPARED_ROWS))
+    return Found(*nearest.redo(anew, stale_n, tuple(found), _COMPARED_ROWS))
 
   points, all_ = sharding.POINTS, sharding.REPLICATED
   return jax.jit(
@@ -175,7 +175,7 @@ def seek(cs_KP: jax.Array, xs_nP: jax.Array, num_centers: int) -> jax.Array:
   def tile(xs_TP):
     return _best_of_buckets(cs_KP, xs_TP, num_centers)
 
-  return in_tiles(tile, rows, xs_nP)
+  return _in_tiles(tile, rows, xs_nP)
 
 
 def compare(
@@ -188,10 +188,10 @@ def compare(
     s_TM = cosines(x_TD, c_KD, ids_TM)
     return *_best(ids_TM, s_TM), jnp.min(s_TM[:, 1:], axis=1)
 
-  return in_tiles(tile, COMPARED_ROWS, x_nD, label_n, ids_nC)
+  return _in_tiles(tile, _COMPARED_ROWS, x_nD, label_n, ids_nC)
 
 
-def in_tiles(function: Callable, rows: int, *arrays: jax.Array):
+def _in_tiles(function: Callable, rows: int, *arrays: jax.Array):
   """A function of so many rows of arrays [n, ...] at a time."""
   tiles = [a.reshape(-1, rows, *a.shape[1:]) for a in arrays]
   found = lax.map(lambda tile: function(*tile), tiles)
@@ -272,3 +272,14 @@ def cosines(x_TD: jax.Array, c_KD: jax.Array, ids_TM: jax.Array) -> jax.Array:
   return jnp.einsum(
     'td,tmd->tm', x_TD, c_TMD, preferred_element_type=jnp.float32
   )
+
+
+def tiled_cosines(
+  x_nD: jax.Array, c_KD: jax.Array, ids_nM: jax.Array
+) -> jax.Array:
+  """`cosines` of many points, in tiles whose centers stay in the cache."""
+
+  def tile(x_TD, ids_TM):
+    return cosines(x_TD, c_KD, ids_TM)
+
+  return _in_tiles(tile, min(_COMPARED_ROWS, len(x_nD)), x_nD, ids_nM)

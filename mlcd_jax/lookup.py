@@ -132,12 +132,7 @@ def _rescore(c_KD, x_TD, ids_TM, num_labels):
   """Cosines and centers [T, L], the best of the candidates by float32."""
   # top_k keeps the earlier of equals, which must be the lower center.
   ids_TM = jnp.sort(ids_TM, axis=1)
-  s_TM = candidates.in_tiles(
-    lambda x_RD, ids_RM: candidates.cosines(x_RD, c_KD, ids_RM),
-    min(candidates.COMPARED_ROWS, len(x_TD)),
-    x_TD,
-    ids_TM,
-  )
+  s_TM = candidates.tiled_cosines(x_TD, c_KD, ids_TM)
   score_TL, place_TL = lax.top_k(s_TM, num_labels)
   return score_TL, jnp.take_along_axis(ids_TM, place_TL, axis=1)
 

@@ -29,7 +29,6 @@ _log = logging.getLogger(__name__)
 # dimensions may do.
 _MOST_OLD = 0.5
 
-
 # Type, shape and padding of what is found of a point.
 _KINDS = {
   'label_n': (np.int32,),

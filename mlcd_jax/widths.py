@@ -35,7 +35,7 @@ _MAX_PASS_LOSS = 1e-4
 # which move centers less. With fewer, runs end lower than exact ones by 1e-4.
 _RISE_DEVIATIONS = (3, 2.5)
 
-# What it must save the mean cosine to search anew for all points.
+# What searching anew for all points must save of the mean cosine to pay.
 _WORTH = 3e-4
 
 # Sampled rows: all of them; to choose a width by; to check a pass by, a share
@@ -157,13 +157,14 @@ class Sample:
       older than that.
     """
     few = self._few()
-    some = candidates.Found(*(a[few] for a in found))
     change_SC, best_S = map(
-      np.asarray, _change(before.c_KD, c_KD, self._values[few], some)
+      np.asarray,
+      _change(before.c_KD, c_KD, self._values[few], found.ids_nC[few]),
     )
-    deviations = _RISE_DEVIATIONS[not is_first]
+    deviations = _RISE_DEVIATIONS[0 if is_first else 1]
     rise = max(0.0, float(change_SC.mean() + deviations * change_SC.std()))
-    return rise, float(np.mean(best_S < some.floor_n + before.reach + rise))
+    old_S = best_S < found.floor_n[few] + before.reach + rise
+    return rise, float(old_S.mean())
 
   def check(
     self, among: candidates.Search, found: candidates.Found, iteration: int
@@ -172,7 +173,7 @@ class Sample:
 
     Every iteration looks at a few other rows of the sample. If they lose too
     much, which one row can do, all of it is asked. If that does too, the reach
-    grows as far as it is worth it.
+    becomes what is worth the time by these rows.
 
     Args:
       among: what was searched.
@@ -234,19 +235,11 @@ def _best_cosines(c_KD, cs_KD, x_SD, label_S):
 
 
 @jax.jit
-def _change(before_KD, c_KD, x_SD, found):
+def _change(before_KD, c_KD, x_SD, ids_SC):
   """How cosines to candidates changed [S, C], and the best of them now."""
-
-  def cosines(c_KD):
-    return candidates.in_tiles(
-      lambda x_TD, ids_TC: candidates.cosines(x_TD, c_KD, ids_TC),
-      candidates.COMPARED_ROWS,
-      x_SD,
-      found.ids_nC,
-    )
-
-  now_SC = cosines(c_KD)
-  return now_SC - cosines(before_KD), jnp.max(now_SC, axis=1)
+  before_SC = candidates.tiled_cosines(x_SD, before_KD, ids_SC)
+  now_SC = candidates.tiled_cosines(x_SD, c_KD, ids_SC)
+  return now_SC - before_SC, jnp.max(now_SC, axis=1)
 
 
 @jax.jit
