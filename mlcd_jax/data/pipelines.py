@@ -32,6 +32,7 @@ from mlcd_jax.data import transforms
 _CHUNK = 128
 _LARGE = 64  # Pixels of a side from which decoding takes most of the time.
 _ENDLESS = 2**40  # Steps.
+_PHILOX_BLOCK = 4  # Random numbers that one step of Philox's counter makes.
 # Images seen before the share of bad ones can stop a run.
 _MIN_SEEN = 1_000
 
@@ -213,9 +214,12 @@ class _TrainRows:
   seed: int
 
   def draw(self, places: range) -> list[list[float]]:
-    """See `_Rows`; a place has two of Philox's blocks of four to itself."""
-    generator = np.random.Philox(key=self.seed, counter=2 * places.start)
-    return np.random.Generator(generator).random((len(places), 8)).tolist()
+    """See `_Rows`; every place has Philox's blocks to itself."""
+    blocks = -(-transforms.NUM_DRAWS // _PHILOX_BLOCK)
+    generator = np.random.Generator(
+      np.random.Philox(key=self.seed, counter=blocks * places.start)
+    )
+    return generator.random((len(places), blocks * _PHILOX_BLOCK)).tolist()
 
   def __call__(
     self, place: int, draws: Sequence[float], image: np.ndarray

@@ -13,8 +13,11 @@ from PIL import Image
 # (dataloader/data_v2.py), the closest published recipe.
 _ASPECT_RATIO = (0.8, 1.25)
 
-# Random numbers a crop takes: area, shape, top, left, flip.
-NUM_DRAWS = 5
+# Rectangles tried before the central one is taken, as torchvision's
+# RandomResizedCrop and DALI's random_resized_crop do.
+_ATTEMPTS = 10
+# Random numbers a crop takes: top, left, flip, and area and shape an attempt.
+NUM_DRAWS = 3 + 2 * _ATTEMPTS
 
 # Web archives hold images of 169 and 231 Mpixel, 0.7 GB once decoded.
 _MAX_PIXELS = 64_000_000
@@ -113,7 +116,8 @@ def random_resized_crop(
   """Decodes, crops a random rectangle, resizes it to uint8 [size, size, 3].
 
   A JPEG whose crop is at least twice as large as needed is decoded at half,
-  a quarter or an eighth of its size.
+  a quarter or an eighth of its size. What is still twice as large is averaged
+  over areas; bilinear interpolation would skip pixels there.
 
   Args:
     image: encoded.
@@ -127,7 +131,7 @@ def random_resized_crop(
     BadImage: see `decode`.
   """
   width, height = read_size(image)
-  left, top, crop_w, crop_h = _crop_box(width, height, draws, area)
+  left, top, crop_w, crop_h = crop_box(width, height, draws, area)
   reduce = 1
   if image.startswith(_JPEG):
     while reduce < 8 and min(crop_w, crop_h) >= 2 * reduce * size:
@@ -139,11 +143,49 @@ def random_resized_crop(
   ]
   if out is None:
     out = np.empty((size, size, 3), np.uint8)
-  if flip and draws[4] < 0.5:
-    cv2.flip(cv2.resize(crop, (size, size)), 1, dst=out)
+  shrinks = min(crop.shape[:2]) >= 2 * size
+  how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+  if flip and draws[2] < 0.5:
+    cv2.flip(cv2.resize(crop, (size, size), interpolation=how), 1, dst=out)
   else:
-    cv2.resize(crop, (size, size), dst=out)  # Bilinear.
+    cv2.resize(crop, (size, size), dst=out, interpolation=how)
   return out
+
+
+def crop_box(
+  width: int,
+  height: int,
+  draws: Sequence[float],
+  area: tuple[float, float],
+) -> tuple[int, int, int, int]:
+  """Returns a random rectangle as (left, top, width, height) in pixels.
+
+  Area and shape are drawn until the rectangle fits, so that no crop is smaller
+  than asked for; where none of ten fits, the largest central rectangle of an
+  allowed shape is taken. This is the distribution of torchvision's
+  RandomResizedCrop.
+
+  Args:
+    width: of the image.
+    height: of the image.
+    draws: NUM_DRAWS random numbers in [0, 1).
+    area: smallest and largest share of the image that is kept.
+  """
+  low, high = area
+  low_shape, high_shape = map(math.log, _ASPECT_RATIO)
+  for share, shape in zip(draws[3:NUM_DRAWS:2], draws[4:NUM_DRAWS:2]):
+    kept = height * width * (low + (high - low) * share)
+    ratio = math.exp(low_shape + (high_shape - low_shape) * shape)
+    crop_w = max(1, round(math.sqrt(kept * ratio)))
+    crop_h = max(1, round(math.sqrt(kept / ratio)))
+    if crop_w <= width and crop_h <= height:
+      top = int((height - crop_h + 1) * draws[0])
+      left = int((width - crop_w + 1) * draws[1])
+      return left, top, crop_w, crop_h
+  narrowest, widest = _ASPECT_RATIO
+  crop_w = min(width, max(1, round(height * widest)))
+  crop_h = min(height, max(1, round(width / narrowest)))
+  return (width - crop_w) // 2, (height - crop_h) // 2, crop_w, crop_h
 
 
 def resize_center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -162,24 +204,6 @@ def resize_center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
   )
   top, left = (new_h - size) // 2, (new_w - size) // 2
   return np.ascontiguousarray(resized[top : top + size, left : left + size])
-
-
-def _crop_box(
-  width: int,
-  height: int,
-  draws: Sequence[float],
-  area: tuple[float, float],
-) -> tuple[int, int, int, int]:
-  """Returns (left, top, width, height) in pixels."""
-  low, high = area
-  kept = height * width * (low + (high - low) * draws[0])
-  low, high = map(math.log, _ASPECT_RATIO)
-  ratio = math.exp(low + (high - low) * draws[1])
-  crop_w = min(width, max(1, round(math.sqrt(kept * ratio))))
-  crop_h = min(height, max(1, round(math.sqrt(kept / ratio))))
-  top = int((height - crop_h + 1) * draws[2])
-  left = int((width - crop_w + 1) * draws[3])
-  return left, top, crop_w, crop_h
 
 
 def _jpeg_size(image: bytes) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 import pytest
+import scipy.stats
 import shards
 
 from mlcd_jax.data import transforms
@@ -184,7 +185,9 @@ def _crop(image, size, seed=0, area=(0.9, 1.0), flip=True):
 
 
 def test_crop_is_seeded():
-  a, b, c = _crop(_GOOD, 28), _crop(_GOOD, 28), _crop(_GOOD, 28, seed=1)
+  area = (0.4, 1.0)
+  a, b = _crop(_GOOD, 28, area=area), _crop(_GOOD, 28, area=area)
+  c = _crop(_GOOD, 28, seed=1, area=area)
   assert a.shape == (28, 28, 3) and a.flags.c_contiguous
   np.testing.assert_array_equal(a, b)
   assert (a != c).any()
@@ -219,6 +222,76 @@ def test_reduced_decoding_gives_the_same_crop(factor):
     a = _crop(jpeg, 800 // factor, seed)
     b = _crop(png, 800 // factor, seed)  # Never reduced.
     assert np.abs(a.astype(int) - b).mean() < 1.5
+
+
+def _torchvision_box(width, height, rng, area):
+  """Torchvision's RandomResizedCrop.get_params, written anew."""
+  for _ in range(10):
+    kept = width * height * rng.uniform(*area)
+    ratio = np.exp(rng.uniform(np.log(0.8), np.log(1.25)))
+    w, h = round(np.sqrt(kept * ratio)), round(np.sqrt(kept / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      return (
+        rng.integers(0, height - h + 1),
+        rng.integers(0, width - w + 1),
+        w,
+        h,
+      )
+  w, h = width, height
+  if width < 0.8 * height:
+    h = round(width / 0.8)
+  elif width > 1.25 * height:
+    w = round(height * 1.25)
+  return (height - h) // 2, (width - w) // 2, w, h
+
+
+@pytest.mark.parametrize(
+  ('width', 'height', 'area'),
+  [
+    (400, 400, (0.4, 1.0)),
+    (300, 200, (0.4, 1.0)),
+    (1_600, 900, (0.4, 1.0)),
+    (900, 1_600, (0.08, 1.0)),
+    (1_600, 900, (0.7, 1.0)),
+    (4_000, 40, (0.4, 1.0)),  # None fits.
+  ],
+)
+def test_crops_are_distributed_as_torchvision_s(width, height, area):
+  rng = np.random.default_rng(0)
+  count = 4_000
+  ours = np.array(
+    [
+      transforms.crop_box(width, height, draws, area)
+      for draws in rng.random((count, transforms.NUM_DRAWS))
+    ]
+  )
+  theirs = np.array(
+    [_torchvision_box(width, height, rng, area) for _ in range(count)]
+  )[:, [1, 0, 2, 3]]
+  assert (ours >= [0, 0, 1, 1]).all()
+  assert (ours[:, :2] + ours[:, 2:] <= [width, height]).all()
+  for column in range(4):
+    test = scipy.stats.ks_2samp(ours[:, column], theirs[:, column])
+    assert test.pvalue > 1e-6
+  fits = 1.25 * min(width, height) / max(width, height) > area[0]
+  kept = ours[:, 2] * ours[:, 3] / (width * height)
+  if fits and area[0] < 0.7:
+    assert (kept > area[0] - 0.01).mean() > 0.999
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+@pytest.mark.parametrize('side', [450, 1_792, 3_700])
+def test_crops_do_not_alias(kind, side):
+  # Rings that get finer outwards; at a twentieth they are all but grey.
+  y, x = np.mgrid[:side, :side] / side
+  rings = 127.5 + 127.5 * np.cos(150 * np.pi * (x**2 + y**2))
+  pixels = np.repeat(rings.astype(np.uint8)[..., None], 3, -1)
+  image = shards.encode(pixels, kind, quality=95)
+  got = _crop(image, 64, area=(1.0, 1.0), flip=False)
+  smooth = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BOX)
+  # Plain bilinear: 70 to 88. A JPEG's last halving is bilinear: up to 14.
+  limit = 15 if kind == 'JPEG' else 5
+  assert np.sqrt(np.mean((got.astype(float) - smooth) ** 2)) < limit
 
 
 def test_a_single_pixel():
