@@ -4,12 +4,14 @@
 #
 #   NAME=mlcd ZONE=us-west4-a TYPE=v5litepod-256 REPO=https://... \
 #     launch/tpu_vm.sh --config=configs/vit_b16.py:laion400m \
-#     --workdir=gs-or-nfs-folder-that-all-workers-mount
+#     --workdir=/mnt/runs/b16
 #
-# SPOT=1 takes a spot slice. VERSION is the TPU's software version.
+# The workdir lies on a file system that all workers mount (NFS, Filestore,
+# Lustre); gs:// serves for the images, not for a workdir. SPOT=1 takes a spot
+# slice. VERSION is the TPU's software version.
 set -uo pipefail
 if [ $# -eq 0 ]; then
-  sed -n '2,9s/^# \{0,1\}//p' "$0"
+  sed -n '2,11s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 : "${NAME:?error: set NAME of the slice}"
