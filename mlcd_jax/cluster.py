@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
+from mlcd_jax import carried_sums
 from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
@@ -19,7 +20,6 @@ from mlcd_jax import held_out
 from mlcd_jax import hierarchy
 from mlcd_jax import kmeans
 from mlcd_jax import metrics
-from mlcd_jax import partial_pass
 from mlcd_jax import points
 from mlcd_jax import row_files
 
@@ -144,18 +144,17 @@ def _iterate(
   if config.cluster.levels:
     iterations = config.cluster.repair_iterations
   done = len(state.fit.objective)
-  begun = bool(done or state.fit.is_within)
-  if begun:
+  if done:
     _log.info('cluster: continuing after %d iterations', done)
   if len(measured):
     labels, objective = _measure(measured, state.fit.centers, mesh)
-    if not begun:
+    if not done:
       state = state._replace(held_out=[objective])
 
   def save(fit):
     nonlocal state, labels
     state = state._replace(fit=fit)
-    if len(measured) and not fit.is_within:
+    if len(measured):
       before = labels
       labels, objective = _measure(measured, fit.centers, mesh)
       state = state._replace(
@@ -176,13 +175,12 @@ def _iterate(
     training,
     num_centers,
     iterations=iterations,
-    init=None if begun else state.fit.centers,
+    init=None if done else state.fit.centers,
     tolerance=config.cluster.tolerance,
     screening=config.cluster.screening,
     mesh=mesh,
-    resume=state.fit if begun else None,
+    resume=state.fit if done else None,
     save=save,
-    save_every_tiles=config.cluster.checkpoint_every_tiles,
     progress=lambda i, objective, empty: progress.update(
       (i + 1) * num_points, objective=objective, reseeded=empty
     ),
@@ -202,14 +200,17 @@ def _measure(
 def _write_state(path: pathlib.Path, state: _State) -> None:
   if distributed.is_main():
     fit = state.fit._asdict()
-    part, known = fit.pop('part'), fit.pop('known')
+    carried, known = fit.pop('carried'), fit.pop('known')
     files.write_npz(
       path,
       held_out=np.asarray(state.held_out),
       relabelled=np.asarray(state.relabelled),
       levels=np.asarray(json.dumps(state.levels)),
       **{f'fit_{k}': np.asarray(v) for k, v in fit.items()},
-      **{f'part_{k}': v for k, v in (part._asdict() if part else {}).items()},
+      **{
+        f'carried_{k}': v
+        for k, v in (carried._asdict() if carried else {}).items()
+      },
       **{f'known_{k}': v for k, v in known.items()},
     )
   distributed.barrier('clustering state')
@@ -219,6 +220,10 @@ def _read_state(path: pathlib.Path) -> _State | None:
   if not path.exists():
     return None
   found = files.read_npz(path)
+  if 'part_sums' in found:
+    raise errors.UserError(
+      f'{path} is of an earlier version; delete it to cluster anew'
+    )
 
   def read(kind, prefix):
     fields = {}
@@ -230,7 +235,7 @@ def _read_state(path: pathlib.Path) -> _State | None:
 
   return _State(
     read(kmeans.Fit, 'fit')._replace(
-      part=read(partial_pass.Part, 'part'),
+      carried=read(carried_sums.Sums, 'carried'),
       known={
         name.removeprefix('known_'): value
         for name, value in found.items()

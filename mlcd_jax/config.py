@@ -104,9 +104,6 @@ def _cluster() -> ml_collections.ConfigDict:
   # average, so k1 * k2 = num_centers; then so many flat iterations. () = flat.
   c.levels = ()
   c.repair_iterations = 2
-  # Save within an iteration too, after so many tiles of every device (256
-  # points on CPUs, else 4,096), in whole chunks of 128 or 16; 0 = never.
-  c.checkpoint_every_tiles = 0
   c.screening = 'auto'  # auto (CPUs: a few candidates a point) | off
   c.num_labels = 10  # Nearest centers stored for every image.
   c.path = ''  # Another workdir whose clusters are read in place.

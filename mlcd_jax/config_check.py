@@ -100,7 +100,6 @@ _RANGES = (
   ('cluster.iterations', 1, _MOST),
   ('cluster.tolerance', 0, 1),
   ('cluster.repair_iterations', 1, _MOST),
-  ('cluster.checkpoint_every_tiles', 0, _MOST),
   ('cluster.num_labels', 1, 1_024),
   ('model.image_size', 1, 16_384),
   ('model.embedding_dim', 1, 65_536),

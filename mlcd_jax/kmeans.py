@@ -37,7 +37,6 @@ def fit(
   screening: str = 'auto',
   resume: Fit | None = None,
   save: Callable[[Fit], None] | None = None,
-  save_every_tiles: int = 0,
   progress: Callable[[int, float, int], None] | None = None,
 ) -> Fit:
   """Clusters rows by the cosine to their nearest center.
@@ -59,9 +58,6 @@ def fit(
       never.
     resume: what `save` got, to go on from with the same bits.
     save: called after each iteration, on every process.
-    save_every_tiles: call it within iterations too, after so many tiles of
-      points on every device, in whole chunks; 0 = never. Sums are then added
-      up there, which can change their last bit.
     progress: called with iteration, objective and reseeded centers.
 
   Raises:
@@ -86,8 +82,6 @@ def fit(
     start,
     score_dtype=jnp.dtype(score_dtype or nearest.score_dtype(mesh)),
     screens=screening == 'auto',
-    save=save,
-    save_every_tiles=save_every_tiles,
   )
   while len(run.done.objective) < iterations and not _converged(
     run.done, tolerance

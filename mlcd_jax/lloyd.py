@@ -3,7 +3,6 @@
 Shapes: N points, K centers, D dimensions, P leading dimensions.
 """
 
-from collections.abc import Callable
 from collections.abc import Mapping
 import os
 import types
@@ -15,9 +14,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mlcd_jax import activity
+from mlcd_jax import carried_sums
 from mlcd_jax import lloyd_programs as programs
 from mlcd_jax import nearest
-from mlcd_jax import partial_pass
 from mlcd_jax import points
 from mlcd_jax import screening
 from mlcd_jax import widths
@@ -40,8 +39,7 @@ class Fit(NamedTuple):
     reseeded: centers found empty and restarted, one number an iteration.
     skipped: rows left out because they are zero or not finite.
     bad_rows: numbers of the first of these.
-    part: of the next iteration, what it starts from or has come to, if that
-      is anything.
+    carried: what the next iteration starts from, if that is anything.
     known: what the next iteration knows of where labels can change, on CPUs;
       see activity.py and screening.py.
   """
@@ -52,13 +50,8 @@ class Fit(NamedTuple):
   reseeded: list[int]
   skipped: int
   bad_rows: list[int]
-  part: partial_pass.Part | None = None
+  carried: carried_sums.Sums | None = None
   known: Mapping[str, np.ndarray] = types.MappingProxyType({})
-
-  @property
-  def is_within(self) -> bool:
-    """Whether an iteration has begun."""
-    return bool(self.part and self.part.chunks)
 
 
 class Lloyd:
@@ -76,8 +69,6 @@ class Lloyd:
     *,
     score_dtype: jnp.dtype,
     screens: bool,
-    save: Callable[[Fit], None] | None,
-    save_every_tiles: int,
   ):
     """Goes on from a start.
 
@@ -87,8 +78,6 @@ class Lloyd:
       start: its centers [K, D] and what has been done with them.
       score_dtype: of the products' operands.
       screens: score on leading dimensions on CPUs, where that pays.
-      save: called within iterations.
-      save_every_tiles: how often; 0 = never.
     """
     self.done = start
     self._embeddings = embeddings
@@ -109,7 +98,7 @@ class Lloyd:
       else:
         if 'basis' in start.known:
           # Its pass was screened, so that a plain one begins anew.
-          self.done = start = start._replace(part=None, known={})
+          self.done = start = start._replace(carried=None, known={})
         self._known = activity.Activity(
           mesh,
           self._num_centers,
@@ -121,9 +110,6 @@ class Lloyd:
     self._centers = nearest.put_centers(start.centers, mesh)
     # Sums and counts that the next pass starts from.
     self._begun = None
-    self._save = save
-    chunk_tiles = self._chunks.chunk // (tile * mesh.shape['data'])
-    self._save_every = -(-save_every_tiles // chunk_tiles)
     # Chunks that may be on their way while the next one is read. Each core of a
     # CPU can search one, which together is faster than one on all cores.
     self._ahead = min(8, os.cpu_count() or 1) if self._known else 1
@@ -132,11 +118,10 @@ class Lloyd:
     """All that is needed to go on, on the host."""
     centers = nearest.to_host(self._centers)[: self._num_centers]
     known = self._known.state() if self._known else {}
-    part = self.done.part
+    carried = self.done.carried
     if self._begun:
-      sums = partial_pass.to_host(*self._begun, self._num_centers)
-      part = partial_pass.NOTHING._replace(sums=sums[0], counts=sums[1])
-    return self.done._replace(centers=centers, part=part, known=known)
+      carried = carried_sums.to_host(*self._begun, self._num_centers)
+    return self.done._replace(centers=centers, carried=carried, known=known)
 
   def iterate(self) -> None:
     """One pass over the points, and the new centers.
@@ -167,18 +152,17 @@ class Lloyd:
       objective=[*self.done.objective, float(total) / usable],
       reseeded=[*self.done.reseeded, len(empty)],
       skipped=self._embeddings.shape[0] - usable,
-      part=None,
+      carried=None,
     )
     if self._known and self._known.is_quick:
-      self._begun = partial_pass.merged(*sums)
+      self._begun = carried_sums.merged(*sums)
 
   def _pass(self):
-    """Sums, counts, and cosines of the chunks since the last save."""
-    part = self.done.part or partial_pass.NOTHING
+    """Sums, counts, and cosines of the chunks."""
     looks = bool(self._known) and self._known.begin(self._centers)
-    sums, counts = self._first_sums(part, looks and self._known.is_quick)
+    sums, counts = self._first_sums(looks and self._known.is_quick)
     cosines, num_bad = {}, {}
-    for i, x_nD in enumerate(self._chunks.after(part.chunks), part.chunks):
+    for i, x_nD in enumerate(self._chunks):
       if looks:
         found = self._known.add(sums, counts, i, x_nD)
       else:
@@ -189,37 +173,15 @@ class Lloyd:
           self._known.keep(i, label_n, score_n)
       sums, counts, cosines[i], num_bad[i] = found
       jax.block_until_ready(cosines.get(i - self._ahead))
-      if self._saves_after(i):
-        self._name_bad_rows(num_bad)
-        sums, counts = self._save_part(i + 1, sums, counts, cosines)
-        cosines, num_bad = {}, {}
     self._name_bad_rows(num_bad)
     return sums, counts, cosines
 
-  def _first_sums(self, part: partial_pass.Part, is_quick: bool):
-    """Sums and counts that a pass, or the rest of one, starts from."""
+  def _first_sums(self, is_quick: bool):
+    """Sums and counts that a pass starts from."""
     begun, self._begun = self._begun, None
-    if begun and is_quick:
-      return begun
-    if part.chunks or is_quick:
-      return partial_pass.to_devices(part, self._mesh)
+    if is_quick:
+      return begun or carried_sums.to_devices(self.done.carried, self._mesh)
     return programs.make_zeros(self._mesh, *self._centers.shape)()
-
-  def _saves_after(self, i: int) -> bool:
-    every, done = self._save_every, i + 1
-    return every > 0 and done % every == 0 and done < len(self._chunks)
-
-  def _save_part(self, chunks: int, sums, counts, cosines):
-    """Saves what the chunks so far have come to; sums and counts after it."""
-    part = partial_pass.Part(
-      chunks,
-      *partial_pass.to_host(sums, counts, self._num_centers),
-      *self._worst(cosines),
-    )
-    self.done = self.done._replace(part=part)
-    if self._save:
-      self._save(self.state())
-    return partial_pass.to_devices(part, self._mesh)
 
   def _name_bad_rows(self, num_bad: dict[int, jax.Array]) -> None:
     """Looks for bad rows in the first pass, only where there are some."""
@@ -238,8 +200,7 @@ class Lloyd:
     Among equals the lower row comes first; what exceeds the limit waits for the
     next iteration.
     """
-    part = self.done.part or partial_pass.NOTHING
-    found_scores, found_rows = [part.worst_scores], [part.worst_rows]
+    found_scores, found_rows = [], []
     for i, score_n in cosines.items():
       lowest = programs.lowest(score_n, min(len(score_n), _MAX_RESEEDED))
       score, place = map(nearest.to_host, lowest)

@@ -81,17 +81,13 @@ class Points:
 
   def __iter__(self) -> Iterator[jax.Array]:
     """Yields the chunks in order; the next is read meanwhile."""
-    return self.after(0)
-
-  def after(self, first: int) -> Iterator[jax.Array]:
-    """Yields the chunks from one on; they are held only from the first on."""
     if self._held:
-      yield from self._held[first:]
+      yield from self._held
       return
     chunks = []
     with futures.ThreadPoolExecutor(1) as reader:
-      following = [reader.submit(self._put, first)] if first < len(self) else []
-      for i in range(first, len(self)):
+      following = [reader.submit(self._put, 0)] if len(self) else []
+      for i in range(len(self)):
         raw = following.pop().result()
         if i + 1 < len(self):
           following.append(reader.submit(self._put, i + 1))
@@ -99,7 +95,7 @@ class Points:
         if self._held is not None:
           chunks.append(unit)
         yield unit
-    if self._held is not None and not first:
+    if self._held is not None:
       self._held = chunks
 
   def rows_of(self, i: int) -> tuple[int, int]:

@@ -91,7 +91,6 @@ class Screening:
     self._basis = known.get('basis')
     self._width = int(known.get('width', 0))
     self._iteration = len(start.objective)
-    self._is_within = start.is_within
 
   def state(self) -> dict[str, np.ndarray]:
     """What is known, on the host."""
@@ -114,11 +113,10 @@ class Screening:
     whole = candidates.make_whole(self._mesh, self._num_centers)(c_KD)
     if self._basis is None:
       self._basis = self._sample.leading(whole)
-    if not (self.is_quick or self._is_within):
+    if not self.is_quick:
       self._width = self._sample.choose(
         whole, self._basis, self._sampled().label_n
       )
-    self._is_within = False
     basis = self._basis[:, : self._width] if self._width else None
     self._among = candidates.Search(
       whole, self._sample.scored(whole, basis), basis, self._reach

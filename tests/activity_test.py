@@ -171,21 +171,19 @@ def test_goes_on_screened_with_the_same_bits():
     fits.assert_same(kmeans.fit(TIGHT, 520, iterations=6, resume=state), whole)
 
 
-def test_goes_on_within_a_screened_pass_with_the_same_bits(monkeypatch):
-  monkeypatch.setattr(points, '_CPU_CHUNK', 512)
-  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+@pytest.mark.parametrize('screening_', ['off', 'auto'])
+def test_goes_on_on_another_mesh_without_losing_rows(screening_):
+  def mesh(*shape):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return sharding.make_mesh(*shape, devices=devices)
+
   saved = []
-  options = dict(iterations=3, mesh=mesh, save_every_tiles=4)
-  whole = kmeans.fit(TIGHT, 520, save=saved.append, **options)
-  within = [state for state in saved if state.is_within]
-  first, last = within[0], within[-1]
-  assert not first.objective and len(last.objective) == 2
-  assert 'ids_nC' in first.known and 'ids_nC' in last.known
-  for state in first, last:
-    fits.assert_same(kmeans.fit(TIGHT, 520, resume=state, **options), whole)
-  # A plain pass begins anew: the sums of a screened one have all points.
-  plain = kmeans.fit(TIGHT, 520, resume=last, screening='off', **options)
-  assert plain.counts.sum() == len(TIGHT)
+  options = dict(iterations=4, screening=screening_)
+  whole = kmeans.fit(TIGHT, 520, mesh=mesh(1, 1), save=saved.append, **options)
+  for state in saved[:3]:
+    found = kmeans.fit(TIGHT, 520, mesh=mesh(4, 2), resume=state, **options)
+    assert found.counts.sum() == len(TIGHT)
+    np.testing.assert_allclose(found.objective, whole.objective, rtol=1e-4)
 
 
 @pytest.mark.parametrize('num_centers', [3_072, 5_120, 131 * 1_024])

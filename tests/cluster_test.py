@@ -10,10 +10,8 @@ import pytest
 from mlcd_jax import cluster
 from mlcd_jax import config as config_lib
 from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax import held_out
 from mlcd_jax import hierarchy
-from mlcd_jax import points
 from mlcd_jax import sharding
 from tests import row_shards
 
@@ -109,31 +107,6 @@ def test_two_levels_are_made_once(tmp_path, mesh, monkeypatch):
       run(rows, tmp_path / 'b', mesh, levels=(4, 5))
   monkeypatch.setattr(hierarchy, 'fit', None)
   found, again = run(rows, tmp_path / 'b', mesh, levels=(4, 5))
-  np.testing.assert_array_equal(found, expected)
-  assert again == figures
-
-
-def test_goes_on_within_a_pass(tmp_path, mesh, monkeypatch):
-  monkeypatch.setattr(points, '_CPU_CHUNK', 512)
-  monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
-  rows = row_shards.write(tmp_path / 'x', row_shards.make_rows(2_500), (900,))
-  fields = dict(checkpoint_every_tiles=1, num_centers=30)
-  expected, figures = run(rows, tmp_path / 'a', mesh, **fields)
-  write = files.write_npz
-  written = []
-
-  def killed(path, **arrays):
-    write(path, **arrays)
-    written.append(arrays)
-    if len(written) == 6:
-      raise KeyboardInterrupt
-
-  with monkeypatch.context() as patched:
-    patched.setattr(files, 'write_npz', killed)
-    with pytest.raises(KeyboardInterrupt):
-      run(rows, tmp_path / 'b', mesh, **fields)
-  assert written[-1]['part_chunks'] > 0 and len(written[-1]['fit_objective'])
-  found, again = run(rows, tmp_path / 'b', mesh, **fields)
   np.testing.assert_array_equal(found, expected)
   assert again == figures
 

@@ -121,7 +121,7 @@ def test_goes_on_with_the_same_bits():
   assert again.objective == whole.objective
   assert again.reseeded == whole.reseeded
   assert (again.skipped, again.bad_rows) == (1, [5])
-  assert whole.part is None
+  assert whole.carried is None
 
 
 @pytest.mark.parametrize('dtype', [np.float16, np.float32])
@@ -151,34 +151,6 @@ def test_read_anew_or_held_gives_the_same_bits(monkeypatch, dtype):
   labels, _ = kmeans.nearest_centers(Counted(), held.centers, 3, mesh=mesh)
   expected, _ = kmeans.nearest_centers(x[:700], held.centers, 3, mesh=mesh)
   np.testing.assert_array_equal(labels[:700], expected)
-
-
-@pytest.mark.parametrize('mesh_shape', [(2, 1), (1, 2), (2, 2)])
-def test_goes_on_within_a_pass_with_the_same_bits(monkeypatch, mesh_shape):
-  monkeypatch.setattr(points, '_CPU_CHUNK', 512)
-  monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
-  x = make_rows(5_000)
-  x[3], x[4_200] = 0, np.nan
-  mesh = sharding.make_mesh(
-    *mesh_shape, devices=jax.devices()[: int(np.prod(mesh_shape))]
-  )
-  saved = []
-  options = dict(
-    iterations=3,
-    init=np.repeat(7, 60),  # Empty ones restart at the worst-served rows.
-    mesh=mesh,
-    save_every_tiles=4,  # Chunks of 512 or, by two parts, 2 x 256 points.
-  )
-  whole = kmeans.fit(x, 60, save=saved.append, **options)
-  within = [fit for fit in saved if fit.part]
-  assert len(saved) - len(within) == 3 and len(within) >= 6
-  assert whole.part is None and max(whole.reseeded) > 0
-  for fit in saved:
-    again = kmeans.fit(x, 60, resume=fit, **options)
-    fits.assert_same(again, whole)
-  options['save_every_tiles'] = 0
-  plain = kmeans.fit(x, 60, **options)
-  np.testing.assert_allclose(plain.objective, whole.objective, rtol=1e-6)
 
 
 def test_empty_clusters_restart_at_the_worst_served_rows():

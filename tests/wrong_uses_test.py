@@ -159,7 +159,6 @@ def field(assignment, *says):
     field('data.crop_area=(0.1,0.2,0.3)', 'data.crop_area', '(low, high)'),
     field('embed.image_size=-1', 'embed.image_size=-1', '0 to'),
     field('embed.batch_size=0', 'embed.batch_size=0', '1 to'),
-    field('cluster.checkpoint_every_tiles=-1', 'every_tiles=-1', '0 to'),
     field('embed.text_weight=2', 'embed.text_weight=2', '0 to 1'),
     field('cluster.repair_iterations=0', 'repair_iterations=0', '1 to'),
     field('embed.shard_rows=0', 'embed.shard_rows=0', '1 to'),

@@ -1,4 +1,4 @@
-"""A k-means pass over the points, saved some of its way.
+"""Sums of a k-means pass that the next one starts from, and saves.
 
 Shapes: K centers, D dimensions. Upper case is global, lower case this
 device's part.
@@ -18,32 +18,16 @@ from mlcd_jax import nearest
 from mlcd_jax import sharding
 
 
-class Part(NamedTuple):
-  """What the chunks of points so far have come to.
+class Sums(NamedTuple):
+  """What the points of a pass came to, which a quick next pass starts from.
 
   Attributes:
-    chunks: their number.
-    sums: float32 [K, D], of their points, by center.
+    sums: float32 [K, D], of the points, by center.
     counts: int32 [K].
-    worst_scores: of their worst-served points, ascending.
-    worst_rows: these points' rows.
   """
 
-  chunks: int
   sums: np.ndarray
   counts: np.ndarray
-  worst_scores: np.ndarray
-  worst_rows: np.ndarray
-
-
-# Before the first chunk.
-NOTHING = Part(
-  0,
-  np.zeros((0, 0), np.float32),
-  np.zeros(0, np.int32),
-  np.zeros(0, np.float32),
-  np.zeros(0, np.int64),
-)
 
 
 def merged(sums: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -67,9 +51,9 @@ def _make_merged(mesh: Mesh):
   )
 
 
-def to_devices(part: Part, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-  """Sums [data, K, D] and counts [data, K] that go on from a part, padded."""
-  rows = nearest.padded_centers(len(part.counts), mesh)
+def to_devices(carried: Sums, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+  """Sums [data, K, D] and counts [data, K], padded."""
+  rows = nearest.padded_centers(len(carried.counts), mesh)
 
   def put(x):
     padded = np.zeros((rows, *x.shape[1:]), x.dtype)
@@ -85,15 +69,13 @@ def to_devices(part: Part, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
       block,
     )
 
-  return put(part.sums), put(part.counts)
+  return put(carried.sums), put(carried.counts)
 
 
-def to_host(
-  sums: jax.Array, counts: jax.Array, num_centers: int
-) -> tuple[np.ndarray, np.ndarray]:
+def to_host(sums: jax.Array, counts: jax.Array, num_centers: int) -> Sums:
   """Sums [K, D] and counts [K] over all parts of the mesh, without padding."""
   total = _make_total(sums.sharding.mesh)(sums, counts)
-  return tuple(nearest.to_host(x)[:num_centers] for x in total)
+  return Sums(*(nearest.to_host(x)[:num_centers] for x in total))
 
 
 @functools.cache
