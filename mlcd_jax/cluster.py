@@ -216,9 +216,18 @@ def _write_state(path: pathlib.Path, state: _State) -> None:
 
 
 def _read_state(path: pathlib.Path) -> _State | None:
-  if not path.exists():
+  """What was done before; raises RunError where processes see other things."""
+  if not distributed.decide('clustering state', path.exists):
     return None
-  found = files.read_npz(path)
+  state = _parse(files.read_npz(path))
+  part = state.fit.part
+  done = [len(state.fit.objective), part.chunks if part else 0]
+  distributed.check_same('clustering done', lambda: done, str(path))
+  return state
+
+
+def _parse(found: dict[str, np.ndarray]) -> _State:
+  """The state in what `_write_state` wrote."""
 
   def read(kind, prefix):
     fields = {}
