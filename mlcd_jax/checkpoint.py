@@ -64,6 +64,8 @@ class Checkpointer:
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         best_fn=best_fn,  # Has the metric written beside the state.
         cleanup_tmp_directories=True,
+        # All processes know the same steps, whatever each one's disk shows.
+        single_host_load_and_broadcast=True,
         # When to save is the training loop's decision.
         save_interval_steps=1,
       ),
@@ -110,10 +112,7 @@ class Checkpointer:
     try:
       return self._restore(step, abstract_state)
     except digests.Damaged as e:
-      raise errors.UserError(
-        f'{self._folder / str(step)}: cannot be restored ({e}); delete it to '
-        'go on from the checkpoint before'
-      ) from e
+      raise self._cannot_be_restored(step, str(e)) from e
 
   def restore_latest(self, abstract_state: Any) -> tuple[Any, int] | None:
     """Reads the last state that is whole; damaged ones are moved aside.
@@ -127,7 +126,8 @@ class Checkpointer:
     Raises:
       UserError: all are damaged, or one is of another model.
     """
-    latest_step(self._folder)  # Refuses what is no folder of checkpoints.
+    # Refuses what is no folder of checkpoints.
+    distributed.decide('checkpoints', lambda: latest_step(self._folder))
     self._manager.reload()
     steps = sorted(self._manager.all_steps(), reverse=True)
     damaged = []
@@ -188,24 +188,41 @@ class Checkpointer:
     return _Explained(self._folder)
 
   def _restore(self, step: int, abstract_state: Any) -> Any:
-    """As `restore`, raises digests.Damaged."""
-    digests.check(self._folder / str(step))
+    """As `restore`, raises digests.Damaged in all processes alike."""
+    found = distributed.decide('checkpoint', lambda: self._look(step))
+    if 'damage' in found:
+      raise digests.Damaged(found['damage'])
+    self._check_same_model(step, found['shapes'], abstract_state)
     try:
-      saved = self._manager.item_metadata(step)
-      self._check_same_model(step, saved, abstract_state)
       return self._manager.restore(
         step, args=ocp.args.StandardRestore(abstract_state)
       )
-    except errors.UserError:
-      raise
     except Exception as e:  # Orbax and TensorStore raise all kinds.
       if peers.may_be_lost(e):
         peers.wait()  # Else a good checkpoint would count as damaged.
-      said = (str(e).strip() or type(e).__name__).splitlines()[0]
-      raise digests.Damaged(said[:200]) from e
+      if jax.process_count() > 1:
+        # Others may have found no damage, and wait for this process.
+        raise self._cannot_be_restored(step, _first_line(e)) from e
+      raise digests.Damaged(_first_line(e)) from e
 
-  def _check_same_model(self, step: int, saved: Any, wanted: Any) -> None:
-    saved, wanted = _shapes(saved), _shapes(wanted)
+  def _look(self, step: int) -> dict[str, Any]:
+    """The `shapes` of a checkpoint's arrays, or its `damage`."""
+    try:
+      digests.check(self._folder / str(step))
+      return {'shapes': _shapes(self._manager.item_metadata(step))}
+    except Exception as e:  # Orbax and TensorStore raise all kinds.
+      return {'damage': _first_line(e)}
+
+  def _cannot_be_restored(self, step: int, reason: str) -> errors.UserError:
+    return errors.UserError(
+      f'{self._folder / str(step)}: cannot be restored ({reason}); delete it '
+      'to go on from the checkpoint before'
+    )
+
+  def _check_same_model(
+    self, step: int, saved: Mapping[str, str], wanted: Any
+  ) -> None:
+    wanted = _shapes(wanted)
     differences = [
       f'{name} is {saved.get(name, "missing")} there and '
       f'{wanted.get(name, "missing")} here'
@@ -355,6 +372,10 @@ class _Explained:
       raise errors.RunError(
         f'{self._folder}: cannot be written ({e.strerror}); {last}'
       ) from e
+
+
+def _first_line(e: Exception) -> str:
+  return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -217,13 +217,22 @@ def _write_state(path: pathlib.Path, state: _State) -> None:
 
 
 def _read_state(path: pathlib.Path) -> _State | None:
-  if not path.exists():
+  """What was done before; raises RunError where processes see other things."""
+  if not distributed.decide('clustering state', path.exists):
     return None
   found = files.read_npz(path)
   if 'part_sums' in found:
     raise errors.UserError(
       f'{path} is of an earlier version; delete it to cluster anew'
     )
+  state = _parse(found)
+  done = len(state.fit.objective)
+  distributed.check_same('clustering done', lambda: done, str(path))
+  return state
+
+
+def _parse(found: dict[str, np.ndarray]) -> _State:
+  """The state in what `_write_state` wrote."""
 
   def read(kind, prefix):
     fields = {}

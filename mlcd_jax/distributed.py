@@ -1,15 +1,18 @@
 """Several processes: finding each other, and waiting for each other."""
 
+import collections
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import functools
+import json
 import logging
 import os
 import pathlib
 import re
 import socket
 import tempfile
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -25,6 +28,13 @@ _log = logging.getLogger(__name__)
 
 # How much later than `peers` jaxlib gives a process up, by aborting.
 _JAXLIB_PATIENCE = 2
+
+# Of what is read from the store at once: gRPC takes no more than 4 MB.
+_PART_BYTES = 2**20
+# Signals are handled between two looks at the store.
+_LOOK_MILLISECONDS = 1_000
+
+_decided = collections.Counter()  # Times that a name was decided.
 
 
 def initialize(
@@ -251,6 +261,63 @@ def barrier(name: str) -> None:
     from jax.experimental import multihost_utils
 
     multihost_utils.sync_global_devices(name)
+
+
+def decide(name: str, value: Callable[[], Any]) -> Any:
+  """Returns what process 0 finds, in all processes.
+
+  Whatever decides whether a collective is entered must be the same everywhere,
+  and files are not: a host may see an older state of a shared folder, or none.
+  All processes must call it, in any order of the names. It is no collective
+  of the devices, and process 0 does not wait for the others.
+
+  Args:
+    name: of what is decided; the n-th call with a name is its own.
+    value: called in process 0 alone; gives JSON.
+  """
+  if jax.process_count() == 1:
+    return value()
+  store = jax._src.distributed.global_state.client
+  key = f'mlcd_jax/decided/{name}/{_decided[name]}'
+  _decided[name] += 1
+  if is_main():
+    text = json.dumps(value())
+    starts = range(0, len(text), _PART_BYTES)
+    for part, start in enumerate(starts):
+      store.key_value_set(f'{key}/{part}', text[start : start + _PART_BYTES])
+    store.key_value_set(key, str(len(starts)))
+  else:
+    parts = range(int(_look_up(store, key)))
+    text = ''.join(_look_up(store, f'{key}/{part}') for part in parts)
+  return json.loads(text)  # A tuple is a list to all of them.
+
+
+def check_same(name: str, value: Callable[[], Any], what: str) -> None:
+  """Raises RunError in a process that finds another value than process 0.
+
+  Args:
+    name: see `decide`.
+    value: called in every process of several; gives JSON.
+    what: the file or field, for the error.
+  """
+  if jax.process_count() == 1:
+    return
+  own = value()
+  if decide(name, lambda: own) != own:
+    raise errors.RunError(
+      f'{what}: not the same on {socket.gethostname()} as on the host of '
+      'process 0; all hosts must see the same files'
+    )
+
+
+def _look_up(store: Any, key: str) -> str:
+  """Waits for a key as long as it takes."""
+  while True:
+    try:
+      return store.blocking_key_value_get(key, _LOOK_MILLISECONDS)
+    except jax.errors.JaxRuntimeError as e:
+      if 'DEADLINE_EXCEEDED' not in str(e):
+        raise
 
 
 def _on_cloud_tpu() -> bool:

@@ -140,6 +140,7 @@ def run(
     manifest.finish(**precomputed.describe(config.embed))
     return
   source = sources.make(config.data)
+  sources.check_same(source, 'data.path')
   sources.check_bad_keys(config.data.bad_keys, manifest)
   if not {'mean', 'path'} & set(manifest.notes):
     if config.embed.embedder == 'huggingface':

@@ -17,6 +17,7 @@ from safetensors import numpy as safetensors_numpy
 from mlcd_jax import checkpoint
 from mlcd_jax import config as config_lib
 from mlcd_jax import convert
+from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import models
@@ -110,7 +111,9 @@ def from_run(
     workdir = folder.parent
   else:
     folder = workdir / 'checkpoints'
-    step = checkpoint.latest_step(folder)
+    step = distributed.decide(
+      'last checkpoint', lambda: checkpoint.latest_step(folder)
+    )
   if step is None:
     raise errors.UserError(f'{folder}: nothing is trained yet; train first')
   made = files.read_json(folder / 'manifest.json')

@@ -43,13 +43,22 @@ def run(
   files.check_sha256(embedded.folder, embedded.result['sha256'])
   rows = embeddings.open_made(embedded)
   folder = manifest.folder
-  if not (folder / 'centers.npy').exists():
+  centers_path = folder / 'centers.npy'
+  if not distributed.decide('centers', centers_path.exists):
     cluster.run(config, rows, folder, mesh)
-  centers = files.read_npy(folder / 'centers.npy')
+  centers = files.read_npy(centers_path)
+  todo = distributed.decide(
+    'labels',
+    lambda: [
+      shard
+      for shard in range(len(rows.shard_rows))
+      if not label_path(folder, shard).exists()
+    ],
+  )
   progress = metrics.Progress('label', rows.shape[0], unit='rows')
   start = 0
   for shard, count in enumerate(rows.shard_rows):
-    if not label_path(folder, shard).exists():
+    if shard in todo:
       labels, scores = kmeans.nearest_centers(
         _Part(rows, start, start + count),
         centers,

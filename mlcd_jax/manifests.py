@@ -46,11 +46,14 @@ class Manifest:
     self.complete = complete
 
   def save(self) -> None:
-    """Writes the file, from the first process."""
-    if distributed.is_main():
+    """Writes the file, from the first process; all then have what it has."""
+
+    def write() -> dict[str, Any]:
       self.folder.mkdir(parents=True, exist_ok=True)
-      files.write_json(self.folder / NAME, self._as_dict())
-    distributed.barrier(f'manifest {self.stage}')
+      files.write_json(self.folder / NAME, self.as_dict())
+      return self.as_dict()
+
+    vars(self).update(distributed.decide(f'manifest {self.stage}', write))
 
   def finish(self, **result: Any) -> None:
     """Marks the stage complete with its results."""
@@ -60,11 +63,12 @@ class Manifest:
 
   def fingerprint(self) -> str:
     """Hex digest of what the stage was made from and what it made."""
-    identity = {k: self._as_dict()[k] for k in ('config', 'inputs', 'result')}
+    identity = {k: self.as_dict()[k] for k in ('config', 'inputs', 'result')}
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
-  def _as_dict(self) -> dict[str, Any]:
+  def as_dict(self) -> dict[str, Any]:
+    """What the file holds."""
     return {
       'stage': self.stage,
       'config': self.config,
@@ -76,7 +80,7 @@ class Manifest:
 
 
 def load(folder: pathlib.Path) -> Manifest | None:
-  """Reads a folder's manifest, in all processes.
+  """Reads a folder's manifest as process 0 sees it; all processes call it.
 
   Returns:
     The manifest, or None where there is none, or where the stage was begun and
@@ -85,20 +89,28 @@ def load(folder: pathlib.Path) -> Manifest | None:
   Raises:
     UserError: the file is there and is no manifest.
   """
+
+  def look() -> dict[str, Any] | None:
+    found = read(folder)
+    return found and found.as_dict()
+
+  content = distributed.decide(f'read {folder.name}', look)
+  return content and Manifest(folder=folder, **content)
+
+
+def read(folder: pathlib.Path) -> Manifest | None:
+  """As `load`, in one process."""
   path = folder / NAME
-  content = files.read_json(path, folder) if path.exists() else None
-  made_nothing = content is not None and not _other_files(folder)
-  # All processes see the same before one of them writes.
-  distributed.barrier(f'read {path}')
-  if content is None:
+  if not path.exists():
     return None
+  content = files.read_json(path, folder)
   try:
-    found = Manifest(content.pop('stage'), folder, **content)
-  except (AttributeError, KeyError, TypeError) as e:
+    found = Manifest(folder=folder, **content)
+  except (TypeError, ValueError) as e:
     raise errors.UserError(
       f'{path}: not a manifest; delete {folder} to make that stage again'
     ) from e
-  return None if made_nothing and not found.complete else found
+  return found if found.complete or _other_files(folder) else None
 
 
 def _other_files(folder: pathlib.Path) -> bool:
@@ -119,14 +131,11 @@ def open_for(
     UserError: the folder was made with another config or from other inputs,
       or nothing says from what.
   """
-  found = load(folder)
-  if distributed.is_main():
+  if distributed.is_main():  # Before others may write: `load` lets them go on.
     files.remove_leftovers(folder)
-  unexplained = not found and _other_files(folder)
-  # All processes have looked before one of them writes.
-  distributed.barrier(f'opened {stage}')
+  found = load(folder)
   if found is None:
-    if unexplained:
+    if distributed.decide(f'opened {stage}', lambda: _other_files(folder)):
       raise errors.UserError(
         f'{folder} has files but no {NAME} that says what they were made '
         'from; delete it to make that stage again'

@@ -29,6 +29,8 @@ _ACCELERATOR_TILE = (4_096, 2_048)
 # Each part of the mesh sums its own points; the parts meet once a pass.
 SUMS = jax.sharding.PartitionSpec('data', 'fsdp')
 
+to_host = sharding.to_host
+
 
 def on_cpu(mesh: Mesh) -> bool:
   """Whether the devices of a mesh are CPUs."""
@@ -88,14 +90,6 @@ def put_centers(centers: np.ndarray, mesh: Mesh) -> jax.Array:
     NamedSharding(mesh, sharding.CENTERS),
     lambda index: padded[index],
   )
-
-
-def to_host(x: jax.Array) -> np.ndarray:
-  """The whole array on this host, from every process."""
-  if not x.is_fully_addressable:
-    replicated = NamedSharding(x.sharding.mesh, sharding.REPLICATED)
-    x = jax.jit(lambda a: a, out_shardings=replicated)(x)
-  return np.asarray(x)
 
 
 def real_centers(c_kD: jax.Array, num_centers: int) -> jax.Array:

@@ -146,13 +146,39 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
   return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 
 
+def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+  """Which rows of a global batch lie on this host's devices, ascending.
+
+  They need not follow each other: meshes of slices interleave their hosts.
+  """
+  batch = NamedSharding(mesh, BATCH)
+  parts = batch.addressable_devices_indices_map((num_rows,)).values()
+  return np.sort(np.concatenate([np.arange(num_rows)[part] for part in parts]))
+
+
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Makes global arrays of this host's rows, split over every device."""
+  """Makes global arrays of this host's `own_rows`, split over every device.
+
+  Row i of an array is row i of the global batch.
+  """
   sharding = NamedSharding(mesh, BATCH)
   return {
     k: jax.make_array_from_process_local_data(sharding, v)
     for k, v in batch.items()
   }
+
+
+def all_rows(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
+  """Joins every host's `own_rows` of a global batch, in order."""
+  return to_host(put_batch(mesh, {'rows': rows})['rows'])
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """The whole array on this host, from every process."""
+  if not (x.is_fully_addressable or x.is_fully_replicated):
+    replicated = NamedSharding(x.sharding.mesh, REPLICATED)
+    x = jax.jit(_as_it_is, out_shardings=replicated)(x)
+  return np.asarray(x)
 
 
 def put(mesh: Mesh, spec: PartitionSpec, arrays: Any) -> Any:
@@ -164,6 +190,11 @@ def put(mesh: Mesh, spec: PartitionSpec, arrays: Any) -> Any:
     ),
     arrays,
   )
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+  """Has a name so that it is compiled once a shape."""
+  return x
 
 
 def _spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

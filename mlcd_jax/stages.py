@@ -249,7 +249,9 @@ class _Run:
         self._score(manifest, evaluate.of_path(path, self._mesh))
       return
     checkpoints = self._workdir / _FOLDERS['train']
-    step = checkpoint.latest_step(checkpoints)
+    step = distributed.decide(
+      'evaluated step', lambda: checkpoint.latest_step(checkpoints)
+    )
     if step is None:
       raise errors.UserError(
         f'{checkpoints}: nothing is trained yet; add train to --stages'
@@ -312,8 +314,11 @@ class _Run:
     config = self._fields('evaluate')
     found = manifests.load(folder)
     if found and found.complete:
-      if (found.config, found.inputs) == (config, inputs) and files.unchanged(
-        self._workdir, found.result['sha256']
+      if (found.config, found.inputs) == (config, inputs) and (
+        distributed.decide(
+          'results',
+          lambda: files.unchanged(self._workdir, found.result['sha256']),
+        )
       ):
         _log.info('evaluate: done')
         return found
@@ -371,7 +376,7 @@ def _with_bad_keys(
 ) -> ml_collections.ConfigDict:
   """The config with what check_data found in the workdir, if it did."""
   found = workdir / 'bad_keys.txt'
-  if config.data.bad_keys or not found.exists():
+  if config.data.bad_keys or not distributed.decide('bad keys', found.exists):
     return config
   config = config.copy_and_resolve_references()
   config.data.bad_keys = str(found)

@@ -74,6 +74,7 @@ def run(
     Stopped: by a signal, after saving.
   """
   source = sources.make(config.data)
+  sources.check_same(source, 'data.path')
   sources.check_bad_keys(config.data.bad_keys, manifest)
   label_rows = _label_rows(config, source, embedded)
   if config.model.init_from and 'init_from' not in manifest.notes:
@@ -99,7 +100,7 @@ def run(
   if config.train.stop_after_steps:
     last = min(last, first + config.train.stop_after_steps)
   batches = pipelines.Prefetched(
-    _batches(config, source, label_rows, labels, first),
+    _batches(config, source, label_rows, labels, first, mesh),
     functools.partial(sharding.put_batch, mesh),
   )
   log = _Log(
@@ -122,8 +123,8 @@ def run(
     manifest.finish(step=last)
 
 
-def _batches(config, source, label_rows, labels, first):
-  """The batches after step `first`."""
+def _batches(config, source, label_rows, labels, first, mesh):
+  """This host's rows of the batches after step `first`."""
   return pipelines.train_batches(
     source,
     label_rows,
@@ -137,6 +138,7 @@ def _batches(config, source, label_rows, labels, first):
     start_step=first,
     num_workers=config.data.num_workers,
     max_bad_fraction=config.data.max_bad_fraction,
+    rows=sharding.own_rows(mesh, config.train.batch_size),
   )
 
 

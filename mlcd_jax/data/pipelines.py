@@ -19,7 +19,6 @@ from typing import Any
 from typing import Protocol
 
 import grain
-import jax
 import numpy as np
 
 from mlcd_jax import files
@@ -57,7 +56,7 @@ def train_batches(
   start_step: int = 0,
   num_workers: int = 0,
   max_bad_fraction: float = 1.0,
-  host: tuple[int, int] | None = None,
+  rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of the global batches from `start_step` on.
 
@@ -74,7 +73,8 @@ def train_batches(
     start_step: index of the first global batch.
     num_workers: decoding processes; 0 decodes in threads.
     max_bad_fraction: more bad images than this stop the run.
-    host: (index, count) of this process; jax's where not given.
+    rows: which of a global batch's are this host's, ascending, as
+      sharding.own_rows says; all where not given.
 
   Yields:
     image uint8 [b, S, S, 3], labels int32 [b, P] (-1 where there is none),
@@ -83,7 +83,7 @@ def train_batches(
   Raises:
     UserError: too many images are bad.
   """
-  rows = _TrainRows(
+  make = _TrainRows(
     source=source,
     label_rows=files.SharedArray(label_rows),
     labels=labels,
@@ -94,7 +94,7 @@ def train_batches(
     seed=seed,
   )
   steps = range(start_step, _ENDLESS)
-  batches = _batches(rows, steps, batch_size, host, num_workers)
+  batches = _batches(make, steps, batch_size, rows, num_workers)
   return _reported(batches, source, 'train', max_bad_fraction)
 
 
@@ -105,7 +105,7 @@ def ordered_batches(
   image_size: int,
   prepare: Callable[[np.ndarray], np.ndarray] | None = None,
   num_workers: int = 0,
-  host: tuple[int, int] | None = None,
+  rows: np.ndarray | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every record once, in order, resized and center-cropped.
 
@@ -119,16 +119,16 @@ def ordered_batches(
     prepare: pixels to an image of that size; shorter side and center where
       not given.
     num_workers: decoding processes; 0 decodes in threads.
-    host: (index, count) of this process; jax's where not given.
+    rows: see `train_batches`.
 
   Yields:
     image uint8 [b, S, S, 3], label int32 [b], weight float32 [b].
   """
   if prepare is None:
     prepare = functools.partial(transforms.resize_center_crop, size=image_size)
-  rows = _OrderedRows(source, image_size, prepare)
+  make = _OrderedRows(source, image_size, prepare)
   steps = range(-(-len(source) // batch_size))
-  batches = _batches(rows, steps, batch_size, host, num_workers)
+  batches = _batches(make, steps, batch_size, rows, num_workers)
   return _reported(batches, source, 'data', max_bad_fraction=1.0)
 
 
@@ -292,27 +292,24 @@ _TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-  """Parts of this host's contiguous share of the global batches, by number."""
+  """Parts of this host's share of the global batches, by number."""
 
-  rows: _Rows
+  make: _Rows
   batch_size: int
-  host: int
-  host_batch: int
+  own: Sequence[range]  # Of a batch's rows, in runs of at most _CHUNK.
 
   @property
   def per_step(self) -> int:
     """How many of them are a batch."""
-    return -(-self.host_batch // _CHUNK)
+    return len(self.own)
 
   def __call__(self, number: int) -> dict[str, np.ndarray]:
     step, part = divmod(number, self.per_step)
-    start = part * _CHUNK
-    size = min(_CHUNK, self.host_batch - start)
-    first = step * self.batch_size + self.host * self.host_batch + start
-    side = self.rows.image_size
-    images = np.zeros((size, side, side, 3), np.uint8)
-    places = range(first, first + size)
-    rows = list(map(self.rows, places, self.rows.draw(places), images))
+    first, own = step * self.batch_size, self.own[part]
+    side = self.make.image_size
+    images = np.zeros((len(own), side, side, 3), np.uint8)
+    places = range(first + own.start, first + own.stop)
+    rows = list(map(self.make, places, self.make.draw(places), images))
     return {'image': images} | {
       name: np.array([row[name] for row in rows], _TYPES[name])
       for name in rows[0]
@@ -320,19 +317,17 @@ class _Chunks:
 
 
 def _batches(
-  rows: _Rows,
+  make: _Rows,
   steps: range,
   batch_size: int,
-  host: tuple[int, int] | None,
+  rows: np.ndarray | None,
   num_workers: int,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Makes this host's rows of some steps ahead of time."""
-  index, count = host or (jax.process_index(), jax.process_count())
-  if batch_size % count:
-    raise ValueError(f'batch {batch_size} is not divisible by {count} hosts')
-  chunks = _Chunks(rows, batch_size, index, batch_size // count)
+  own = _runs(np.arange(batch_size) if rows is None else rows)
+  chunks = _Chunks(make, batch_size, own)
   per_step = chunks.per_step
-  threads = num_threads(rows.image_size, num_workers)
+  threads = num_threads(make.image_size, num_workers)
   ready = (
     grain.MapDataset.range(steps.start * per_step, steps.stop * per_step)
     .map(chunks)
@@ -351,6 +346,16 @@ def _batches(
       yield parts[0]
     else:
       yield {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+def _runs(rows: np.ndarray) -> list[range]:
+  """Cuts ascending rows into runs that follow each other, of _CHUNK at most."""
+  gaps = np.flatnonzero(np.diff(rows) != 1) + 1
+  return [
+    range(start, min(start + _CHUNK, run[-1] + 1))
+    for run in map(np.ndarray.tolist, np.split(rows, gaps))
+    for start in range(run[0], run[-1] + 1, _CHUNK)
+  ]
 
 
 def num_threads(image_size: int, num_workers: int = 0) -> int:

@@ -9,6 +9,7 @@ several labels.
 
 from collections.abc import Sequence
 import dataclasses
+import hashlib
 import importlib
 import logging
 import pathlib
@@ -18,6 +19,7 @@ from typing import Protocol
 import ml_collections
 import numpy as np
 
+from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import manifests
@@ -149,6 +151,16 @@ def read_bad_keys(path: str) -> np.ndarray:
   return np.array([line for line in lines if line], np.bytes_)
 
 
+def check_same(source: Source, field: str) -> None:
+  """Raises RunError where processes see other records, or another order."""
+
+  def found() -> list[Any]:
+    keys = np.ascontiguousarray(source.keys())
+    return [len(keys), hashlib.sha256(keys.view(np.uint8)).hexdigest()]
+
+  distributed.check_same(f'records of {field}', found, field)
+
+
 def check_bad_keys(path: str, manifest: manifests.Manifest) -> None:
   """Notes which keys a stage leaves out; they must stay the same.
 
@@ -156,12 +168,13 @@ def check_bad_keys(path: str, manifest: manifests.Manifest) -> None:
     UserError: the stage began with others, so that the order was another.
   """
   digest = files.sha256(pathlib.Path(path)) if path else ''
-  if manifest.notes.setdefault('bad_keys', digest) != digest:
+  manifest.notes.setdefault('bad_keys', digest)
+  manifest.save()  # All processes then have what process 0 has.
+  if manifest.notes['bad_keys'] != digest:
     raise errors.UserError(
       f'data.bad_keys={path!r}: {manifest.folder} was begun with other keys '
       'left out; use another --workdir, or delete it to make it again'
     )
-  manifest.save()
 
 
 def _repeated(keys: np.ndarray) -> np.ndarray:

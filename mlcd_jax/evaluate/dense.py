@@ -7,9 +7,10 @@ import io
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 from PIL import Image
+
+from mlcd_jax import sharding
 
 
 def patch_features(model: Any, params: Any, images: np.ndarray) -> np.ndarray:
@@ -34,7 +35,7 @@ def patch_features(model: Any, params: Any, images: np.ndarray) -> np.ndarray:
   grid = height // patch, width // patch
   out = jax.jit(model.apply)({'params': params}, images)
   # Where parameters are split over processes, so may be the tokens.
-  tokens = multihost_utils.process_allgather(out['tokens'], tiled=True)
+  tokens = sharding.to_host(out['tokens'])
   patches = tokens[:, -grid[0] * grid[1] :]
   return patches.reshape(len(images), *grid, -1)
 

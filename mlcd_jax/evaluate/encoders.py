@@ -9,12 +9,12 @@ import pathlib
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
 from mlcd_jax import checkpoint
+from mlcd_jax import distributed
 from mlcd_jax import embed
 from mlcd_jax import encoders
 from mlcd_jax import manifests
@@ -37,13 +37,14 @@ class Encoder:
 
   Attributes:
     image_size: S.
-    encode: this host's images uint8 [b, S, S, 3] of a global batch ->
-      float32 [B, D] of all of it.
+    encode: this host's images uint8 [b, S, S, 3] of a global batch, its
+      sharding.own_rows of the mesh -> float32 [B, D] of all of it, in order.
     prepare: RGB uint8 [H, W, 3] of any size to uint8 [S, S, 3]; shorter side
       and center where not given.
     model: the Linen module, where it is one of the project's.
     params: of the model.
     text_path: a folder or name with a text tower for the model's `embedding`.
+    mesh: over which a batch is split.
   """
 
   image_size: int
@@ -52,6 +53,7 @@ class Encoder:
   model: Any = None
   params: Any = None
   text_path: str = ''
+  mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
 
 
 def from_model(
@@ -84,25 +86,29 @@ def from_model(
     return np.asarray(pooled(params, batch['image']))
 
   size = image_size or model.image_size
-  return Encoder(size, encode, prepare, model, params)
+  return Encoder(size, encode, prepare, model, params, mesh=mesh)
 
 
 def from_embedder(embedder: embed.Embedder) -> Encoder:
   """The features that were clustered."""
+  mesh = sharding.make_mesh()
   return Encoder(
     embedder.image_size,
-    lambda images: all_hosts(embedder(images)),
+    lambda images: sharding.all_rows(mesh, embedder(images)),
     embedder.prepare,
+    mesh=mesh,
   )
 
 
 def raw_pixels() -> Encoder:
   """Pixels in 0 .. 1, at 32 x 32."""
+  mesh = sharding.make_mesh()
   return Encoder(
     _RAW_SIZE,
-    lambda images: all_hosts(
-      images.reshape(len(images), -1).astype(np.float32) / 255
+    lambda images: sharding.all_rows(
+      mesh, images.reshape(len(images), -1).astype(np.float32) / 255
     ),
+    mesh=mesh,
   )
 
 
@@ -136,9 +142,13 @@ def load(path: str, mesh: Mesh) -> Encoder:
 
 def identity(path: str) -> dict[str, Any]:
   """What says which weights `evaluate.encoder` stands for now."""
+  return distributed.decide('encoder', lambda: _identity(path))
+
+
+def _identity(path: str) -> dict[str, Any]:
   folder = pathlib.Path(path).expanduser()
   if (folder / 'checkpoints').is_dir():
-    made = manifests.load(folder / 'checkpoints')
+    made = manifests.read(folder / 'checkpoints')
     return {
       'step': checkpoint.latest_step(folder / 'checkpoints'),
       'train': made and made.fingerprint(),
@@ -152,10 +162,3 @@ def _is_released(path: str) -> bool:
   return not (
     (folder / 'checkpoints').is_dir() or (folder / 'model.json').is_file()
   )
-
-
-def all_hosts(rows: np.ndarray) -> np.ndarray:
-  """Joins every host's rows of a global batch, in order."""
-  if jax.process_count() == 1:
-    return rows
-  return multihost_utils.process_allgather(rows, tiled=True)

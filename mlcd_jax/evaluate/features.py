@@ -17,6 +17,7 @@ import numpy as np
 from mlcd_jax import distributed
 from mlcd_jax import files
 from mlcd_jax import metrics
+from mlcd_jax import sharding
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import encoders
@@ -111,29 +112,33 @@ class Extractor:
       source: images, with labels or without.
       name: of the data set and split.
     """
+    sources.check_same(source, f'evaluate.datasets ({name})')
     path = self._path(name)
-    kept = files.read_npz(path) if path and path.exists() else None
     keys = _digest(source.keys())
-    if kept is not None and kept['keys'].tobytes() != keys:
-      kept = None
     progress = metrics.Progress(
       f'features {self.name} {name}', len(source), unit='images'
     )
-    rows, labels, good = [], [], []
+    rows, values = [], []
     for batch in self._batches(source):
       rows.append(self.encoder.encode(batch['image']))
-      if kept is not None and len(rows) == 1:
-        if np.array_equal(rows[0], kept['first']):
-          return Split(
-            kept['features'], kept['labels'], kept['records'], source
-          )
-      labels.append(encoders.all_hosts(batch['label']))
-      good.append(encoders.all_hosts(batch['weight']) > 0)
+      if path and len(rows) == 1:
+        kept = _kept(path, keys, rows[0])
+        if kept:
+          found = {k: kept[k] for k in ('features', 'labels', 'records')}
+          return Split(**found, source=source)
+      # On the way that the images went, so that they come in the same order.
+      values.append(
+        sharding.all_rows(
+          self.encoder.mesh,
+          np.stack([batch['label'], batch['weight'] > 0], axis=1),
+        )
+      )
       progress.update(min(len(source), len(rows) * self.batch_size))
-    good = np.concatenate(good)
+    labels, good = np.concatenate(values).T
+    good = good > 0
     found = {
       'features': np.concatenate(rows)[good],
-      'labels': np.concatenate(labels)[good],
+      'labels': labels[good],
       'records': np.flatnonzero(good),
     }
     if path:
@@ -149,6 +154,7 @@ class Extractor:
       batch_size=self.batch_size,
       image_size=self.encoder.image_size,
       prepare=self.encoder.prepare,
+      rows=sharding.own_rows(self.encoder.mesh, self.batch_size),
     )
 
   def _path(self, name: str) -> pathlib.Path | None:
@@ -156,6 +162,25 @@ class Extractor:
       return None
     stem = re.sub(r'[^\w.-]+', '_', f'{self.name} {name}').strip('_')
     return self.folder / f'{stem}.npz'
+
+
+def _kept(
+  path: pathlib.Path, keys: bytes, first: np.ndarray
+) -> dict[str, np.ndarray] | None:
+  """What a file has, if it is of these keys and the first batch's features."""
+  found = {}
+
+  def is_same() -> bool:
+    if not path.exists():
+      return False
+    found.update(files.read_npz(path))
+    return found['keys'].tobytes() == keys and np.array_equal(
+      found['first'], first
+    )
+
+  if not distributed.decide('kept features', is_same):
+    return None
+  return found or files.read_npz(path)
 
 
 def _digest(keys: np.ndarray) -> bytes:

@@ -142,4 +142,5 @@ def _batches(data: features.Data, config: ml_collections.ConfigDict):
     flip=config.data.flip,
     seed=config.seed,
     num_workers=config.data.num_workers,
+    rows=sharding.own_rows(data.mesh, config.evaluate.finetune_batch_size),
   )

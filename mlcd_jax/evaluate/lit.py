@@ -198,15 +198,14 @@ def train(
   }
   params = sharding.put(mesh, sharding.REPLICATED, jax.device_get(params))
   step, state = _make_step(model, params, config, mesh)
+  own = sharding.own_rows(mesh, config.lit.batch_size)
   progress = metrics.Progress('text tower', config.lit.steps, unit='steps')
   for i in range(config.lit.steps):
-    rows = _rows_of(i, len(images_ND), config)
+    rows = _rows_of(i, len(images_ND), config)[own]
     rng = np.random.default_rng((config.seed, i))
-    chosen = rng.integers(0, 2**31, config.lit.batch_size)[_own(rows)]
-    texts = [
-      told[row][n % len(told[row])] for row, n in zip(rows[_own(rows)], chosen)
-    ]
-    batch = {'images': images_ND[rows[_own(rows)]], 'tokens': words(texts)}
+    chosen = rng.integers(0, 2**31, config.lit.batch_size)[own]
+    texts = [told[row][n % len(told[row])] for row, n in zip(rows, chosen)]
+    batch = {'images': images_ND[rows], 'tokens': words(texts)}
     state, loss = step(state, sharding.put_batch(mesh, batch))
     if (i + 1) % config.train.log_every_steps == 0 or i + 1 == config.lit.steps:
       progress.update(i + 1, loss=float(loss))
@@ -224,12 +223,6 @@ def _rows_of(
       for place in range(first, first + config.lit.batch_size)
     ]
   )
-
-
-def _own(rows: np.ndarray) -> slice:
-  """This host's part of a global batch."""
-  size = len(rows) // jax.process_count()
-  return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
 
 def _make_step(model, params, config, mesh):
