@@ -12,6 +12,7 @@ SOURCES = (
   'folder',
   'array_record',
   'parquet',
+  'coco',
 )
 EMBEDDERS = ('hog', 'huggingface', 'precomputed', 'checkpoint')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
@@ -58,8 +59,9 @@ def _data() -> ml_collections.ConfigDict:
   """Where the images are, and how they are cropped."""
   c = ml_collections.ConfigDict()
   c.source = 'embedded'  # One of SOURCES.
-  # tfds: the data set's name. Otherwise a path, glob or range such as
-  # {00000..00099}, local or an fsspec URL; {split} stands for the split.
+  # tfds: the data set's name; coco: the folder with annotations/ and a folder
+  # of images a split. Otherwise a path, glob or range such as {00000..00099},
+  # local or an fsspec URL; {split} stands for the split.
   c.path = ''
   c.data_dir = ''  # tfds: where it was prepared; '' = TFDS's default.
   c.split = 'train'  # The split that is clustered and trained on.
@@ -250,6 +252,7 @@ def add_dataset(
   validation_split: str = '',
   metric: str = 'accuracy',
   attributes_key: str = '',
+  ignored_key: str = '',
   prompts: str = '',
   present_classes: bool = False,
   **data: Any,
@@ -266,6 +269,8 @@ def add_dataset(
     metric: of METRICS, for the linear probe.
     attributes_key: tfds: the feature with several labels an image, such as
       objects/label.
+    ignored_key: tfds: a feature with these and further labels; an image is
+      left out of the classes that only this one names.
     prompts: for zero_shot, an entry of assets/prompts.json, or FILE:NAME.
     present_classes: zero_shot chooses among the test split's classes only.
     **data: override the fields of config.data.
@@ -277,6 +282,7 @@ def add_dataset(
       validation_split=validation_split,
       metric=metric,
       attributes_key=attributes_key,
+      ignored_key=ignored_key,
       prompts=prompts,
       present_classes=present_classes,
     )

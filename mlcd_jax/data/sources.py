@@ -3,8 +3,8 @@
 Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
 that is unique in the source, the encoded image's bytes, the class (-1 where
 there is none) and the caption ('' where there is none; several are lines).
-TFDS sources with `num_attributes` also give `attributes`, the numbers of
-several labels.
+Sources with `num_attributes` also give `attributes`, the numbers of several
+labels, and some give `ignored`, those that may be there or not.
 """
 
 from collections.abc import Sequence
@@ -35,6 +35,7 @@ _MAKERS = {
   'folder': ('folder', 'make'),
   'array_record': ('array_record', 'make'),
   'parquet': ('parquet', 'make'),
+  'coco': ('coco', 'make'),
 }
 NAMES = tuple(_MAKERS)
 
@@ -119,6 +120,11 @@ class _Subset:
 
   def keys(self) -> np.ndarray:
     return self.source.keys()[self.rows.array]
+
+
+def take(source: Source, rows: np.ndarray) -> Source:
+  """Returns some records of a source, by their places in it."""
+  return _Subset(source, files.SharedArray(np.asarray(rows, np.int64)))
 
 
 def _without_bad(

@@ -30,6 +30,8 @@ class TfdsSource:
     attributes_key: feature with several labels, '/' between its parts; ''
       where there is none.
     num_attributes: number of classes of `attributes_key`.
+    ignored_key: feature with those labels and others that are neither there
+      nor not, such as VOC's difficult objects; '' where there is none.
   """
 
   data: Any
@@ -40,6 +42,7 @@ class TfdsSource:
   class_names: Sequence[str]
   attributes_key: str = ''
   num_attributes: int = 0
+  ignored_key: str = ''
 
   @property
   def num_classes(self) -> int:
@@ -51,15 +54,15 @@ class TfdsSource:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self.data[int(index)]
-    attributes = record if self.attributes_key else []
-    for part in filter(None, self.attributes_key.split('/')):
-      attributes = attributes[part]
+    attributes = _labels(record, self.attributes_key)
+    ignored = np.setdiff1d(_labels(record, self.ignored_key), attributes)
     return {
       'key': self._key(index),
       'image': record[self.image_key],
       'label': int(record.get(self.label_key, -1)),
       'caption': _caption(record.get(self.caption_key, b'')),
-      'attributes': np.unique(np.asarray(attributes, np.int64)),
+      'attributes': attributes,
+      'ignored': ignored[ignored >= 0],
     }
 
   def keys(self) -> np.ndarray:
@@ -130,6 +133,16 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
       f'data.image_key={image_key}: {builder.name} has '
       + ', '.join(sorted(features))
     )
+  attributes_key = data.get('attributes_key', '')
+  ignored_key = data.get('ignored_key', '')
+  num_attributes = _num_attributes(builder, attributes_key, 'attributes_key')
+  if ignored_key and num_attributes != _num_attributes(
+    builder, ignored_key, 'ignored_key'
+  ):
+    raise errors.UserError(
+      f'ignored_key={ignored_key}: has other classes than attributes_key='
+      f'{attributes_key}'
+    )
   return TfdsSource(
     data=builder.as_data_source(
       split, decoders={image_key: tfds.decode.SkipDecoding()}
@@ -139,10 +152,9 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
     label_key=data.label_key,
     caption_key=data.get('caption_key', ''),
     class_names=_class_names(features, data.label_key),
-    attributes_key=data.get('attributes_key', ''),
-    num_attributes=_num_attributes(
-      builder, features, data.get('attributes_key', '')
-    ),
+    attributes_key=attributes_key,
+    num_attributes=num_attributes,
+    ignored_key=ignored_key,
   )
 
 
@@ -163,17 +175,26 @@ def _caption(found: Any) -> str:
   return '\n'.join(map(_caption, found))
 
 
-def _num_attributes(builder, features, key: str) -> int:
+def _labels(record: dict[str, Any], key: str) -> np.ndarray:
+  """The numbers under a key, each once, in order; none without a key."""
+  found = record if key else []
+  for part in filter(None, key.split('/')):
+    found = found[part]
+  return np.unique(np.asarray(found, np.int64))
+
+
+def _num_attributes(builder, key: str, field: str) -> int:
   """Classes of a sequence of labels; 0 without a key."""
   if not key:
     return 0
+  features = builder.info.features
   for part in key.split('/'):
     features = getattr(features, 'feature', features)  # Of a sequence.
     try:
       features = features[part]
     except (KeyError, TypeError) as e:
       raise errors.UserError(
-        f'attributes_key={key}: {builder.name} has '
+        f'{field}={key}: {builder.name} has '
         + ', '.join(sorted(builder.info.features))
       ) from e
   features = getattr(features, 'feature', features)

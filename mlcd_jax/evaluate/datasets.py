@@ -3,10 +3,11 @@
 `--config.evaluate.named=food101,pets` or `=paper` adds them to
 evaluate.datasets. Those that TFDS has are read from its folder
 (evaluate.data_dir, '' = its own); the others from evaluate.data_dir/NAME with a
-folder a split and in it one a class. The sizes of resisc45, eurosat, clevr,
-kitti, gtsrb and country211 are those of MLCD's Table 11; the others are meant
-to be those of Radford et al. (2021), Table 9, and were not checked against it,
-nor were the splits. A data set that has others is scored, with a warning.
+folder a split and in it one a class, COCO as it is published. The sizes of
+resisc45, eurosat, clevr, kitti, gtsrb and country211 are those of MLCD's Table
+11; the others are meant to be those of Radford et al. (2021), Table 9, and were
+not checked against it, nor were the splits. A data set that has others is
+scored, with a warning.
 """
 
 import dataclasses
@@ -31,8 +32,9 @@ class Named:
     test: images for scoring.
     metric: of config.METRICS.
     tfds: its name in TFDS; '' where it must be downloaded by hand.
-    url: where it comes from, for those.
-    splits: of TFDS, for train, validation ('' = a part of train) and test.
+    source: of those, one of config.SOURCES.
+    url: where they come from, if the source does not say it.
+    splits: for train, validation ('' = a part of train) and test.
     keys: features of TFDS other than image and label.
   """
 
@@ -40,6 +42,7 @@ class Named:
   test: int
   metric: str = 'accuracy'
   tfds: str = ''
+  source: str = 'folder'
   url: str = ''
   splits: tuple[str, str, str] = ('train', '', 'test')
   keys: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -76,7 +79,13 @@ NAMED = {
     'map_11_point',
     tfds='voc/2007',
     splits=_WITH_VALIDATION,
-    keys={'label_key': '', 'attributes_key': 'labels'},
+    # An image with only difficult objects of a class is left out of it, as by
+    # the VOC development kit and ML-GCN's meter.
+    keys={
+      'label_key': '',
+      'attributes_key': 'labels_no_difficult',
+      'ignored_key': 'labels',
+    },
   ),
   'dtd': Named(3_760, 1_880, tfds='dtd', splits=_WITH_VALIDATION),
   'pets': Named(3_680, 3_669, _PER_CLASS, tfds='oxford_iiit_pet'),
@@ -150,15 +159,16 @@ NAMED = {
   ),
 }  # fmt: skip
 
-# For multi_label (Tan et al. 2024). Annotated boxes make COCO's labels.
+# For multi_label (Tan et al. 2024). COCO is what ML-GCN's coco.py keeps of its
+# 82,783 and 40,504 images: those with an annotation.
 MULTI_LABEL = {
   'voc07': dataclasses.replace(NAMED['voc2007']),
   'coco': Named(
-    82_783,
-    40_504,
-    tfds='coco/2014',
-    splits=('train', '', 'validation'),
-    keys={'label_key': '', 'attributes_key': 'objects/label'},
+    82_081,
+    40_137,
+    source='coco',
+    splits=('train2014', '', 'val2014'),
+    keys={'label_key': ''},
   ),
   'nus_wide': Named(
     161_789,
@@ -204,8 +214,10 @@ def _add(config: ml_collections.ConfigDict, name: str, named: Named) -> None:
     label_key='label',
   )
   if not named.tfds:
-    path = os.path.join(root, name, '{split}')
-    fields |= dict(source='folder', path=path, data_dir='')
+    path = os.path.join(root, name)
+    if named.source == 'folder':
+      path = os.path.join(path, '{split}')
+    fields |= dict(source=named.source, path=path, data_dir='')
   fields |= named.keys
   classes = bool(fields['label_key'])
   config_lib.add_dataset(
@@ -223,7 +235,11 @@ def _add(config: ml_collections.ConfigDict, name: str, named: Named) -> None:
 def way_out(name: str, config: ml_collections.ConfigDict) -> str:
   """What to do where a named data set is not there; '' for any other."""
   named = _ALL.get(name)
-  if named is None or not named.url or name not in _asked(config):
+  if named is None or name not in _asked(config):
+    return ''
+  if named.source == 'coco':
+    return f', or name the folder that has {name}/ with evaluate.data_dir'
+  if not named.url:
     return ''
   if named.tfds:
     return (

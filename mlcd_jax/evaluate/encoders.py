@@ -5,6 +5,7 @@ Shapes: B images, S pixels of a side, D features.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -74,19 +75,22 @@ def from_model(
     image_size: S; the model's own where 0.
   """
 
-  @jax.jit
-  def pooled(params, images):
-    out = model.apply({'params': params}, images)['pooled']
-    return jax.lax.with_sharding_constraint(
-      out, NamedSharding(mesh, sharding.REPLICATED)
-    )
-
   def encode(images):
     batch = sharding.put_batch(mesh, {'image': images})
-    return np.asarray(pooled(params, batch['image']))
+    return np.asarray(_pooled(params, batch['image'], model=model, mesh=mesh))
 
   size = image_size or model.image_size
   return Encoder(size, encode, prepare, model, params, mesh=mesh)
+
+
+# Of all encoders of a model: evaluation within training, and a run's baselines,
+# do not compile it again.
+@functools.partial(jax.jit, static_argnames=('model', 'mesh'))
+def _pooled(params, images, *, model, mesh):
+  out = model.apply({'params': params}, images)['pooled']
+  return jax.lax.with_sharding_constraint(
+    out, NamedSharding(mesh, sharding.REPLICATED)
+  )
 
 
 def from_embedder(embedder: embed.Embedder) -> Encoder:

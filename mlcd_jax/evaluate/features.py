@@ -5,6 +5,7 @@ Shapes: N images, D features.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import re
@@ -43,26 +44,62 @@ class Split:
     return len(self.labels)
 
   def hot(self) -> np.ndarray | None:
-    """Returns 0 and 1 [N, C] where records have several labels each."""
+    """Returns the labels where records have several each.
+
+    Returns:
+      int8 [N, C]: 1 and 0, and -1 where neither is known; such a label is
+      left out of fits and scores. None where records have one label at most.
+    """
+    return self._hot
+
+  @functools.cached_property
+  def _hot(self) -> np.ndarray | None:
     if not getattr(self.source, 'num_attributes', 0):
       return None
-    hot = np.zeros((len(self), self.source.num_attributes), np.int32)
-    for row, labels in zip(hot, self.values('attributes')):
-      row[labels] = 1
+    hot = np.zeros((len(self), self.source.num_attributes), np.int8)
+    for row, number in zip(hot, self.records):
+      record = self.source[int(number)]
+      labels = record['attributes']
+      if len(labels) and np.all(labels < 0):  # Nobody has said what is there.
+        row[:] = -1
+      row[record.get('ignored', [])] = -1
+      row[labels[labels >= 0]] = 1
     return hot
 
   def values(self, name: str) -> list[Any]:
     """Returns one value of every record, such as its `caption`."""
     return [self.source[int(record)][name] for record in self.records]
 
+  def labelled(self, *, several: bool) -> 'Split':
+    """Leaves out the rows without a label, and their records.
+
+    Args:
+      several: labels an image; otherwise its class.
+    """
+    known = self.labels >= 0
+    if several:
+      hot = self.hot()
+      known = np.ones(len(self), bool) if hot is None else np.any(hot >= 0, 1)
+    if known.all():
+      return self
+    source = self.source and sources.take(self.source, self.records[known])
+    return Split(
+      self.features[known],
+      self.labels[known],
+      np.arange(np.sum(known)),
+      source,
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
   """What a task gets: one data set through one encoder.
 
+  Every row has a label, if the task is one that needs them.
+
   Attributes:
     train: for fitting; None where the data set has none, and then the task
-      is one of stage.UNFITTED.
+      is one of labelled.UNFITTED.
     test: for scoring.
     num_classes: of the data set, whether they occur or not.
     mesh: of all devices.

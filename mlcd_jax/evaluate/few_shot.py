@@ -27,7 +27,7 @@ def run(
         rng.permutation(np.flatnonzero(data.train.labels == c))[
           :_LABELS_PER_CLASS
         ]
-        for c in range(data.num_classes)
+        for c in np.unique(data.train.labels)
       ]
     )
     found = linear.predict(

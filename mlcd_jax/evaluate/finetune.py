@@ -6,7 +6,9 @@ learning rate is that of the layer above times evaluate.finetune_layer_decay
 averages stay as they are.
 """
 
+import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,9 +85,6 @@ def _train(data: features.Data, config: ml_collections.ConfigDict):
   steps = max(
     1, round(c.finetune_epochs * len(data.train) / c.finetune_batch_size)
   )
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, c.finetune_learning_rate, max(1, round(_WARMUP * steps)), steps
-  )
   width = data.train.features.shape[1]
   params = {
     'encoder': data.encoder.params,
@@ -94,7 +93,23 @@ def _train(data: features.Data, config: ml_collections.ConfigDict):
       'bias': jnp.zeros(data.num_classes),
     },
   }
-  scales = layer_scales(params, model.depth, c.finetune_layer_decay)
+  start, step = _program(
+    model, steps, c.finetune_learning_rate, c.finetune_layer_decay
+  )
+  state = start(params)
+  progress = metrics.Progress('finetune', steps, unit='steps')
+  for i, batch in zip(range(steps), _batches(data, config)):
+    params, state = step(params, state, sharding.put_batch(data.mesh, batch))
+    progress.update(i + 1)
+  return params
+
+
+@functools.cache  # The next encoder of the model is not compiled again.
+def _program(model: Any, steps: int, learning_rate: float, decay: float):
+  """Makes params -> state, and (params, state, batch) -> both after a step."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, learning_rate, max(1, round(_WARMUP * steps)), steps
+  )
   tx = optax.chain(
     optax.scale_by_adam(),
     optax.add_decayed_weights(_WEIGHT_DECAY, mask=optimizer.decayed),
@@ -116,15 +131,11 @@ def _train(data: features.Data, config: ml_collections.ConfigDict):
   def step(params, state, batch):
     gradients = jax.grad(loss)(params, batch)
     updates, state = tx.update(gradients, state, params)
+    scales = layer_scales(params, model.depth, decay)
     updates = jax.tree.map(jnp.multiply, updates, scales)
     return optax.apply_updates(params, updates), state
 
-  state = tx.init(params)
-  progress = metrics.Progress('finetune', steps, unit='steps')
-  for i, batch in zip(range(steps), _batches(data, config)):
-    params, state = step(params, state, sharding.put_batch(data.mesh, batch))
-    progress.update(i + 1)
-  return params
+  return tx.init, step
 
 
 def _batches(data: features.Data, config: ml_collections.ConfigDict):

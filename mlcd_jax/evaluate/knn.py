@@ -22,16 +22,17 @@ def run(
   neighbours, cosines = kmeans.nearest_centers(
     data.test.features, data.train.features, most, mesh=data.mesh
   )
-  votes = np.zeros((len(data.test), data.num_classes))
+  classes, place = np.unique(data.train.labels, return_inverse=True)
+  votes = np.zeros((len(data.test), len(classes)))
   out = {}
   for k in range(1, most + 1):
-    label = data.train.labels[neighbours[:, k - 1]]
+    voted = place[neighbours[:, k - 1]]
     weight = np.exp(cosines[:, k - 1] / _TEMPERATURE)
-    votes[np.arange(len(votes)), label] += weight
+    votes[np.arange(len(votes)), voted] += weight
     if k not in _NEIGHBOURS:
       continue
-    right = (votes.argmax(1) == data.test.labels).astype(np.float64)
-    scores = statistics.bootstrap(right, seed=config.seed)
+    right = classes[votes.argmax(1)] == data.test.labels
+    scores = statistics.bootstrap(right.astype(np.float64), seed=config.seed)
     name = 'accuracy' if k == _NEIGHBOURS[0] else f'accuracy_k{k}'
     out |= {f'{name}{suffix}': v for suffix, v in scores.items()}
   return out

@@ -93,8 +93,9 @@ def targets(
     several: labels an image; otherwise its class.
 
   Returns:
-    int [N] or 0 and 1 [N, C] of `training_rows`; which of them are held out
-    for the penalty; and those of the test rows. None without such labels.
+    int [N], or [N, C] as `Split.hot`, of `training_rows`; which of them are
+    held out for the penalty; and those of the test rows. None without such
+    labels.
   """
   splits = [data.train, data.validation, data.test]
   if several:
@@ -133,7 +134,7 @@ def predict(
 
   Args:
     x_ND: training and validation features.
-    y: their classes, or 0 and 1 [N, C].
+    y: their classes, or [N, C] as `Split.hot`.
     held_N: bool, the validation rows.
     test_MD: features.
     metric: (scores, y) -> value, of which the highest is best.

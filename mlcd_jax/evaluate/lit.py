@@ -11,6 +11,7 @@ Shapes: B pairs, N images, M texts, L tokens, D features.
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import logging
 import math
 from typing import Any
@@ -227,12 +228,20 @@ def _rows_of(
 
 def _make_step(model, params, config, mesh):
   """Returns (state, batch) -> (state, loss), and the first state."""
-  loss = contrastive.make(config.lit.loss, mesh)
   fields = config.optimizer.copy_and_resolve_references()
   fields.update(
     learning_rate=config.lit.learning_rate, multipliers=(), head_update='dense'
   )
-  tx = optimizer.make(fields, optimizer.make_schedule(fields, config.lit.steps))
+  fields = ml_collections.FrozenConfigDict(fields)
+  start, step = _program(model, config.lit.loss, config.lit.steps, fields, mesh)
+  return step, (params, start(params))
+
+
+@functools.cache  # The next encoder's tower is not compiled again.
+def _program(model, loss_name, steps, fields, mesh):
+  """Makes params -> moments, and (state, batch) -> (state, loss)."""
+  loss = contrastive.make(loss_name, mesh)
+  tx = optimizer.make(fields, optimizer.make_schedule(fields, steps))
 
   def objective(params, batch):
     out = model.apply({'params': params['tower']}, batch['tokens'])
@@ -251,9 +260,8 @@ def _make_step(model, params, config, mesh):
     return (optax.apply_updates(params, updates), moments), value
 
   everywhere = NamedSharding(mesh, sharding.REPLICATED)
-  moments = jax.jit(tx.init, out_shardings=everywhere)(params)
-  step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-  return step, (params, moments)
+  start = jax.jit(tx.init, out_shardings=everywhere)
+  return start, jax.jit(step, donate_argnums=0, out_shardings=everywhere)
 
 
 def _text_encoder(
@@ -266,20 +274,22 @@ def _text_encoder(
   batch_size = _TEXTS_PER_DEVICE * mesh.size
   params = sharding.put(mesh, sharding.REPLICATED, jax.device_get(params))
 
-  @jax.jit
-  def encode(params, tokens):
-    return _unit(model.apply({'params': params}, tokens)['embedding'])
-
   def texts(found: Sequence[str]) -> np.ndarray:
     rows = []
     for i in range(0, len(found), batch_size):
       part = list(found[i : i + batch_size])
       tokens = words(part + [''] * (batch_size - len(part)))
       tokens = sharding.put(mesh, sharding.BATCH, tokens)
-      rows.append(nearest.to_host(encode(params, tokens))[: len(part)])
+      part_rows = nearest.to_host(_encode(params, tokens, model=model))
+      rows.append(part_rows[: len(part)])
     return np.concatenate(rows)
 
   return texts
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _encode(params, tokens, *, model):
+  return _unit(model.apply({'params': params}, tokens)['embedding'])
 
 
 def _unit(rows: jax.Array) -> jax.Array:

@@ -126,7 +126,8 @@ def fit(
 
   Args:
     rows: of `prepare`.
-    y: int [N] classes for loss='softmax', 0 or 1 [N, C] for 'sigmoid'.
+    y: int [N] classes for loss='softmax', 0 or 1 [N, C] for 'sigmoid', or -1
+      where neither is known.
     weight_N: of every row; 0 leaves it out without a change of shape.
     penalties_P: see the top of the file.
     num_outputs: C.
@@ -205,9 +206,11 @@ def _softmax(z_TC, y_T):
 
 
 def _sigmoid(z_TC, y_TC):
-  """As `_softmax`, of independent outputs."""
-  loss_T = jnp.sum(jax.nn.softplus(z_TC) - y_TC * z_TC, axis=1)
-  return loss_T, jax.nn.sigmoid(z_TC) - y_TC
+  """As `_softmax`, of independent outputs; those of a -1 are left out."""
+  known_TC = y_TC >= 0
+  loss_TC = jax.nn.softplus(z_TC) - y_TC * z_TC
+  loss_T = jnp.sum(jnp.where(known_TC, loss_TC, 0), axis=1)
+  return loss_T, jnp.where(known_TC, jax.nn.sigmoid(z_TC) - y_TC, 0)
 
 
 _LOSSES = {'softmax': _softmax, 'sigmoid': _sigmoid}

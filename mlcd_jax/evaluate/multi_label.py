@@ -44,4 +44,4 @@ def run(
 
 
 def _f1(logits_MC: np.ndarray, hot_MC: np.ndarray, *, per_class: bool) -> float:
-  return scores.f1(logits_MC > 0, hot_MC > 0, per_class=per_class)
+  return scores.f1(logits_MC > 0, hot_MC, per_class=per_class)

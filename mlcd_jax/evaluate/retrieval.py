@@ -106,8 +106,10 @@ def images(
     'image_recall1', whether the nearest is of the class, and 'image_map',
     average precision, [Q] each.
   """
-  counts = np.bincount(labels_N[labels_N >= 0], minlength=1)
-  queries = np.flatnonzero((labels_N >= 0) & (counts[labels_N] > 1))
+  _, place_N, counts = np.unique(
+    labels_N, return_inverse=True, return_counts=True
+  )
+  queries = np.flatnonzero((labels_N >= 0) & (counts[place_N] > 1))
   if not len(queries):
     return {}
   two, _ = kmeans.nearest_centers(rows_ND[queries], rows_ND, 2, mesh=mesh)

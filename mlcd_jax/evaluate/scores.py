@@ -1,5 +1,9 @@
 """Metrics of scores against labels; NaN where there is nothing to measure.
 
+Where labels say whether something is there, they are 1 or True and 0 or False;
+-1 is neither, and such an item is left out of the class, as the VOC development
+kit leaves out images with nothing but difficult objects of it.
+
 Shapes: M items, C classes.
 """
 
@@ -32,13 +36,15 @@ def mean(values_M: np.ndarray, labels_M: np.ndarray) -> float:
 
 def mean_per_class(values_M: np.ndarray, labels_M: np.ndarray) -> float:
   """Mean of the means of the classes that occur."""
-  count, total = np.bincount(labels_M), np.bincount(labels_M, values_M)
-  return float(np.mean(total[count > 0] / count[count > 0]))
+  _, place_M, count = np.unique(
+    labels_M, return_inverse=True, return_counts=True
+  )
+  return float(np.mean(np.bincount(place_M, values_M) / count))
 
 
 def roc_auc(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
   """Area under the ROC curve; NaN with one class only."""
-  positive = np.asarray(positive_M, bool)
+  scores_M, positive = _known(scores_M, positive_M)
   count = positive.sum()
   if not 0 < count < len(positive):
     return float('nan')
@@ -47,17 +53,25 @@ def roc_auc(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
   return float(area / (count * (len(positive) - count)))
 
 
+def _known(scores_M, positive_M):
+  """Scores of the items that are positive or negative, and which are."""
+  positive_M = np.asarray(positive_M)
+  known_M = positive_M >= 0
+  return scores_M[known_M], positive_M[known_M] > 0
+
+
 def _curve(scores_M, positive_M):
   """Recall and precision at each distinct score, from the highest."""
+  scores_M, positive_M = _known(scores_M, positive_M)
   order = np.argsort(-scores_M, kind='stable')
-  found = np.cumsum(np.asarray(positive_M, bool)[order])
+  found = np.cumsum(positive_M[order])
   last = np.flatnonzero(np.append(np.diff(scores_M[order]) != 0, True))
   return found[last] / found[-1], found[last] / (last + 1)
 
 
 def average_precision(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
   """Mean precision at the recalls reached; NaN without a positive."""
-  if not np.any(positive_M):
+  if not np.any(np.asarray(positive_M) > 0):
     return float('nan')
   recall, precision = _curve(scores_M, positive_M)
   return float(np.sum(np.diff(recall, prepend=0) * precision))
@@ -65,7 +79,7 @@ def average_precision(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
 
 def average_precision_11(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
   """As above, of the best precision at recalls 0, 0.1 .. 1 (VOC2007)."""
-  if not np.any(positive_M):
+  if not np.any(np.asarray(positive_M) > 0):
     return float('nan')
   recall, precision = _curve(scores_M, positive_M)
   best = np.maximum.accumulate(precision[::-1])[::-1]
@@ -78,7 +92,7 @@ def mean_average_precision(
   scores_MC: np.ndarray, hot_MC: np.ndarray, *, of=average_precision
 ) -> float:
   """Mean of `of` over the classes with a positive."""
-  each = [of(s, h) for s, h in zip(scores_MC.T, hot_MC.T) if np.any(h)]
+  each = [of(s, h) for s, h in zip(scores_MC.T, hot_MC.T) if np.any(h > 0)]
   return float(np.mean(each)) if each else float('nan')
 
 
@@ -87,13 +101,15 @@ def f1(chosen_MC: np.ndarray, hot_MC: np.ndarray, *, per_class: bool) -> float:
 
   Args:
     chosen_MC: bool, what was predicted.
-    hot_MC: bool, what is there.
+    hot_MC: what is there.
     per_class: CF1, from precision and recall averaged over the classes with a
       positive; otherwise OF1, from those over all decisions.
   """
   axis = 0 if per_class else None
-  right = (chosen_MC & hot_MC).sum(axis)
-  predicted, there = chosen_MC.sum(axis), hot_MC.sum(axis)
+  positive_MC = hot_MC > 0
+  right = (chosen_MC & positive_MC).sum(axis)
+  predicted = (chosen_MC & (hot_MC >= 0)).sum(axis)
+  there = positive_MC.sum(axis)
   known = np.atleast_1d(there > 0)
   if not known.any():
     return float('nan')

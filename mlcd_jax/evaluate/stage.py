@@ -30,6 +30,7 @@ from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
 from mlcd_jax.evaluate import finetune
 from mlcd_jax.evaluate import knn
+from mlcd_jax.evaluate import labelled
 from mlcd_jax.evaluate import linear
 from mlcd_jax.evaluate import lit
 from mlcd_jax.evaluate import multi_label
@@ -45,9 +46,6 @@ _TASKS = {
   'retrieval': retrieval.run,
   'finetune': finetune.run,
 }
-# Those that fit nothing to a data set, and need no train split.
-UNFITTED = ('zero_shot', 'retrieval')
-
 # Tasks that need one class an image.
 _OF_CLASSES = ('knn', 'few_shot', 'finetune')
 
@@ -120,7 +118,7 @@ def score(
     }
     data = features.Data(
       **({'train': None} | found),
-      num_classes=splits.get('train', splits['test']).num_classes,
+      num_classes=labelled.num_classes(splits),
       mesh=mesh,
       encoder=encoder,
       extract=extract,
@@ -130,7 +128,8 @@ def score(
     for task in config_lib.tasks(config):
       if not _applies(task, data):
         continue
-      for metric, value in _TASKS[task](data, config).items():
+      given = labelled.keep(task, data, dataset)
+      for metric, value in _TASKS[task](given, config).items():
         defined = value is not None and math.isfinite(value)
         results[f'{dataset}/{task}/{metric}'] = value if defined else None
   return results
@@ -139,7 +138,7 @@ def score(
 def _applies(task: str, data: features.Data) -> bool:
   """Whether the data set has what a task needs."""
   if data.train is None:
-    return task in UNFITTED
+    return task in labelled.UNFITTED
   return bool(data.num_classes) or task not in _OF_CLASSES
 
 
@@ -170,7 +169,8 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
   Raises:
     UserError: one of them is not there, or has no labels.
   """
-  if set(UNFITTED) & set(config_lib.tasks(config)) and config.lit.steps:
+  tasks = config_lib.tasks(config)
+  if config.lit.steps and set(labelled.UNFITTED) & set(tasks):
     lit.check(config)
   opened = {}
   for name, dataset in config.evaluate.datasets.items():
@@ -188,18 +188,7 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
     datasets.check_sizes(
       name, config, {split: len(s) for split, s in opened[name].items()}
     )
-    train = opened[name].get('train')
-    attributes = getattr(train, 'num_attributes', 0)
-    if (
-      train and not train.num_classes and (dataset.label_key or not attributes)
-    ):
-      raise errors.UserError(
-        f'{field}.label_key={dataset.label_key}: no class labels there; name '
-        f'the feature that has them, or set {field}.train_split= for '
-        + ' and '.join(UNFITTED)
-      )
-    if 'zero_shot' in config_lib.tasks(config):
-      zero_shot.check(dataset, opened[name]['test'], field)
+    labelled.check(name, config, opened[name])
   return opened
 
 

@@ -41,17 +41,21 @@ def run(
 
 
 def check(
-  dataset: ml_collections.ConfigDict, source: sources.Source, field: str
+  dataset: ml_collections.ConfigDict,
+  source: sources.Source,
+  num_classes: int,
+  field: str,
 ) -> None:
   """Raises UserError if the data set's prompts do not fit it.
 
   Args:
     dataset: its fields.
     source: its test split.
+    num_classes: of all splits.
     field: the name of the fields.
   """
   if dataset.prompts:
-    _sentences(dataset, source, source.num_classes, field)
+    _sentences(dataset, source, num_classes, field)
 
 
 def _sentences(dataset, source, num_classes, field='evaluate.datasets'):

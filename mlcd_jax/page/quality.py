@@ -72,4 +72,5 @@ def majority(members: Mapping[int, int]) -> int | None:
   """The class most images have, of equals the lower; None without images."""
   if not members:
     return None
-  return int(np.bincount(list(members.values())).argmax())
+  classes, counts = np.unique(list(members.values()), return_counts=True)
+  return int(classes[counts.argmax()])

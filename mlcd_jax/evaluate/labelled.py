@@ -1,0 +1,113 @@
+"""Which images a task gets: those with the labels that it needs.
+
+The one place where images without a label are left out, so that no task has
+to look for them. An image without a class may still have attributes.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import logging
+
+import ml_collections
+
+from mlcd_jax import config as config_lib
+from mlcd_jax import errors
+from mlcd_jax.data import sources
+from mlcd_jax.evaluate import features
+from mlcd_jax.evaluate import zero_shot
+
+_log = logging.getLogger(__name__)
+
+# Tasks that fit nothing to a data set, and need no train split.
+UNFITTED = ('zero_shot', 'retrieval')
+
+
+def num_classes(splits: Mapping[str, sources.Source]) -> int:
+  """Returns that of all splits; one may lack images of the last class."""
+  return max(source.num_classes for source in splits.values())
+
+
+def keep(task: str, data: features.Data, name: str) -> features.Data:
+  """Leaves out the images without the labels that a task needs.
+
+  Args:
+    task: of config.TASKS.
+    data: of all images.
+    name: of the data set.
+
+  Raises:
+    UserError: no image of a split is left.
+  """
+  needed = _needed(task, data.config, data.num_classes)
+  kept = {}
+  for split in ('train', 'validation', 'test'):
+    whole = getattr(data, split)
+    if whole is None or not needed:
+      continue
+    kept[split] = whole.labelled(several=needed == 'attributes')
+    missing = len(whole) - len(kept[split])
+    if missing:
+      _tell(name, split, needed, missing, len(whole))
+    if not len(kept[split]):
+      raise _nothing_left(name, split, needed, data.config)
+  return dataclasses.replace(data, **kept)
+
+
+def check(
+  name: str,
+  config: ml_collections.ConfigDict,
+  splits: Mapping[str, sources.Source],
+) -> None:
+  """Raises UserError if a data set lacks the labels that its tasks need.
+
+  Args:
+    name: of the data set.
+    config: of the run.
+    splits: train, validation and test, where there are such.
+  """
+  field = f'evaluate.datasets.{name}'
+  dataset, tasks = config.evaluate.datasets[name], config_lib.tasks(config)
+  train = splits.get('train')
+  attributes = getattr(train, 'num_attributes', 0)
+  if train and not train.num_classes and (dataset.label_key or not attributes):
+    raise errors.UserError(
+      f'{field}.label_key={dataset.label_key}: no class labels there; name '
+      f'the feature that has them, or set {field}.train_split= for '
+      + ' and '.join(UNFITTED)
+    )
+  total = num_classes(splits)
+  if any(_needed(task, dataset, total) == 'class' for task in tasks):
+    for split, source in splits.items():
+      # Mostly the first image settles it.
+      if not any(source[i]['label'] >= 0 for i in range(len(source))):
+        raise _nothing_left(name, split, 'class', dataset)
+  if 'zero_shot' in tasks:
+    zero_shot.check(dataset, splits['test'], total, field)
+
+
+def _needed(task: str, dataset: ml_collections.ConfigDict, total: int) -> str:
+  """Whether a task needs the class or the attributes; '' for neither."""
+  eleven = dataset.get('metric', 'accuracy') == 'map_11_point'
+  if task == 'multi_label' or (task == 'linear' and eleven):
+    return 'attributes'
+  return 'class' if total else ''
+
+
+@functools.cache  # Once for all encoders, tasks and steps of a training.
+def _tell(name: str, split: str, needed: str, missing: int, total: int) -> None:
+  _log.warning(
+    'evaluate: %s %s: %d of %d images have no %s and are left out',
+    name, split, missing, total, needed,
+  )  # fmt: skip
+
+
+def _nothing_left(
+  name: str, split: str, needed: str, dataset: ml_collections.ConfigDict
+) -> errors.UserError:
+  field = f'evaluate.datasets.{name}'
+  key = 'label_key' if needed == 'class' else 'attributes_key'
+  return errors.UserError(
+    f'{field}.{split}_split={dataset[f"{split}_split"]}: no image there has a '
+    f'label under {field}.{key}={dataset[key]}; name a split that has them'
+  )
