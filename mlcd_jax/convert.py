@@ -4,8 +4,9 @@
   python -m mlcd_jax.convert export WORKDIR DST [--layout=open_clip]
 
 `import` reads a vision tower that `transformers` or OpenCLIP wrote, a folder or
-ORG/NAME[@REVISION], and writes it as this project keeps encoders. `export`
-writes a trained run as a folder that `transformers`, OpenCLIP or timm loads.
+ORG/NAME[@REVISION], or a run's, and writes it as this project keeps encoders.
+`export` writes a trained run as a folder that `transformers`, OpenCLIP or timm
+loads.
 """
 
 from collections.abc import Iterator
@@ -42,9 +43,7 @@ def main(rest: list[str]) -> None:
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise errors.UserError(f'{target}: exists already; name a new folder')
   if direction == 'import':
-    source = folders.pinned(source, 'SRC')
-    model, parameters = stream_huggingface(source, field='SRC')
-    encoders.save(target, model, parameters, source=source)
+    encoders.import_(source, target)
   else:
     encoders.export(source, target, layout=flags.FLAGS.layout)
   print(f'{target} written')

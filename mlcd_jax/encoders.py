@@ -22,6 +22,7 @@ from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import models
 from mlcd_jax.huggingface import configs
+from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import layouts
 from mlcd_jax.huggingface import open_clip
 from mlcd_jax.huggingface import preprocessing
@@ -40,8 +41,7 @@ def load(
   """Loads an encoder from wherever it is.
 
   Args:
-    path: a workdir or one of its checkpoints, a folder of `convert import`, a
-      folder as `transformers` writes it, or ORG/NAME[@REVISION].
+    path: see `folders.find`.
     field: what to call the path in errors.
 
   Returns:
@@ -50,21 +50,69 @@ def load(
   Raises:
     UserError: there is no encoder, or not a whole one.
   """
-  folder = pathlib.Path(path).expanduser()
-  if (folder / 'checkpoints').is_dir() or folder.parent.name == 'checkpoints':
+  kind, folder = folders.find(path, field)
+  if kind == folders.RUN:
     model, params, _ = from_run(folder)
     return model, {'params': params}, folder
-  if (folder / _MODEL).is_file():
+  if kind == folders.IMPORTED:
     return *_load_imported(folder), None
-  return *convert.from_huggingface(path, field=field), None
+  return *convert.from_huggingface(folder, field=field), None
+
+
+def load_preprocessing(
+  path: str, field: str
+) -> preprocessing.Preprocessing | None:
+  """Loads how an encoder's images are prepared.
+
+  Args:
+    path: see `folders.find`.
+    field: what to call the path in errors.
+
+  Returns:
+    None: as this project's training does, by transforms.resize_center_crop.
+  """
+  kind, folder = folders.find(path, field)
+  if kind == folders.RELEASED:
+    family, config = configs.read(folder)
+    return preprocessing.read(folder, family, config['image_size'])
+  made = None
+  if kind == folders.IMPORTED:
+    made = files.read_json(folder / _MODEL).get('preprocessing')
+  if made is None:
+    return None
+  pixels = {name: tuple(made[name]) for name in ('mean', 'std')}
+  return preprocessing.Preprocessing(**(made | pixels))
+
+
+def import_(source: str, target: pathlib.Path) -> None:
+  """Writes any encoder as `save` does.
+
+  Args:
+    source: see `folders.find`.
+    target: new folder.
+
+  Raises:
+    UserError: there is no encoder, or not a whole one.
+  """
+  field = 'SRC'
+  source = folders.pinned(source, field)
+  if folders.find(source, field)[0] == folders.RELEASED:
+    model, parameters = convert.stream_huggingface(source, field=field)
+  else:
+    model, variables, _ = load(source, field)
+    flat = flax.traverse_util.flatten_dict(variables['params'], sep='/')
+    parameters = ((name, np.asarray(x)) for name, x in flat.items())
+  prepare = load_preprocessing(source, field)
+  save(target, model, parameters, source=source, prepare=prepare)
 
 
 def save(
   folder: pathlib.Path,
-  model: vit.ViT,
+  model: models.Encoder,
   parameters: Iterable[tuple[str, np.ndarray]],
   *,
   source: str,
+  prepare: preprocessing.Preprocessing | None = None,
 ) -> None:
   """Writes an encoder as `load` reads it: model.json and params/.
 
@@ -75,6 +123,7 @@ def save(
     model: of the encoder.
     parameters: of the model: paths and arrays, those of a module in a row.
     source: where it came from, kept beside it.
+    prepare: how its images are prepared; see `load_preprocessing`.
   """
   fields = {
     f.name: getattr(model, f.name)
@@ -87,7 +136,10 @@ def save(
     with files.atomic(folder / _WEIGHTS / f'{module}.safetensors') as temporary:
       safetensors_numpy.save_file(dict(group), temporary)
   # Last, since it makes the folder one that can be loaded.
-  files.write_json(folder / _MODEL, {'model': fields, 'source': source})
+  content = {'model': fields, 'source': source}
+  if prepare:
+    content['preprocessing'] = dataclasses.asdict(prepare)
+  files.write_json(folder / _MODEL, content)
 
 
 def from_run(
@@ -106,16 +158,8 @@ def from_run(
   Raises:
     UserError: nothing is trained there, or it cannot be read.
   """
-  if workdir.parent.name == 'checkpoints':
-    folder, step = workdir.parent, checkpoint.step_of(workdir)
-    workdir = folder.parent
-  else:
-    folder = workdir / 'checkpoints'
-    step = distributed.decide(
-      'last checkpoint', lambda: checkpoint.latest_step(folder)
-    )
-  if step is None:
-    raise errors.UserError(f'{folder}: nothing is trained yet; train first')
+  folder, step = checkpoint_of(workdir)
+  workdir = folder.parent
   made = files.read_json(folder / 'manifest.json')
   content = files.read_json(workdir / 'config.json')
   # What was trained, not what the workdir was last called with.
@@ -137,6 +181,26 @@ def from_run(
     found['classifier'] = state['params']['classifier']['weight']
   params = state['ema'] if averaged else state['params']['encoder']
   return model, params, found
+
+
+def checkpoint_of(workdir: pathlib.Path) -> tuple[pathlib.Path, int]:
+  """Returns the folder of a run's checkpoints and the step that is read.
+
+  Args:
+    workdir: of a run, whose last checkpoint is read; or a checkpoint in it.
+
+  Raises:
+    UserError: nothing is trained there.
+  """
+  if workdir.absolute().parent.name == 'checkpoints':
+    return workdir.absolute().parent, checkpoint.step_of(workdir.absolute())
+  folder = workdir / 'checkpoints'
+  step = distributed.decide(
+    'last checkpoint', lambda: checkpoint.latest_step(folder)
+  )
+  if step is None:
+    raise errors.UserError(f'{folder}: nothing is trained yet; train first')
+  return folder, step
 
 
 def export(
@@ -301,15 +365,25 @@ def _recipe(workdir: pathlib.Path, found: Mapping[str, Any]) -> str:
   )
 
 
-def _load_imported(folder: pathlib.Path) -> tuple[vit.ViT, dict[str, Any]]:
+def imported_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """What `save` wrote: the description, then the weights."""
+  weights = sorted((folder / _WEIGHTS).glob('*.safetensors'))
+  return [folder / _MODEL, *weights]
+
+
+def _load_imported(
+  folder: pathlib.Path,
+) -> tuple[models.Encoder, dict[str, Any]]:
   """Reads what `save` wrote."""
   fields = files.read_json(folder / _MODEL)['model']
   fields['dtype'] = jnp.dtype(fields['dtype'])
-  for name in ('mean', 'std'):
-    fields[name] = tuple(fields[name])
-  model = vit.ViT(**fields)
+  fields = {
+    name: tuple(value) if isinstance(value, list) else value
+    for name, value in fields.items()
+  }
+  model = (resnet.ResNet if 'blocks' in fields else vit.ViT)(**fields)
   flat = {}
-  for path in sorted((folder / _WEIGHTS).glob('*.safetensors')):
+  for path in imported_files(folder)[1:]:
     try:
       arrays = safetensors_numpy.load_file(path)
     except Exception as e:  # Its errors have no common base.

@@ -6,7 +6,6 @@ Shapes: B images, S pixels of a side, D features.
 from collections.abc import Callable
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -14,16 +13,13 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
-from mlcd_jax import checkpoint
 from mlcd_jax import distributed
 from mlcd_jax import embed
 from mlcd_jax import encoders
 from mlcd_jax import manifests
 from mlcd_jax import sharding
-from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import embedder as huggingface
 from mlcd_jax.huggingface import folders
-from mlcd_jax.huggingface import preprocessing
 from mlcd_jax.huggingface import text as huggingface_text
 
 _FIELD = 'evaluate.encoder'
@@ -120,8 +116,7 @@ def load(path: str, mesh: Mesh) -> Encoder:
   """Loads `evaluate.encoder`, with the preprocessing that belongs to it.
 
   Args:
-    path: a workdir, a folder of `convert import` or of `transformers`, or
-      ORG/NAME[@REVISION].
+    path: see `folders.find`.
     mesh: over which a batch is split.
 
   Raises:
@@ -131,38 +126,20 @@ def load(path: str, mesh: Mesh) -> Encoder:
   params = jax.device_put(
     variables['params'], NamedSharding(mesh, sharding.REPLICATED)
   )
-  if not _is_released(path):
-    return from_model(model, params, mesh)
-  folder = folders.resolve(path, _FIELD)
-  family, config = configs.read(folder)
-  prepare = preprocessing.read(folder, family, config['image_size']).at(0)
-  encoder = from_model(
-    model, params, mesh, prepare=prepare, image_size=prepare.image_size
-  )
-  if not huggingface_text.is_there(folder):
-    return encoder
-  return dataclasses.replace(encoder, text_path=path)
+  prepare = encoders.load_preprocessing(path, _FIELD)
+  size = prepare.image_size if prepare else 0
+  encoder = from_model(model, params, mesh, prepare=prepare, image_size=size)
+  kind, folder = folders.find(path, _FIELD)
+  if kind == folders.RELEASED and huggingface_text.is_there(folder):
+    return dataclasses.replace(encoder, text_path=path)
+  return encoder
 
 
 def identity(path: str) -> dict[str, Any]:
   """What says which weights `evaluate.encoder` stands for now."""
-  return distributed.decide('encoder', lambda: _identity(path))
-
-
-def _identity(path: str) -> dict[str, Any]:
-  folder = pathlib.Path(path).expanduser()
-  if (folder / 'checkpoints').is_dir():
-    made = manifests.read(folder / 'checkpoints')
-    return {
-      'step': checkpoint.latest_step(folder / 'checkpoints'),
-      'train': made and made.fingerprint(),
-    }
-  return huggingface.pin(path, _FIELD)
-
-
-def _is_released(path: str) -> bool:
-  """Whether it is a checkpoint in the layout of `transformers`."""
-  folder = pathlib.Path(path).expanduser()
-  return not (
-    (folder / 'checkpoints').is_dir() or (folder / 'model.json').is_file()
-  )
+  kind, folder = folders.find(path, _FIELD)
+  if kind != folders.RUN:
+    return distributed.decide('encoder', lambda: huggingface.pin(path, _FIELD))
+  checkpoints, step = encoders.checkpoint_of(folder)
+  made = manifests.load(checkpoints)
+  return {'step': step, 'train': made and made.fingerprint()}

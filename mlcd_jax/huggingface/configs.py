@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import models
+from mlcd_jax.huggingface import fields
 from mlcd_jax.huggingface import open_clip
 from mlcd_jax.huggingface import resnets
 from mlcd_jax.models import resnet
@@ -76,7 +77,15 @@ _FIXED = {
   'qkv_bias': True,
   'vision_use_head': True,
   'num_key_value_groups': 1,
+  'quantization_config': None,
+  'per_layer_config': None,
+  'pruned_heads': {},
 }
+_ROPE = {'rope_theta': 1e4, 'rope_type': 'axial'}
+_ROPE_FIELDS = ('rope_parameters', 'rope_scaling', 'rope_theta', 'head_dim')
+
+# Types whose fields are in vision_config and text_config.
+_COMPOSITE = ('clip', 'siglip')
 
 # Sizes that models may have; what is far outside is a damaged file.
 _RANGES = {
@@ -90,6 +99,8 @@ _RANGES = {
   'num_register_tokens': (0, 1_024),
   'projection_dim': (0, 65_536),
   'layer_norm_eps': (1e-12, 1.0),
+  'vocab_size': (1, 16_777_216),
+  'max_position_embeddings': (1, 65_536),
 }
 
 _OF_FAMILY = {
@@ -110,18 +121,41 @@ PIXELS = {
 }
 
 
+def path_of(folder: pathlib.Path) -> pathlib.Path:
+  """Where a folder's config is: of `transformers`, or else of OpenCLIP.
+
+  OpenCLIP's own folders on the hub have both; its config counts where the
+  weights are in its layout only.
+  """
+  path, theirs = folder / 'config.json', folder / open_clip.NAME
+  weights = ('model.safetensors', 'model.safetensors.index.json')
+  if path.is_file() and (
+    any((folder / name).is_file() for name in weights)
+    or not (folder / open_clip.WEIGHTS).is_file()
+  ):
+    return path
+  return theirs if theirs.is_file() else path
+
+
 def read(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
   """Returns a folder's family and the vision tower's own config, whole.
 
   Raises:
     UserError: no config.json, or none of a vision tower known here.
   """
-  path = folder / 'config.json'
-  if not path.is_file() and (folder / open_clip.NAME).is_file():
-    path = folder / open_clip.NAME
+  path = path_of(folder)
+  if path.name == open_clip.NAME:
     family, config = 'open_clip', open_clip.read(path)
   else:
     family, config = _read_transformers(path)
+  check_sizes(path, config)
+  if family == 'mlcd':
+    _check_rope(path, config)
+  return family, config
+
+
+def check_sizes(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Raises UserError for a tower's sizes that no model can have."""
   for name, (low, high) in _RANGES.items():
     value = config.get(name, low)
     if type(value) not in (int, float) or not low <= value <= high:
@@ -135,16 +169,19 @@ def read(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
       f'{path}: num_attention_heads={config["num_attention_heads"]} does not '
       f'divide hidden_size={config["hidden_size"]}'
     )
-  if config['hidden_act'] not in ACTIVATIONS:
+  if str(config['hidden_act']) not in ACTIVATIONS:
     raise errors.UserError(
       f'{path}: hidden_act={config["hidden_act"]!r} is unknown; use one of: '
       + ', '.join(ACTIVATIONS)
     )
-  return family, config
 
 
-def _read_transformers(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
-  """The family and the vision tower's config in a config.json."""
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a config.json.
+
+  Raises:
+    UserError: there is none, or it is no object.
+  """
   if not path.is_file():
     raise errors.UserError(
       f'{path.parent}: no config.json; name a folder as transformers writes it'
@@ -152,6 +189,67 @@ def _read_transformers(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
   config = files.read_json(path)
   if not isinstance(config, dict):
     raise errors.UserError(f'{path}: not an object')
+  names = config.get('architectures') or []
+  if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    raise errors.UserError(f'{path}: architectures={names!r} are no names')
+  return config
+
+
+def tower(
+  path: pathlib.Path,
+  config: Mapping[str, Any],
+  name: str,
+  defaults: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Returns one tower's fields of a config.json, and nothing else.
+
+  In CLIP's configs `vision_config_dict` and `text_config_dict` stand for the
+  whole tower: what they leave out is the default, whatever `vision_config` has
+  (`CLIPConfig` of transformers).
+
+  Args:
+    path: of the file.
+    config: its content.
+    name: vision or text.
+    defaults: of every field that is applied.
+
+  Raises:
+    UserError: a field is not the one value that is supported.
+  """
+  sections = {}
+  for key in (f'{name}_config', f'{name}_config_dict'):
+    sections[key] = config.get(key)
+    if not isinstance(sections[key] or {}, dict):
+      raise errors.UserError(f'{path}: {key} is not an object')
+  section, whole = sections.values()
+  composite = config['model_type'] in _COMPOSITE or section is not None
+  found = (section or {}) if composite else config
+  if composite:
+    fields.check_fixed(path, config, _FIXED)
+    known = {*_FIXED, *fields.CONFIG, 'vision_config'}
+    if config['model_type'] == 'clip':
+      known |= {'vision_config_dict', 'text_config_dict'}
+    fields.report_unknown(path, config, known)
+  if config['model_type'] == 'clip' and whole is not None:
+    complete = {**defaults, **whole}
+    other = [k for k in defaults if k in found and found[k] != complete[k]]
+    if other:
+      fields.say(
+        f'{path}: {name}_config_dict is used, which says otherwise than '
+        f'{name}_config about: ' + ', '.join(other)
+      )
+    found = found | complete
+  fields.check_fixed(path, found, _FIXED)
+  known = {*defaults, *_FIXED, *fields.CONFIG, *_ROPE_FIELDS}
+  fields.report_unknown(path, found, known)
+  return {key: found.get(key, value) for key, value in defaults.items()} | {
+    key: found[key] for key in _ROPE_FIELDS if key in found
+  }
+
+
+def _read_transformers(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
+  """The family and the vision tower's config in a config.json."""
+  config = read_json(path)
   model_type = str(config.get('model_type'))
   if model_type not in _TYPES:
     raise errors.UserError(
@@ -159,22 +257,32 @@ def _read_transformers(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
       + ', '.join(_TYPES)
     )
   family, defaults = _TYPES[model_type]
-  for name in ('vision_config', 'rope_parameters'):
-    if not isinstance(config.get(name) or {}, dict):
-      raise errors.UserError(f'{path}: {name} is not an object')
-  config = defaults | config | (config.get('vision_config') or {})
-  config['hidden_act'] = str(config['hidden_act'])
-  for name, value in _FIXED.items():
-    if config.get(name, value) != value:
-      raise errors.UserError(
-        f'{path}: {name}={config[name]!r} is not supported, only {value!r}'
-      )
-  rope = config.get('rope_parameters') or {}
-  if rope.get('rope_theta', 1e4) != 1e4:
+  found = tower(path, config, 'vision', defaults)
+  found['hidden_act'] = str(found['hidden_act'])
+  return family, found | {
+    'architectures': config.get('architectures') or [],
+    'projection_dim': config.get('projection_dim', 512),
+  }
+
+
+def _check_rope(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Raises UserError unless the rotations are those of `positions`."""
+  # The older name counts where it is set (transformers' modeling_rope_utils).
+  rope = config.get('rope_scaling') or config.get('rope_parameters') or {}
+  if not isinstance(rope, dict):
+    raise errors.UserError(f'{path}: rope_parameters is not an object')
+  kind = rope.get('rope_type', rope.get('type', 'axial'))
+  rope = {
+    'rope_theta': rope.get('rope_theta', config.get('rope_theta', 1e4)),
+    'rope_type': 'axial' if kind == 'default' else kind,
+  }
+  fields.check_fixed(path, rope, _ROPE)
+  width, heads = config['hidden_size'], config['num_attention_heads']
+  if config.get('head_dim') and config['head_dim'] * heads != width:
     raise errors.UserError(
-      f'{path}: rope_theta={rope["rope_theta"]} is not supported, only 10000'
+      f'{path}: head_dim={config["head_dim"]!r} is not supported, only '
+      'hidden_size / num_attention_heads'
     )
-  return family, config
 
 
 def to_model(

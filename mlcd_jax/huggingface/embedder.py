@@ -1,11 +1,15 @@
-"""Any vision tower of `convert` as the embedder."""
+"""Any encoder that `folders.find` finds as the embedder."""
 
+import functools
 import pathlib
 
-from mlcd_jax import convert
+import jax.numpy as jnp
+
+from mlcd_jax import encoders
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import model_embedder
+from mlcd_jax.data import transforms
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import open_clip
@@ -24,30 +28,32 @@ class Huggingface(model_embedder.ModelEmbedder):
     """Loads the weights onto this host's devices.
 
     Args:
-      path: a folder, or ORG/NAME[@REVISION].
+      path: see `folders.find`.
       image_size: S; 0 = the checkpoint's own.
       batch_size: images per device.
       dtype: of the products.
 
     Raises:
-      UserError: see `convert.from_huggingface`.
+      UserError: see `encoders.load`.
     """
-    folder = folders.resolve(path, _FIELD)
-    family, config = configs.read(folder)
-    prepare = preprocessing.read(folder, family, config['image_size']).at(
-      image_size
-    )
-    model, variables = convert.from_huggingface(folder, dtype=dtype)
-    if prepare.image_size < model.patch_size:
+    model, variables, _ = encoders.load(path, _FIELD)
+    prepare = encoders.load_preprocessing(path, _FIELD)
+    if prepare:
+      prepare = prepare.at(image_size)
+      size = prepare.image_size
+    else:
+      size = image_size or model.image_size
+      prepare = functools.partial(transforms.resize_center_crop, size=size)
+    if size < model.patch_size:
       raise errors.UserError(
-        f'embed.image_size={prepare.image_size} is less than a patch of '
+        f'embed.image_size={size} is less than a patch of '
         f'{_FIELD}={path}, {model.patch_size}'
       )
     super().__init__(
-      model,
+      model.clone(dtype=jnp.dtype(dtype)),
       variables,
       prepare,
-      image_size=prepare.image_size,
+      image_size=size,
       batch_size=batch_size,
     )
 
@@ -56,28 +62,36 @@ def pin(path: str, field: str = _FIELD) -> dict[str, object]:
   """What says which weights a path stands for now.
 
   Args:
-    path: a folder, or ORG/NAME[@REVISION].
+    path: see `folders.find`.
     field: what to call it in errors.
 
   Returns:
-    path: with its commit if it is a name; weights: digest of every file.
+    path: with its commit if it is a name; weights: digest of every file. Of a
+    run what `model_embedder.pin` returns.
   """
   path = folders.pinned(path, field)
-  return {'path': path, 'weights': _digests(folders.resolve(path, field))}
+  kind, folder = folders.find(path, field)
+  if kind == folders.RUN:
+    return model_embedder.pin(path)
+  return {'path': path, 'weights': _digests(kind, folder)}
 
 
 def check(pinned: dict[str, object]) -> None:
   """Raises UserError if the weights are not those that were pinned."""
-  folder = folders.resolve(pinned['path'], _FIELD)
-  if _digests(folder) != pinned['weights']:
+  path = pinned['path']
+  if not pin(path).items() <= pinned.items():
     raise errors.UserError(
-      f'{_FIELD}={pinned["path"]}: the files are not those the embeddings '
-      'were made with; put those back, or use another --workdir'
+      f'{_FIELD}={path}: the files are not those the embeddings were made '
+      'with; put those back, or use another --workdir'
     )
 
 
-def _digests(folder: pathlib.Path) -> dict[str, str]:
-  names = ('config.json', open_clip.NAME, preprocessing.NAME)
-  paths = [folder / name for name in names]
-  paths += tensors.safetensors_files(folder)
-  return {p.name: files.sha256(p) for p in paths if p.is_file()}
+def _digests(kind: str, folder: pathlib.Path) -> dict[str, str]:
+  if kind == folders.IMPORTED:
+    paths = encoders.imported_files(folder)
+  else:
+    names = ('config.json', open_clip.NAME, preprocessing.NAME)
+    paths = {folder / name for name in names} | {preprocessing.path_of(folder)}
+    open_clips = configs.path_of(folder).name == open_clip.NAME
+    paths |= set(tensors.safetensors_files(folder, open_clip=open_clips))
+  return {p.name: files.sha256(p) for p in sorted(paths) if p.is_file()}

@@ -5,9 +5,11 @@ from typing import Any
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.huggingface import fields
 from mlcd_jax.models import vit
 
 NAME = 'open_clip_config.json'
+WEIGHTS = 'open_clip_model.safetensors'
 
 LAYOUTS = ('transformers', 'open_clip', 'timm')
 
@@ -21,12 +23,11 @@ _DEFAULTS = dict(
   image_size=224,
 )
 # Fields that change the model, and the only value known here.
-_FIXED = dict(
-  pool_type='tok',
-  pos_embed_type='learnable',
-  interpolation='bicubic',
-  resize_mode='shortest',
-)
+_FIXED = dict(pool_type='tok', pos_embed_type='learnable')
+_PIXELS = ('mean', 'std', 'interpolation', 'resize_mode')
+# Of preprocess_cfg. Its "random" is bicubic outside of training.
+_INTERPOLATIONS = ('bicubic', 'bilinear', 'random')
+_RESIZE_MODES = ('shortest', 'squash')
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -39,13 +40,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     content = files.read_json(path)
     model, pixels = content['model_cfg'], content.get('preprocess_cfg', {})
     vision = model['vision_cfg']
-    for name, value in {**vision, **pixels}.items():
-      known = name in _DEFAULTS or name in ('mean', 'std', 'size')
-      if value and not known and _FIXED.get(name) != value:
-        raise errors.UserError(
-          f'{path}: {name}={value!r} is not supported; use that '
-          "checkpoint's folder for transformers, if there is one"
-        )
+    _check_fields(path, model, vision, pixels)
     vision = _DEFAULTS | vision
     return dict(
       hidden_size=vision['width'],
@@ -57,13 +52,51 @@ def read(path: pathlib.Path) -> dict[str, Any]:
       hidden_act='quick_gelu' if model.get('quick_gelu') else 'gelu',
       layer_norm_eps=1e-5,
       projection_dim=model['embed_dim'],
-      image_mean=pixels.get('mean', vit.CLIP_MEAN),
-      image_std=pixels.get('std', vit.CLIP_STD),
+      image_mean=_three(pixels.get('mean') or vit.CLIP_MEAN),
+      image_std=_three(pixels.get('std') or vit.CLIP_STD),
+      interpolation=pixels.get('interpolation') or _INTERPOLATIONS[0],
+      resize_mode=pixels.get('resize_mode') or _RESIZE_MODES[0],
     )
-  except (ArithmeticError, KeyError, TypeError, AttributeError) as e:
+  except (
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    ValueError,
+    AttributeError,
+  ) as e:
     raise errors.UserError(
       f'{path}: not as OpenCLIP writes it ({type(e).__name__}: {e})'
     ) from e
+
+
+def _check_fields(path, model, vision, pixels) -> None:
+  """Raises UserError for what is no ViT, or no preprocessing, known here."""
+  fields.check_fixed(path, vision, _FIXED)
+  fields.check_fixed(path, pixels, {'mode': 'RGB'})
+  fields.refuse_unknown(
+    path, vision, {*_DEFAULTS, *_FIXED, *fields.OPEN_CLIP_VISION}
+  )
+  used = ('embed_dim', 'vision_cfg', 'quick_gelu')
+  fields.refuse_unknown(path, model, {*used, *fields.OPEN_CLIP_MODEL})
+  # OpenCLIP takes what it knows and leaves the rest.
+  known = {*_PIXELS, 'mode', *fields.OPEN_CLIP_PIXELS}
+  fields.report_unknown(path, pixels, known)
+  for name, values in (
+    ('interpolation', _INTERPOLATIONS),
+    ('resize_mode', _RESIZE_MODES),
+  ):
+    if (pixels.get(name) or values[0]) not in values:
+      raise errors.UserError(
+        f'{path}: {name}={pixels[name]!r} is not supported; only '
+        + ', '.join(values)
+      )
+
+
+def _three(values: Any) -> tuple[float, ...]:
+  """One number for all channels, or one each."""
+  if isinstance(values, (int, float)):
+    values = [values] * 3
+  return tuple(map(float, values))
 
 
 def to_open_clip(model: vit.ViT) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Images as a checkpoint's preprocessor_config.json wants them."""
+"""Images as a checkpoint's preprocessor wants them."""
 
+from collections.abc import Mapping
 import dataclasses
 import math
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,68 @@ from PIL import Image
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax.huggingface import configs
+from mlcd_jax.huggingface import fields
 from mlcd_jax.huggingface import open_clip
+from mlcd_jax.models import vit
 
 NAME = 'preprocessor_config.json'
+# Where transformers 5 puts the same, as `image_processor`, with a processor.
+_PROCESSOR = 'processor_config.json'
 
 _BICUBIC = int(Image.Resampling.BICUBIC)
+_BILINEAR = int(Image.Resampling.BILINEAR)
+
+_MOST = 16_384  # Pixels of a side.
+
+# Pixels of a resized image; of a larger one only the crop is made, since a
+# picture of 40,000 x 1 would be 224 x 8,960,000.
+_MOST_RESIZED = 16_000_000
+
+# Defaults of the classes of transformers 5.23 whose steps are those here.
+_CLIP = dict(
+  do_resize=True,
+  size={'shortest_edge': 224},
+  default_to_square=False,
+  resample=_BICUBIC,
+  do_center_crop=True,
+  crop_size={'height': 224, 'width': 224},
+  do_rescale=True,
+  rescale_factor=1 / 255,
+  do_normalize=True,
+  image_mean=vit.CLIP_MEAN,
+  image_std=vit.CLIP_STD,
+)
+_SIGLIP = _CLIP | dict(
+  size={'height': 224, 'width': 224},
+  do_center_crop=False,
+  image_mean=(0.5,) * 3,
+  image_std=(0.5,) * 3,
+)
+_CLASSES = {
+  'CLIP': _CLIP,
+  'Bit': _CLIP,
+  'Siglip': _SIGLIP,
+  'ViT': _SIGLIP | dict(resample=_BILINEAR, default_to_square=True),
+}
+_CLASS = re.compile(
+  rf'({"|".join(_CLASSES)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)'
+)
+# Whose class it is where the file names none.
+_OF_FAMILY = {
+  'clip': 'CLIP',
+  'mlcd': 'CLIP',
+  'siglip': 'Siglip',
+  'dinov2': 'Bit',
+}
+
+_FIXED = {
+  'do_rescale': True,
+  'do_normalize': True,
+  'do_pad': False,
+  'pad_size': None,
+  'size_divisor': None,
+  'use_square_size': False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +88,8 @@ class Preprocessing:
     resample: Pillow's number of the filter.
     mean: of RGB in 0 .. 1; the model subtracts it.
     std: of RGB in 0 .. 1; the model divides by it.
+    rounded: a crop between two pixels begins at the even one, as torchvision
+      does for OpenCLIP; else at the first, as transformers does.
   """
 
   image_size: int
@@ -36,6 +97,7 @@ class Preprocessing:
   resample: int
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  rounded: bool = False
 
   def __call__(self, pixels: np.ndarray) -> np.ndarray:
     """Resizes and crops one image."""
@@ -46,11 +108,26 @@ class Preprocessing:
       new_h, new_w = (short, long) if height <= width else (long, short)
     else:
       new_h = new_w = size
-    if (new_h, new_w) != (height, width):
+    top, left = self._start(new_h - size), self._start(new_w - size)
+    if (new_h, new_w) == (height, width):
+      image = pixels
+    elif new_h * new_w <= _MOST_RESIZED:
       image = Image.fromarray(pixels).resize((new_w, new_h), self.resample)
-      pixels = np.asarray(image)
-    top, left = (new_h - size) // 2, (new_w - size) // 2
-    return np.ascontiguousarray(pixels[top : top + size, left : left + size])
+    else:
+      x, y = width / new_w, height / new_h
+      right, bottom = (left + size) * x, (top + size) * y
+      return np.asarray(
+        Image.fromarray(pixels).resize(
+          (size, size),
+          self.resample,
+          box=(left * x, top * y, min(right, width), min(bottom, height)),
+        )
+      )
+    pixels = np.asarray(image)[top : top + size, left : left + size]
+    return np.ascontiguousarray(pixels)
+
+  def _start(self, surplus: int) -> int:
+    return round(surplus / 2) if self.rounded else surplus // 2
 
   def at(self, image_size: int) -> 'Preprocessing':
     """The same for another size; 0 = as it is."""
@@ -60,6 +137,18 @@ class Preprocessing:
     return dataclasses.replace(
       self, image_size=image_size, shorter_side=shorter
     )
+
+
+def path_of(folder: pathlib.Path) -> pathlib.Path:
+  """The file that says how a folder of transformers prepares images.
+
+  processor_config.json counts where it has an image processor of its own, as
+  it has since transformers 5; before, it was about other things.
+  """
+  path = folder / _PROCESSOR
+  if path.is_file() and _content(path).get('image_processor') is not None:
+    return path
+  return folder / NAME
 
 
 def read(folder: pathlib.Path, family: str, image_size: int) -> Preprocessing:
@@ -73,21 +162,22 @@ def read(folder: pathlib.Path, family: str, image_size: int) -> Preprocessing:
   Raises:
     UserError: it asks for what is not done here.
   """
-  path, reads = folder / NAME, _read
-  if family == 'open_clip' and not path.is_file():
+  path, reads = path_of(folder), _read
+  if family == 'open_clip':
     path, reads = folder / open_clip.NAME, _read_open_clip
   if not path.is_file():
+    fields.say(f"{folder}: no {NAME}; its family's own preprocessing is used")
     shorter = 0 if family == 'siglip' else image_size
     pixels = configs.PIXELS[family]
     return Preprocessing(image_size, shorter, _BICUBIC, *pixels)
   try:
-    found = reads(path, family, image_size)
+    found = reads(path, family)
   except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise errors.UserError(
       f'{path}: not as such files are written ({type(e).__name__}: {e})'
     ) from e
-  if not 1 <= found.image_size <= 16_384 or found.shorter_side > 16_384:
-    raise errors.UserError(f'{path}: sizes are outside 1 to 16384')
+  if not 1 <= found.image_size <= _MOST or found.shorter_side > _MOST:
+    raise errors.UserError(f'{path}: sizes are outside 1 to {_MOST}')
   for name, values in (('mean', found.mean), ('std', found.std)):
     if len(values) != 3 or not all(0 <= x < 1_000 for x in values):
       raise errors.UserError(f'{path}: {name}={values} is no RGB in 0 .. 1')
@@ -96,46 +186,82 @@ def read(folder: pathlib.Path, family: str, image_size: int) -> Preprocessing:
   return found
 
 
-def _read_open_clip(
-  path: pathlib.Path, family: str, image_size: int
-) -> Preprocessing:
+def _content(path: pathlib.Path) -> dict[str, Any]:
+  """A file's object."""
+  content = files.read_json(path)
+  if not isinstance(content, dict):
+    raise errors.UserError(f'{path}: not an object')
+  return content
+
+
+def _read_open_clip(path: pathlib.Path, family: str) -> Preprocessing:
   """What an OpenCLIP config says."""
   del family
   config = open_clip.read(path)
-  mean, std = (tuple(map(float, config[f'image_{x}'])) for x in ('mean', 'std'))
-  return Preprocessing(image_size, image_size, _BICUBIC, mean, std)
-
-
-def _read(path: pathlib.Path, family: str, image_size: int) -> Preprocessing:
-  """What a preprocessor_config.json says."""
-  mean, std = configs.PIXELS[family]
-  config = files.read_json(path)
-  crops = config.get('do_center_crop') and config.get('crop_size')
-  size, shorter = _sides(
-    path,
-    config.get('size', image_size),
-    config.get('crop_size') if crops else None,
-    square=family == 'siglip',
+  size = config['image_size']
+  return Preprocessing(
+    image_size=size,
+    shorter_side=0 if config['resize_mode'] == 'squash' else size,
+    resample=_BILINEAR if config['interpolation'] == 'bilinear' else _BICUBIC,
+    mean=config['image_mean'],
+    std=config['image_std'],
+    rounded=True,
   )
-  for name, wanted in (
-    ('do_resize', True),
-    ('do_rescale', True),
-    ('do_normalize', True),
-  ):
-    if config.get(name, wanted) != wanted:
-      raise errors.UserError(f'{path}: {name}={config[name]} is not supported')
-  if abs(config.get('rescale_factor', 1 / 255) * 255 - 1) > 1e-6:
+
+
+def _read(path: pathlib.Path, family: str) -> Preprocessing:
+  """What a file of transformers says."""
+  config = _content(path)
+  if path.name == _PROCESSOR:
+    config = config['image_processor']
+  defaults = _CLASSES[_class(path, config, family)]
+  given = {k: v for k, v in config.items() if v is not None}
+  fields.check_fixed(path, given, _FIXED)
+  fields.refuse_unknown(path, given, {*defaults, *_FIXED, *fields.PROCESSOR})
+  config = defaults | given
+  if not config['do_resize']:
+    raise errors.UserError(
+      f'{path}: do_resize=False gives no square images, which are all that is '
+      'supported'
+    )
+  if abs(config['rescale_factor'] * 255 - 1) > 1e-6:
     raise errors.UserError(
       f'{path}: rescale_factor={config["rescale_factor"]} is not supported, '
       'only 1 / 255'
     )
+  if config['resample'] not in list(Image.Resampling):
+    raise errors.UserError(
+      f'{path}: resample={config["resample"]!r} is none of '
+      + ', '.join(f'{r.value} ({r.name.lower()})' for r in Image.Resampling)
+    )
+  size, shorter = _sides(
+    path,
+    _size(path, 'size', config['size'], square=config['default_to_square']),
+    _size(path, 'crop_size', config['crop_size'], square=True)
+    if config['do_center_crop']
+    else None,
+  )
   return Preprocessing(
     image_size=size,
     shorter_side=shorter,
-    resample=int(Image.Resampling(config.get('resample', _BICUBIC))),
-    mean=tuple(map(float, config.get('image_mean', mean))),
-    std=tuple(map(float, config.get('image_std', std))),
+    resample=int(config['resample']),
+    mean=tuple(map(float, config['image_mean'])),
+    std=tuple(map(float, config['image_std'])),
   )
+
+
+def _class(path: pathlib.Path, config: Mapping[str, Any], family: str) -> str:
+  """The key in _CLASSES of the class that a file names."""
+  for field in ('image_processor_type', 'feature_extractor_type'):
+    if config.get(field) is not None:
+      match = _CLASS.fullmatch(str(config[field]))
+      if not match:
+        raise errors.UserError(
+          f'{path}: {field}={config[field]!r} is not supported, only '
+          + ', '.join(f'{name}ImageProcessor' for name in _CLASSES)
+        )
+      return match[1]
+  return _OF_FAMILY[family]
 
 
 def to_json(image_size: int, mean: Any, std: Any) -> dict[str, Any]:
@@ -156,25 +282,47 @@ def to_json(image_size: int, mean: Any, std: Any) -> dict[str, Any]:
   }
 
 
+def _size(
+  path: pathlib.Path, name: str, size: Any, *, square: bool
+) -> dict[str, int]:
+  """A size as {shortest_edge} or {height, width}, however it is written."""
+  found = size
+  if isinstance(size, int):  # Of files before 2022.
+    found = (
+      {'height': size, 'width': size} if square else {'shortest_edge': size}
+    )
+  elif isinstance(size, list) and len(size) == 2:
+    found = dict(zip(('height', 'width'), size))
+  elif isinstance(size, dict):
+    found = {k: v for k, v in size.items() if v is not None}
+  if (
+    not isinstance(found, dict)
+    or set(found) not in ({'shortest_edge'}, {'height', 'width'})
+    or not all(type(v) is int and 1 <= v <= _MOST for v in found.values())
+  ):
+    raise errors.UserError(
+      f'{path}: {name}={size!r} is not supported, only height and width or '
+      f'shortest_edge, of 1 to {_MOST} pixels'
+    )
+  return found
+
+
 def _sides(
-  path: pathlib.Path, size: Any, crop: Any, *, square: bool
+  path: pathlib.Path, size: dict[str, int], crop: dict[str, int] | None
 ) -> tuple[int, int]:
   """Returns (image_size, shorter_side)."""
-  if isinstance(size, int):  # Of files before 2022.
-    size = {'height': size, 'width': size} if square else {
-      'shortest_edge': size
-    }  # fmt: skip
-  if isinstance(crop, int):
-    crop = {'height': crop, 'width': crop}
   final = crop or size
-  if 'height' not in final or final['height'] != final.get('width'):
+  if any(
+    'height' not in sides or sides['height'] != sides['width']
+    for sides in ([final] if 'shortest_edge' in size else [final, size])
+  ):
     raise errors.UserError(
       f'{path}: size={size}, crop_size={crop} give no square images, which '
       'are all that is supported'
     )
   side = final['height']
   shorter = size.get('shortest_edge', 0)
-  if 'height' in size and (size['height'], size['width']) != (side, side):
+  if not shorter and size['height'] != side:
     raise errors.UserError(
       f'{path}: size={size} before crop_size={crop} is not supported'
     )

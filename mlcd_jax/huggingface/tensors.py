@@ -15,6 +15,7 @@ import safetensors
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax.huggingface import layouts
+from mlcd_jax.huggingface import open_clip as open_clip_lib
 from mlcd_jax.huggingface import resnets
 
 # Prefixes of the tower inside of larger models.
@@ -53,7 +54,7 @@ class Reader:
     Raises:
       UserError: there are none, or one is missing or damaged.
     """
-    self.paths = safetensors_files(folder)
+    self.paths = safetensors_files(folder, open_clip=prefix == OPEN_CLIP_PREFIX)
     self._text = text
     self._where, self._shapes = {}, {}
     for path in self.paths:
@@ -231,14 +232,23 @@ def _canonical(name: str) -> str:
   return name.replace('pre_layernorm.', 'pre_layrnorm.')
 
 
-def safetensors_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def safetensors_files(
+  folder: pathlib.Path, *, open_clip: bool = False
+) -> list[pathlib.Path]:
   """The files with a folder's weights: one, or those an index names.
+
+  Args:
+    folder: of the checkpoint.
+    open_clip: OpenCLIP's own first, which may lie beside those of
+      `transformers`.
 
   Raises:
     UserError: there are none, or one is missing.
   """
   whole = folder / 'model.safetensors'
   index = folder / 'model.safetensors.index.json'
+  if open_clip and (folder / open_clip_lib.WEIGHTS).is_file():
+    return [folder / open_clip_lib.WEIGHTS]
   if whole.is_file():
     return [whole]
   if index.is_file():

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax import tokenizer
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
@@ -87,28 +86,29 @@ def load_tokenizer(
 def is_there(path: str | pathlib.Path, field: str = 'path') -> bool:
   """Whether a checkpoint has both of CLIP's towers and their projections."""
   folder = folders.resolve(str(path), field)
-  config = files.read_json(folder / 'config.json')
-  return config.get('model_type') == 'clip' and 'text_config' in config
+  if configs.read(folder)[0] != 'clip':
+    return False
+  images, texts = (tensors.Reader(folder, text=text) for text in (False, True))
+  return (
+    layouts.PROJECTION in images.names()
+    and layouts.TEXT_PROJECTION in texts.names()
+  )
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:
   """The text tower's own config, whole."""
   path = folder / 'config.json'
-  if not path.is_file():
-    raise errors.UserError(
-      f'{folder}: no config.json; name a folder as transformers writes it'
-    )
-  config = files.read_json(path)
+  config = configs.read_json(path)
   if config.get('model_type') not in _TYPES:
     raise errors.UserError(
       f'{path}: model_type={config.get("model_type")!r} has no text tower '
       'that is known here; use one of: ' + ', '.join(_TYPES)
     )
-  config = _DEFAULTS | config | config.get('text_config', {})
-  if config['hidden_act'] not in configs.ACTIVATIONS:
+  config = configs.tower(path, config, 'text', _DEFAULTS)
+  configs.check_sizes(path, config)
+  if type(config['eos_token_id']) is not int:
     raise errors.UserError(
-      f'{path}: hidden_act={config["hidden_act"]!r} is unknown; use one of: '
-      + ', '.join(configs.ACTIVATIONS)
+      f'{path}: eos_token_id={config["eos_token_id"]!r} is no whole number'
     )
   return config
 
