@@ -113,7 +113,7 @@ class Extractor:
     """
     path = self._path(name)
     kept = files.read_npz(path) if path and path.exists() else None
-    keys = _digest(source.keys())
+    keys = _digest(source)
     if kept is not None and kept['keys'].tobytes() != keys:
       kept = None
     progress = metrics.Progress(
@@ -127,7 +127,7 @@ class Extractor:
           return Split(
             kept['features'], kept['labels'], kept['records'], source
           )
-      labels.append(encoders.all_hosts(batch['label']))
+      labels.append(encoders.all_hosts(batch['label'].astype(np.int32)))
       good.append(encoders.all_hosts(batch['weight']) > 0)
       progress.update(min(len(source), len(rows) * self.batch_size))
     good = np.concatenate(good)
@@ -158,5 +158,8 @@ class Extractor:
     return self.folder / f'{stem}.npz'
 
 
-def _digest(keys: np.ndarray) -> bytes:
-  return hashlib.sha256(b'\n'.join(keys.tolist())).digest()
+def _digest(source: sources.Source) -> bytes:
+  """Of the keys, and of the numbers of the classes where they are new."""
+  digest = hashlib.sha256(b'\n'.join(source.keys().tolist()))
+  digest.update(np.asarray(getattr(source, 'numbers', ()), np.int64))
+  return digest.digest()
