@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 from array_record.python import array_record_data_source
+from google.protobuf import message
 import ml_collections
 import numpy as np
 from tensorflow_datasets.proto import tf_example_generated_pb2
@@ -24,6 +25,9 @@ from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
+
+# Records that may be damaged before a file counts as one of something else.
+_LOOKED_AT = 100
 
 
 class ArrayRecordSource:
@@ -52,11 +56,10 @@ class ArrayRecordSource:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     features = self.features(index)
-    label = list(features[self._label_key].int64_list.value)
     return {
       'key': self._keys[index].decode(),
       'image': _bytes(features[self._image_key]),
-      'label': label[0] if label else -1,
+      'label': _label(features[self._label_key])[0],
       'caption': '\n'.join(
         caption.decode('utf-8', 'replace')
         for caption in features[self._caption_key].bytes_list.value
@@ -64,23 +67,39 @@ class ArrayRecordSource:
     }
 
   @functools.cached_property
+  def _classes(self) -> tuple[files.SharedArray, str]:
+    """All labels and why they are no classes; reads every record."""
+    labels = np.full(len(self), -1)
+    for i in range(len(self)):
+      labels[i], problem = _label(self.features(i)[self._label_key])
+      if problem:
+        return files.SharedArray(np.full(len(self), -1)), problem
+    return files.SharedArray(labels), ''
+
+  @property
   def num_classes(self) -> int:
     """One more than the largest label; reads every record the first time."""
-    return 1 + max(
-      max(self.features(i)[self._label_key].int64_list.value, default=-1)
-      for i in range(len(self))
-    )
+    return 1 + int(self.labels().max(initial=-1))
+
+  @property
+  def label_problem(self) -> str:
+    """See `sources.Source`; reads every record the first time."""
+    return self._classes[1]
+
+  def labels(self) -> np.ndarray:
+    """See `sources.Source`."""
+    return self._classes[0].array
 
   def keys(self) -> np.ndarray:
     """See `sources.Source`."""
     return self._keys.array
 
   def features(self, index: int):
-    """Returns a record's features; none where its checksum is wrong."""
+    """Returns a record's features; none where it is no tf.train.Example."""
     example = tf_example_generated_pb2.Example()
     try:
       example.ParseFromString(self._records[int(index)])
-    except RuntimeError:
+    except (RuntimeError, message.DecodeError):  # A checksum, or the content.
       example.Clear()
     return example.features.feature
 
@@ -114,12 +133,48 @@ def make(
     label_key=data.label_key,
     caption_key=data.get('caption_key', 'caption'),
   )
-  names = source.features(0) if len(source) else [image_key]
-  if image_key not in names:
-    raise errors.UserError(
-      f'data.image_key={image_key}: {paths[0]} has ' + ', '.join(sorted(names))
-    )
+  _check_image(source, image_key, paths[0])
   return source
+
+
+def _check_image(source: ArrayRecordSource, key: str, path: str) -> None:
+  """Raises UserError where the first readable record has no image file."""
+  if not len(source):
+    return
+  first = range(min(len(source), _LOOKED_AT))
+  features = next(filter(None, map(source.features, first)), None)
+  if features is None:
+    raise errors.UserError(
+      f'data.path={path}: its records are no tf.train.Example messages'
+    )
+  if key not in features:
+    raise errors.UserError(
+      f'data.image_key={key}: {path} has ' + ', '.join(sorted(features))
+    )
+  if len(features[key].bytes_list.value) != 1:
+    kind = features[key].WhichOneof('kind') or 'nothing'
+    raise errors.UserError(
+      f'data.image_key={key}: {path} has {_values(features[key])} values of '
+      f'{kind} there; name a feature with the bytes of one image file'
+    )
+
+
+def _values(feature) -> int:
+  """How many values a feature has, of whatever kind."""
+  kind = feature.WhichOneof('kind')
+  return len(getattr(feature, kind).value) if kind else 0
+
+
+def _label(feature) -> tuple[int, str]:
+  """The class and '', or -1 and what is there instead if it is no class."""
+  kind, count = feature.WhichOneof('kind'), _values(feature)
+  if not count:
+    return -1, ''
+  if kind == 'int64_list' and count == 1:
+    return feature.int64_list.value[0], ''
+  if count > 1:
+    return -1, 'a list'
+  return -1, 'text' if kind == 'bytes_list' else 'a fraction'
 
 
 def _bytes(feature) -> bytes:

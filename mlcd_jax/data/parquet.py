@@ -8,6 +8,7 @@ as Hugging Face's own library does.
 from concurrent import futures
 import functools
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -22,6 +23,9 @@ from mlcd_jax import files
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
 
+_log = logging.getLogger(__name__)
+
+_VERSION = 2  # Of the copies.
 _BATCH_ROWS = 256
 _COPY = pa.schema(
   [
@@ -58,6 +62,8 @@ class ParquetSource:
         ]
       )
     )
+    notes = [_note(table, 'label_problem') for table in tables]
+    self.label_problem = next(filter(None, notes), '')
     self.num_classes = max(_num_classes(table) for table in tables)
 
   def __len__(self) -> int:
@@ -78,6 +84,17 @@ class ParquetSource:
     """See `sources.Source`."""
     return self._keys.array
 
+  def labels(self) -> np.ndarray:
+    """See `sources.Source`."""
+    tables = [_open_copy(path)['label'].to_numpy() for path in self._paths]
+    starts = np.concatenate([[0], self._ends])
+    return np.concatenate(
+      [
+        labels[self._rows[start:end]]
+        for labels, start, end in zip(tables, starts, starts[1:])
+      ]
+    )
+
 
 def make(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
@@ -86,6 +103,7 @@ def make(
   shards = storage.find(data.path.replace('{split}', split), ['.parquet'])
   with futures.ThreadPoolExecutor(4) as pool:
     copies = list(pool.map(functools.partial(_copy, data=data), shards))
+  unread = ''
   for shard, copy in zip(shards, copies):
     if copy is None:
       reason = 'unreadable shard' if shard.size else 'empty shard'
@@ -94,6 +112,13 @@ def make(
     table = _open_copy(copy)
     for key in table['key'].filter(_missing(table)).to_pylist():
       found.add(key.decode('utf-8', 'replace'), 'no image')
+    found.leave_out('failed download', pc.sum(table['failed']).as_py() or 0)
+    unread = unread or _note(table, 'caption_problem')
+  if unread:
+    _log.warning(
+      'data.caption_key=%s: %s there is no text; no captions are read',
+      data.caption_key, unread,
+    )  # fmt: skip
   copies = [copy for copy in copies if copy is not None]
   if not copies:
     raise errors.UserError(f'data.path={data.path}: no Parquet in it')
@@ -108,7 +133,7 @@ def _copy(shard: storage.File, data: ml_collections.ConfigDict) -> str | None:
     data.get('caption_key', 'caption'),
   )
   copy = storage.cached(
-    shard, data.get('cache_dir', ''), f'.{".".join(columns)}.arrow'
+    shard, data.get('cache_dir', ''), f'.{".".join(columns)}.{_VERSION}.arrow'
   )
   if copy.exists():
     return str(copy)
@@ -117,7 +142,7 @@ def _copy(shard: storage.File, data: ml_collections.ConfigDict) -> str | None:
       parquet = pq.ParquetFile(f)
       with files.atomic(copy) as temporary:
         _write_copy(parquet, temporary, shard, columns)
-    except pa.ArrowInvalid:
+    except pa.ArrowException:
       return None
   return str(copy)
 
@@ -130,61 +155,194 @@ def _write_copy(
 ) -> None:
   """Writes the columns of `_COPY`."""
   image, label, caption = columns
+  _check_image(parquet.schema_arrow, image, shard)
   names = parquet.schema_arrow.names
-  if image not in names:
-    raise errors.UserError(
-      f'data.image_key={image}: {shard.path} has ' + ', '.join(names)
-    )
+  labels, label_problem = _labels(parquet, label)
   stem = pathlib.PurePosixPath(shard.path).stem
-  schema = _COPY.with_metadata(
-    {'num_classes': str(_declared_classes(parquet.schema_arrow, label))}
-  )
-  wanted = [n for n in (*columns, 'key', 'status') if n in names]
+  notes = {
+    'num_classes': str(_declared_classes(parquet.schema_arrow, label)),
+    'label_problem': label_problem,
+    'caption_problem': _caption_problem(parquet.schema_arrow, caption),
+  }
+  schema = _COPY.with_metadata(notes)
+  wanted = [n for n in {image, caption, 'key', 'status'} if n in names]
   first = 0
   with pa.OSFile(str(path), 'wb') as f, pa.ipc.new_file(f, schema) as copy:
     for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted):
       rows = range(first, first + len(batch))
       first += len(batch)
       keys = [f'{stem}-{row:09d}'.encode() for row in rows]
-      if 'key' in names:
-        given = batch['key'].cast(pa.binary()).to_pylist()
+      given = _texts(batch, 'key')
+      if given is not None:
+        given = given.to_pylist()
         keys = [k if k is not None else made for k, made in zip(given, keys)]
-      failed = pa.array([False] * len(batch))
-      if 'status' in names:
-        failed = pc.not_equal(batch['status'], 'success').fill_null(False)
-      pixels = batch[image]
-      if pa.types.is_struct(pixels.type):  # Hugging Face: {bytes, path}.
-        pixels = pc.struct_field(pixels, 'bytes')
       copy.write_batch(
         pa.record_batch(
           [
             pa.array(keys, pa.binary()),
-            pixels.cast(pa.binary()),
-            _labels(batch, label),
-            _captions(batch, caption),
-            failed,
+            _images(batch, image),
+            pa.array(labels[rows.start : rows.stop], pa.int64()),
+            _captions(batch, caption, notes['caption_problem']),
+            _failed(batch),
           ],
           schema=schema,
         )
       )
 
 
-def _labels(batch: pa.RecordBatch, name: str) -> pa.Array:
-  """int64, -1 where there is none; only integers are classes."""
-  if name in batch.schema.names and pa.types.is_integer(batch[name].type):
-    return batch[name].cast(pa.int64()).fill_null(-1)
-  return pa.array(np.full(len(batch), -1))
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+  """The type without the ways to store it: dictionaries and extensions."""
+  while True:
+    if isinstance(kind, pa.BaseExtensionType):
+      kind = kind.storage_type
+    elif pa.types.is_dictionary(kind):
+      kind = kind.value_type
+    else:
+      return kind
 
 
-def _captions(batch: pa.RecordBatch, name: str) -> pa.Array:
+def _plain(array: pa.Array) -> pa.Array:
+  """The values themselves, as in `_plain_type`."""
+  while True:
+    if isinstance(array.type, pa.BaseExtensionType):
+      array = array.storage
+    elif pa.types.is_dictionary(array.type):
+      array = array.dictionary_decode()
+    else:
+      return array
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+  return (
+    pa.types.is_binary(kind)
+    or pa.types.is_large_binary(kind)
+    or pa.types.is_binary_view(kind)
+    or pa.types.is_fixed_size_binary(kind)
+  )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+  return (
+    pa.types.is_string(kind)
+    or pa.types.is_large_string(kind)
+    or pa.types.is_string_view(kind)
+  )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+  return (
+    pa.types.is_list(kind)
+    or pa.types.is_large_list(kind)
+    or pa.types.is_fixed_size_list(kind)
+    or pa.types.is_list_view(kind)
+    or pa.types.is_large_list_view(kind)
+  )
+
+
+def _check_image(schema: pa.Schema, name: str, shard: storage.File) -> None:
+  """Raises UserError where the column does not hold image files."""
+  if schema.names.count(name) != 1:
+    raise errors.UserError(
+      f'data.image_key={name}: {shard.path} has ' + ', '.join(schema.names)
+    )
+  kind = _plain_type(schema.field(name).type)
+  if pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0:
+    kind = _plain_type(kind.field('bytes').type)
+  if not (_is_bytes(kind) or pa.types.is_null(kind)):
+    raise errors.UserError(
+      f'data.image_key={name}: {shard.path} has {kind} there; name a column '
+      'with the bytes of one image file a row, or {bytes, path} of it'
+    )
+
+
+def _images(batch: pa.RecordBatch, name: str) -> pa.Array:
+  """Image files, null where there is none."""
+  images = _plain(batch[name])
+  if pa.types.is_struct(images.type):  # Hugging Face: {bytes, path}.
+    images = _plain(pc.struct_field(images, 'bytes'))
+  return images.cast(pa.binary())
+
+
+def _texts(batch: pa.RecordBatch, name: str) -> pa.Array | None:
+  """A column of texts, bytes or what has a spelling; None for any other."""
+  if name not in batch.schema.names:
+    return None
+  texts = _plain(batch[name])
+  if not (_is_bytes(texts.type) or _is_text(texts.type)):
+    try:
+      texts = texts.cast(pa.string())
+    except pa.ArrowException:
+      return None
+  return texts.cast(pa.binary())
+
+
+def _failed(batch: pa.RecordBatch) -> pa.Array:
+  """Which rows are downloads that failed, as img2dataset says it."""
+  status = batch['status'] if 'status' in batch.schema.names else None
+  if status is None or not _is_text(_plain_type(status.type)):
+    return pa.array([False] * len(batch))
+  status = _plain(status).cast(pa.string())
+  return pc.starts_with(status, 'failed_to_').fill_null(False)
+
+
+def _labels(parquet: pq.ParquetFile, name: str) -> tuple[np.ndarray, str]:
+  """Class numbers and, if the column holds none, what it does hold.
+
+  Returns:
+    int64 [N], -1 where there is none; and '' or a description.
+  """
+  schema = parquet.schema_arrow
+  none = np.full(parquet.metadata.num_rows, -1)
+  if schema.names.count(name) != 1:
+    return none, ''
+  kind = _plain_type(schema.field(name).type)
+  if pa.types.is_null(kind):
+    return none, ''
+  if not (
+    pa.types.is_integer(kind)
+    or pa.types.is_boolean(kind)
+    or pa.types.is_floating(kind)  # As pandas has integers beside nulls.
+    or pa.types.is_decimal(kind)
+  ):
+    return none, 'text' if _is_text(kind) else f'of type {kind}'
+  labels = [_plain(c) for c in parquet.read([name])[name].chunks]
+  try:
+    labels = pa.chunked_array([_integers(c) for c in labels], pa.int64())
+  except pa.ArrowException:
+    return none, f'of type {kind} with other than whole numbers below 2**63'
+  return labels.fill_null(-1).to_numpy(), ''
+
+
+def _integers(numbers: pa.Array) -> pa.Array:
+  """Raises ArrowInvalid where one of them is none."""
+  if pa.types.is_floating(numbers.type):
+    numbers = numbers.cast(pa.float64())
+    numbers = pc.if_else(pc.is_nan(numbers), None, numbers)
+  return numbers.cast(pa.int64())
+
+
+def _caption_problem(schema: pa.Schema, name: str) -> str:
+  """The type of a column that holds no texts; '' where it does."""
+  if schema.names.count(name) != 1:
+    return ''
+  kind = _plain_type(schema.field(name).type)
+  item = _plain_type(kind.value_type) if _is_list(kind) else kind
+  readable = _is_text(item) or _is_bytes(item) or pa.types.is_null(item)
+  return '' if readable else str(kind)
+
+
+def _captions(batch: pa.RecordBatch, name: str, problem: str) -> pa.Array:
   """UTF-8 or what is meant to be, empty where there is none; lists as lines."""
-  if name in batch.schema.names:
-    kind = batch[name].type
-    if pa.types.is_list(kind) and pa.types.is_string(kind.value_type):
-      return pc.binary_join(batch[name], '\n').cast(pa.binary()).fill_null(b'')
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-      return batch[name].cast(pa.binary()).fill_null(b'')
-  return pa.array([b''] * len(batch), pa.binary())
+  if problem or batch.schema.names.count(name) != 1:
+    return pa.array([b''] * len(batch), pa.binary())
+  captions = _plain(batch[name])
+  if not _is_list(captions.type):
+    return captions.cast(pa.binary()).fill_null(b'')
+  rows = [
+    [x.encode() if isinstance(x, str) else x for x in row or () if x]
+    for row in captions.to_pylist()
+  ]
+  return pa.array([b'\n'.join(row) for row in rows], pa.binary())
 
 
 def _declared_classes(schema: pa.Schema, label: str) -> int:
@@ -196,8 +354,13 @@ def _declared_classes(schema: pa.Schema, label: str) -> int:
     return 0
 
 
+def _note(table: pa.Table, name: str) -> str:
+  """What was noted of the Parquet file when it was copied."""
+  return table.schema.metadata[name.encode()].decode()
+
+
 def _num_classes(table: pa.Table) -> int:
-  declared = int(table.schema.metadata[b'num_classes'])
+  declared = int(_note(table, 'num_classes'))
   largest = pc.max(table['label']).as_py()
   return declared or 1 + (-1 if largest is None else largest)
 

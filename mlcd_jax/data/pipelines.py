@@ -122,7 +122,7 @@ def ordered_batches(
     rows: see `train_batches`.
 
   Yields:
-    image uint8 [b, S, S, 3], label int32 [b], weight float32 [b].
+    image uint8 [b, S, S, 3], label int64 [b], weight float32 [b].
   """
   if prepare is None:
     prepare = functools.partial(transforms.resize_center_crop, size=image_size)
@@ -283,7 +283,7 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 _TYPES = {
   'labels': np.int32,
-  'label': np.int32,
+  'label': np.int64,  # An identifier, in some data sets.
   'weight': np.float32,
   'bad': np.int8,  # 1 + the place in transforms.REASONS, or 0.
   'record': np.int64,

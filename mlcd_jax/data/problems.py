@@ -1,4 +1,8 @@
-"""Bad input, counted by reason and reported by key."""
+"""Bad input, counted by reason and reported by key.
+
+What only does not belong to the images, such as hidden files, is counted
+apart: it is left out, and not bad.
+"""
 
 import collections
 from collections.abc import Mapping
@@ -17,19 +21,21 @@ class Problems:
   """Counts what cannot be used; logs the first keys, then only counts.
 
   Attributes:
-    counts: reason -> how many.
+    counts: reason -> how many are bad.
     examples: the first few, as 'key (reason)'.
+    left_out: reason -> how many were not taken without being bad.
   """
 
   def __init__(self, stage: str):
     """`stage` begins every logged line."""
     self.counts = collections.Counter()
     self.examples = []
+    self.left_out = collections.Counter()
     self._stage = stage
 
   @property
   def total(self) -> int:
-    """All reasons together."""
+    """All that are bad."""
     return self.counts.total()
 
   def add(self, key: str, reason: str, count: int = 1) -> None:
@@ -43,14 +49,26 @@ class Problems:
       if self.total >= _LOGGED:
         _log.warning('%s: from here on they are only counted', self._stage)
 
+  def leave_out(self, reason: str, count: int = 1) -> None:
+    """Counts what was not taken and is not bad, without logging it."""
+    if count:
+      self.left_out[reason] += count
+
   def merge(self, counts: Mapping[str, int], examples: Sequence[str]) -> None:
     """Adds what another one counted, without logging it again."""
     self.counts.update(counts)
     self.examples = [*self.examples, *examples][:_EXAMPLES]
 
   def summary(self) -> str:
-    """Returns '3 bad (2 empty, 1 undecodable)'."""
-    return f'{self.total} bad' + (f' ({self._reasons()})' if self.total else '')
+    """Returns '3 bad (2 empty, 1 undecodable), 1 left out (1 other file)'."""
+    parts = [f'{self.total} bad']
+    if self.total:
+      parts[0] += f' ({_reasons(self.counts)})'
+    if self.left_out:
+      parts.append(
+        f'{self.left_out.total()} left out ({_reasons(self.left_out)})'
+      )
+    return ', '.join(parts)
 
   def check(self, num_images: int, max_bad_fraction: float) -> None:
     """Raises UserError with examples where too many of the images are bad.
@@ -63,11 +81,12 @@ class Problems:
       return
     raise errors.UserError(
       f'data.path: {self.total} of {num_images} images are bad '
-      f'({self._reasons()}), such as '
+      f'({_reasons(self.counts)}), such as '
       + ', '.join(self.examples)
       + f', more than data.max_bad_fraction={max_bad_fraction} allows. '
       'python -m mlcd_jax.check_data lists them all, to be left out'
     )
 
-  def _reasons(self) -> str:
-    return ', '.join(f'{n} {r}' for r, n in self.counts.most_common())
+
+def _reasons(counts: collections.Counter) -> str:
+  return ', '.join(f'{n} {r}' for r, n in counts.most_common())

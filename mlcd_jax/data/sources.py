@@ -7,6 +7,7 @@ Sources with `num_attributes` also give `attributes`, the numbers of several
 labels, and some give `ignored`, those that may be there or not.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import hashlib
@@ -39,12 +40,17 @@ _MAKERS = {
 }
 NAMES = tuple(_MAKERS)
 
+# So many classes have had numbers from 0 on (ImageNet-21k: 21,843, all used);
+# of more, some that are not used are taken for identifiers.
+_MANY_CLASSES = 10_000
+
 
 class Source(Protocol):
   """What the stages need of a data set."""
 
   num_classes: int  # 0 where there are no labels.
   class_names: Sequence[str]  # Empty where they are not known.
+  label_problem: str  # What is there instead of class numbers, or ''.
 
   def __len__(self) -> int: ...
 
@@ -52,6 +58,10 @@ class Source(Protocol):
 
   def keys(self) -> np.ndarray:
     """Returns the key of every record, in order, as UTF-8 bytes [N]."""
+    ...
+
+  def labels(self) -> np.ndarray:
+    """Returns the label of every record, int [N]; not without classes."""
     ...
 
 
@@ -84,13 +94,88 @@ def make(
   if strict and found.total:
     # A shard that cannot be read at all counts as one image.
     found.check(len(source) + found.total, data.get('max_bad_fraction', 0.01))
-    _log.warning('data: left out: %s', found.summary())
+    _log.warning('data: not used: %s', found.summary())
+  elif strict and found.left_out:
+    _log.info('data: not used: %s', found.summary())
   if not len(source):
     raise errors.UserError(
       f'data.path={data.path}, data.split={split} of '
-      f'data.source={data.source} has no images'
+      f'data.source={data.source} has no images; {found.summary()}'
     )
   return source
+
+
+def number_classes(
+  splits: Mapping[str, Source], *, field: str, label_key: str, keep: bool
+) -> dict[str, Source]:
+  """Checks the labels of a data set's splits and numbers identifiers anew.
+
+  Class numbers such as 7308324466020115 of three classes become 0, 1 and 2,
+  in the order of the numbers and the same in all splits. Numbers from 0 on
+  stay as they are.
+
+  Args:
+    splits: name -> source; without 'train' no labels are needed.
+    field: of the data set in the config, for errors.
+    label_key: of the data set.
+    keep: numbers stay as they are in any case, since they have names.
+
+  Raises:
+    UserError: the labels are no class numbers.
+  """
+  splits = dict(splits)
+  for name, source in splits.items() if 'train' in splits else ():
+    problem = getattr(source, 'label_problem', '')
+    if problem:
+      raise errors.UserError(
+        f'{field}.label_key={label_key}: is {problem} in the {name} split, '
+        'and no class number; name the feature that has classes'
+      )
+  most = max(source.num_classes for source in splits.values())
+  named = keep or any(source.class_names for source in splits.values())
+  if named or most <= _MANY_CLASSES:
+    return splits
+  numbers = np.unique(np.concatenate([s.labels() for s in splits.values()]))
+  numbers = numbers[numbers >= 0]
+  if len(numbers) == most:
+    return splits
+  _log.info(
+    '%s: %d classes with numbers up to %d, numbered anew',
+    field, len(numbers), most - 1,
+  )  # fmt: skip
+  return {name: _Numbered(s, numbers) for name, s in splits.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbered:
+  """A source whose class numbers are places in a list of them."""
+
+  source: Source
+  numbers: np.ndarray
+  class_names = ()
+  label_problem = ''
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.numbers)
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    record = self.source[index]
+    if record['label'] < 0:
+      return record
+    return record | {
+      'label': int(np.searchsorted(self.numbers, record['label']))
+    }
+
+  def keys(self) -> np.ndarray:
+    return self.source.keys()
+
+  def labels(self) -> np.ndarray:
+    labels = self.source.labels()
+    return np.where(labels < 0, -1, np.searchsorted(self.numbers, labels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +194,10 @@ class _Subset:
     return self.source.class_names
 
   @property
+  def label_problem(self) -> str:
+    return getattr(self.source, 'label_problem', '')
+
+  @property
   def num_attributes(self) -> int:
     return getattr(self.source, 'num_attributes', 0)
 
@@ -120,6 +209,9 @@ class _Subset:
 
   def keys(self) -> np.ndarray:
     return self.source.keys()[self.rows.array]
+
+  def labels(self) -> np.ndarray:
+    return self.source.labels()[self.rows.array]
 
 
 def take(source: Source, rows: np.ndarray) -> Source:

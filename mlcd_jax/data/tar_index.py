@@ -5,21 +5,40 @@ name, its key: a/0001.jpg and a/0001.txt are sample a/0001. Nothing is ever
 extracted to disk.
 """
 
+import collections
 from collections.abc import Iterator
 import dataclasses
 import io
 import json
 import posixpath
+import tarfile
 from typing import BinaryIO
 
 import numpy as np
 
+from mlcd_jax import errors
 from mlcd_jax.data import storage
 
-_VERSION = 1
+# Why a label is left out.
+NO_NUMBER = 'label that is no number'
+
+_VERSION = 2
 _BLOCK = 512
+_CHUNK = 2**20
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'avif')
 _NUMBERS = ('offsets', 'sizes', 'caption_offsets', 'caption_sizes', 'labels')
+# GNU's own kinds of members: the names in a folder, and that of the volume.
+_NO_CONTENT = (b'D', b'V')
+# Of unknown types the data are a file's, says POSIX.
+_NO_FILE = {tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, b'M', b'N'}
+_COMPRESSED = {
+  b'\x1f\x8b': 'gzip',
+  b'BZh': 'bzip2',
+  b'\xfd7zXZ': 'xz',
+  b'\x28\xb5\x2f\xfd': 'zstd',
+  b'\x04\x22\x4d\x18': 'lz4',
+  b'PK\x03\x04': 'zip',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +64,14 @@ class Index:
     keys: UTF-8 bytes [n].
     numbers: int64 [5, n]: of each image the offset and size, of its caption
       the offset (-1: none) and size, and the label (-1: none).
-    problems: reason -> names of what was left out.
+    problems: reason -> names of images that cannot be used.
+    left_out: reason -> how many other members were not taken.
   """
 
   keys: np.ndarray
   numbers: np.ndarray
   problems: dict[str, list[str]]
+  left_out: dict[str, int]
 
 
 @dataclasses.dataclass
@@ -79,7 +100,7 @@ def load(file: storage.File, members: Members, cache_dir: str) -> Index:
   """Reads a tar's index, or builds and keeps it.
 
   Raises:
-    UserError: the tar cannot be read.
+    UserError: the tar cannot be read, or is compressed.
   """
   index = find(file, members, cache_dir)
   if index is not None:
@@ -92,6 +113,7 @@ def load(file: storage.File, members: Members, cache_dir: str) -> Index:
     keys=index.keys,
     numbers=index.numbers,
     problems=np.array(json.dumps(index.problems)),
+    left_out=np.array(json.dumps(index.left_out)),
     made_from=np.array(_made_from(file, members)),
     allow_pickle=False,
   )
@@ -104,36 +126,120 @@ def load(file: storage.File, members: Members, cache_dir: str) -> Index:
 
 
 def build(file: storage.File, members: Members) -> Index:
-  """Walks the headers of a tar; one that is cut short gives what is whole."""
-  problems = {}
+  """Walks the headers of a tar; one that is cut short gives what is whole.
+
+  Raises:
+    UserError: it is compressed, so that nothing in it can be read at random.
+  """
+  contents = _Contents(members)
   if not file.size:
-    problems['empty shard'] = [file.path]
-  samples = []
-  with storage.open_file(file.path) as f:
-    whole = True
-    for name, offset, size in _members(f, file.size):
-      if name is None:
-        whole = False
-        break
-      key, suffix = _split(name)
-      part = _part(suffix.lower(), members)
-      if part and _leads_outside(name):
-        if part == 'image':
-          problems.setdefault('unsafe name', []).append(name)
-      elif part:
-        _add(samples, key, part, (offset, size), f)
-  if not whole:
-    problems['truncated tar'] = [file.path]
-  for sample in samples:
-    if sample.image is None:
-      problems.setdefault('no image', []).append(sample.key)
-  samples = [s for s in samples if s.image is not None]
+    contents.problems['empty shard'] = [file.path]
+  else:
+    with storage.open_file(file.path) as f:
+      whole = all(contents.add(m, f) for m in _members(f, file))
+    if not whole:
+      contents.problems['truncated tar'] = [file.path]
+  samples = contents.finish()
   numbers = [(*s.image, *s.caption, s.label) for s in samples]
   return Index(
     keys=np.array([s.key.encode() for s in samples], np.bytes_),
     numbers=np.array(numbers, np.int64).reshape(-1, len(_NUMBERS)).T.copy(),
-    problems=problems,
+    problems=contents.problems,
+    left_out=contents.left_out,
   )
+
+
+class _Contents:
+  """What the members of a tar are, added one by one.
+
+  Attributes:
+    problems: reason -> names of the images that cannot be used.
+    left_out: reason -> how many members are no image, caption or label.
+  """
+
+  def __init__(self, members: Members):
+    self.problems = {}
+    self.left_out = collections.Counter()
+    self._members = members
+    self._samples = []
+    self._refused = set()  # Keys of the images in `problems`.
+    self._places = {}  # Of all files by name, for links to them.
+
+  def add(self, member: tarfile.TarInfo | None, f: BinaryIO) -> bool:
+    """Adds a member; False for None, which stands for a damaged tar."""
+    if member is None:
+      return False
+    if member.isdir() or member.type in _NO_CONTENT:
+      return True
+    key, suffix = _split(member.name)
+    part = _part(suffix.lower(), self._members)
+    place, reason = self._place(member)
+    if posixpath.basename(member.name).startswith('.'):
+      self.left_out['hidden file'] += 1  # As macOS's ._0001.jpg.
+    elif part is None:
+      several = suffix.lower().endswith(tuple(f'.{x}' for x in _IMAGES))
+      self.left_out['name with several dots' if several else 'other file'] += 1
+    elif reason and part == 'image':
+      self.problems.setdefault(reason, []).append(member.name)
+      self._refused.add(key)
+    elif reason:
+      self.left_out[reason] += 1
+    elif part == 'label':
+      self._sample(key, part).label = self._label(place, f)
+    else:
+      setattr(self._sample(key, part), part, place)
+    return True
+
+  def finish(self) -> list[_Sample]:
+    """Returns the samples with an image."""
+    for sample in self._samples:
+      if sample.image is None and sample.key not in self._refused:
+        self.problems.setdefault('no image', []).append(sample.key)
+    return [s for s in self._samples if s.image is not None]
+
+  def _place(
+    self, member: tarfile.TarInfo
+  ) -> tuple[tuple[int, int] | None, str]:
+    """Offset and size of a member's data, or why there is none."""
+    name = posixpath.normpath(member.name)
+    place, reason = (member.offset_data, member.size), ''
+    if member.issym() or member.islnk():
+      target = member.linkname
+      if member.issym():
+        target = posixpath.join(posixpath.dirname(name), target)
+      place = self._places.get(posixpath.normpath(target))
+      reason = '' if place else 'link to no earlier file'
+    elif member.type in _NO_FILE:
+      reason = 'no regular file'
+    elif not _is_whole(member):
+      reason = 'sparse file'
+    if _leads_outside(member.name):
+      reason = 'unsafe name'
+    if not reason:
+      self._places[name] = place
+    return place, reason
+
+  def _sample(self, key: str, part: str) -> _Sample:
+    """The sample that a member belongs to: the last one, or a new one."""
+    last = self._samples[-1] if self._samples else None
+    if (
+      last is None
+      or last.key != key
+      or (part == 'image' and last.image is not None)
+    ):
+      last = _Sample(key)
+      self._samples.append(last)
+    return last
+
+  def _label(self, place: tuple[int, int], f: BinaryIO) -> int:
+    """The class number that a file says; -1 where it says none."""
+    f.seek(place[0])
+    text = f.read(min(place[1], 32)).strip()
+    if text.isdigit() and place[1] <= 32 and int(text) < 2**63:
+      return int(text)
+    if text not in (b'', b'-1'):
+      self.left_out[NO_NUMBER] += 1
+    return -1
 
 
 def _part(suffix: str, members: Members) -> str | None:
@@ -143,31 +249,6 @@ def _part(suffix: str, members: Members) -> str | None:
   if suffix in (members.caption, 'txt'):
     return 'caption'
   return 'label' if suffix in (members.label, 'cls') else None
-
-
-def _add(
-  samples: list[_Sample],
-  key: str,
-  part: str,
-  place: tuple[int, int],
-  f: BinaryIO,
-) -> None:
-  """Adds a member to the last sample, or begins one."""
-  if (
-    not samples
-    or samples[-1].key != key
-    or (part == 'image' and samples[-1].image is not None)
-  ):
-    samples.append(_Sample(key))
-  sample = samples[-1]
-  if part == 'image':
-    sample.image = place
-  elif part == 'caption':
-    sample.caption = place
-  else:
-    f.seek(place[0])
-    digits = f.read(min(place[1], 10)).strip()
-    sample.label = int(digits) if digits.isdigit() else -1
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -181,81 +262,87 @@ def _leads_outside(name: str) -> bool:
   return name.startswith('/') or '..' in name.split('/')
 
 
-def _members(f: BinaryIO, length: int) -> Iterator[tuple[str | None, int, int]]:
-  """Yields (name, offset, size) of regular files; name None: cut short.
+def _is_whole(member: tarfile.TarInfo) -> bool:
+  """Whether all of a file is stored, and not only what is around holes.
 
-  Reads ustar, GNU and pax, of their extensions long names and large sizes.
+  GNU tar calls files sparse that a file system has compressed.
   """
-  position = 0
-  long_name, large_size = None, b''
-  while True:
-    f.seek(position)
-    header = f.read(_BLOCK)
-    if length and header == bytes(_BLOCK):
-      return  # The end of the archive.
-    size = _size(header)
-    data = position + _BLOCK
-    if size is None or data + size > length:
-      if length:
-        yield None, 0, 0
+  if member.sparse is None:
+    return True
+  end = 0
+  for offset, length in member.sparse:
+    if length and offset != end:
+      return False
+    end += length
+  return end == member.size
+
+
+def _members(
+  f: BinaryIO, file: storage.File
+) -> Iterator[tarfile.TarInfo | None]:
+  """Yields the members of a tar, and of others appended to it by cat.
+
+  None, as the last, stands for a tar that is damaged or cut short.
+  """
+  start = 0
+  while start < file.size:
+    f.seek(start)
+    tar = None
+    try:
+      tar = tarfile.TarFile(fileobj=f, encoding='utf-8', errors='replace')
+      end = start
+      while (member := tar.next()) is not None:
+        tar.members.clear()  # It keeps them all.
+        if tar.offset <= end or not _fits(member, file.size):
+          break
+        end = tar.offset
+        yield member
+    except OSError:
+      raise
+    except Exception:  # Its parsers raise whatever they stumble over.
+      if tar is None:
+        _check_uncompressed(f, file.path)
+      yield None
       return
-    kind = header[156:157]
-    if kind == b'L':
-      long_name = f.read(size).rstrip(b'\0')
-    elif kind == b'x':
-      fields = _pax(f.read(size))
-      long_name = fields.get(b'path', long_name)
-      large_size = fields.get(b'size', b'')
-    elif kind not in b'gK':
-      if large_size.isdigit():
-        size = int(large_size)
-        if data + size > length:
-          yield None, 0, 0
-          return
-      if kind in b'07\0':
-        name = long_name if long_name is not None else _name(header)
-        base = name.rpartition(b'/')[2]
-        if not base.startswith(b'.'):  # As macOS's ._0001.jpg.
-          yield name.decode('utf-8', 'replace'), data, size
-      else:
-        size = 0  # Folders and links have no data.
-      long_name, large_size = None, b''
-    position = data + -(-size // _BLOCK) * _BLOCK
+    f.seek(end)
+    if member is None and f.read(_BLOCK) == bytes(_BLOCK):
+      start = _after_zeros(f, end)
+      continue
+    if member is not None or end > start or not start:
+      yield None
+    return  # What follows the end of an archive and is none is ignored.
 
 
-def _size(header: bytes) -> int | None:
-  """The member's size; None where this is no header."""
-  if len(header) < _BLOCK:
-    return None
-  try:
-    stored = int(header[148:156].strip(b' \0'), 8)
-    if stored != sum(header[:148]) + 8 * ord(' ') + sum(header[156:]):
-      return None
-    if header[124] & 0x80:  # GNU: binary, for 8 GiB and more.
-      return int.from_bytes(header[125:136], 'big')
-    return max(0, int(header[124:136].strip(b' \0') or b'0', 8))
-  except ValueError:
-    return None
+def _fits(member: tarfile.TarInfo, length: int) -> bool:
+  """Whether a member's data end before the file does."""
+  size = member.size
+  if not member.isreg() and member.type in tarfile.SUPPORTED_TYPES:
+    size = 0  # Folders and links have no data, whatever they say.
+  elif member.sparse is not None:
+    size = sum(length for _, length in member.sparse)
+  return size >= 0 and member.offset_data + size <= length
 
 
-def _name(header: bytes) -> bytes:
-  name = header[:100].rstrip(b'\0')
-  if header[257:263] == b'ustar\0' and header[345]:
-    name = header[345:500].rstrip(b'\0') + b'/' + name
-  return name
+def _after_zeros(f: BinaryIO, position: int) -> int:
+  """Where the first block that is not empty begins, or the file ends."""
+  f.seek(position)
+  while chunk := f.read(_CHUNK):
+    zeros = len(chunk) - len(chunk.lstrip(b'\0'))
+    if zeros < len(chunk):
+      return position + zeros // _BLOCK * _BLOCK
+    position += len(chunk)
+  return position
 
 
-def _pax(records: bytes) -> dict[bytes, bytes]:
-  """Reads records, each of them "length key=value" and a newline."""
-  fields = {}
-  while records:
-    length, _, _ = records.partition(b' ')
-    if not length.isdigit() or not int(length):
-      break
-    record, records = records[: int(length)], records[int(length) :]
-    key, _, value = record[len(length) + 1 : -1].partition(b'=')
-    fields[key] = value
-  return fields
+def _check_uncompressed(f: BinaryIO, path: str) -> None:
+  f.seek(0)
+  begin = f.read(8)
+  for magic, name in _COMPRESSED.items():
+    if begin.startswith(magic):
+      raise errors.UserError(
+        f'data.path={path}: is compressed ({name}), and images are read at '
+        'random places; unpack it to a plain tar'
+      )
 
 
 def _places(file: storage.File, cache_dir: str) -> tuple[str, str]:
@@ -279,6 +366,7 @@ def _read(path: str, made_from: str) -> Index | None:
         keys=kept['keys'],
         numbers=kept['numbers'],
         problems=json.loads(str(kept['problems'])),
+        left_out=json.loads(str(kept['left_out'])),
       )
   except Exception:  # Not there, cut short, or something else: build it anew.
     return None

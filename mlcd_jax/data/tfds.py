@@ -24,9 +24,10 @@ class TfdsSource:
     data: what `builder.as_data_source` returns, images undecoded.
     split: name of the split, part of every key.
     image_key: feature with the image.
-    label_key: feature with the class, ignored where the data set has none.
+    label_key: feature with the class; a name of none where there is none.
     caption_key: feature with the caption, ignored likewise.
     class_names: of `label_key`, in the order of their numbers.
+    label_problem: see `sources.Source`.
     attributes_key: feature with several labels, '/' between its parts; ''
       where there is none.
     num_attributes: number of classes of `attributes_key`.
@@ -40,6 +41,7 @@ class TfdsSource:
   label_key: str
   caption_key: str
   class_names: Sequence[str]
+  label_problem: str = ''
   attributes_key: str = ''
   num_attributes: int = 0
   ignored_key: str = ''
@@ -133,6 +135,12 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
       f'data.image_key={image_key}: {builder.name} has '
       + ', '.join(sorted(features))
     )
+  if not isinstance(features[image_key], tfds.features.Image):
+    raise errors.UserError(
+      f'data.image_key={image_key}: {builder.name} has '
+      f'{_describe(features[image_key])} there; name a feature with one image'
+    )
+  label_problem = _label_problem(features, data.label_key)
   attributes_key = data.get('attributes_key', '')
   ignored_key = data.get('ignored_key', '')
   num_attributes = _num_attributes(builder, attributes_key, 'attributes_key')
@@ -149,9 +157,10 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
     ),
     split=split,
     image_key=image_key,
-    label_key=data.label_key,
+    label_key='' if label_problem else data.label_key,
     caption_key=data.get('caption_key', ''),
     class_names=_class_names(features, data.label_key),
+    label_problem=label_problem,
     attributes_key=attributes_key,
     num_attributes=num_attributes,
     ignored_key=ignored_key,
@@ -166,13 +175,38 @@ def _class_names(features, label_key: str) -> Sequence[str]:
   return feature.names or [str(i) for i in range(feature.num_classes)]
 
 
+def _label_problem(features, label_key: str) -> str:
+  """What the feature is if it is no class; '' where it is, or is missing."""
+  feature = features[label_key] if label_key in features else None
+  if feature is None or isinstance(feature, tfds.features.ClassLabel):
+    return ''
+  if getattr(feature, 'shape', None) == () and np.issubdtype(
+    feature.np_dtype, np.integer
+  ):
+    return ''
+  return _describe(feature)
+
+
+def _describe(feature) -> str:
+  """What a feature is, for people."""
+  if isinstance(feature, tfds.features.Text):
+    return 'text'
+  if isinstance(feature, (tfds.features.Sequence, tfds.features.Dataset)):
+    return 'a list'
+  if isinstance(feature, tfds.features.FeaturesDict):
+    return 'a group of features'
+  return f'of type {type(feature).__name__}'
+
+
 def _caption(found: Any) -> str:
   """A text, several as lines, or those in a feature such as COCO's."""
   if isinstance(found, dict):
     found = found.get('text', b'')
   if isinstance(found, bytes):
     return found.decode('utf-8', 'replace')
-  return '\n'.join(map(_caption, found))
+  if not isinstance(found, (list, tuple, np.ndarray)):
+    return ''  # A number, say.
+  return '\n'.join(filter(None, map(_caption, found)))
 
 
 def _labels(record: dict[str, Any], key: str) -> np.ndarray:

@@ -18,6 +18,9 @@ from mlcd_jax.data import tar_index
 
 _log = logging.getLogger(__name__)
 
+# A caption as far as this from its image is read apart from it.
+_FAR = 2**20
+
 # Starting processes takes seconds; so long the headers of so many bytes take.
 _BYTES_PER_PROCESS = 2 * 2**30
 
@@ -37,8 +40,12 @@ class TarSource:
     self._numbers = files.SharedArray(
       np.concatenate([index.numbers for index in indices], axis=1)
     )
-    labels = self._numbers[4]
-    self.num_classes = int(labels.max(initial=-1)) + 1
+    self.num_classes = int(self.labels().max(initial=-1)) + 1
+    self.label_problem = ''
+    if not self.num_classes and any(
+      tar_index.NO_NUMBER in index.left_out for index in indices
+    ):
+      self.label_problem = 'no number'
 
   def __len__(self) -> int:
     return len(self._keys)
@@ -49,16 +56,19 @@ class TarSource:
     )
     shard = int(np.searchsorted(self._ends, index, side='right'))
     path = self._paths[shard]
-    # Members of a sample are neighbours, so one read gets both.
+    # Members of a sample are mostly neighbours, so that one read gets both.
     first, last = start, start + size
-    if caption_start >= 0:
+    near = caption_start >= 0 and abs(caption_start - start) <= size + _FAR
+    if near:
       first = min(first, caption_start)
       last = max(last, caption_start + caption_size)
     content = storage.read(path, first, last - first)
     caption = b''
-    if caption_start >= 0:
+    if near:
       place = caption_start - first
       caption = content[place : place + caption_size]
+    elif caption_start >= 0:  # A link, such as one caption of many images.
+      caption = storage.read(path, caption_start, caption_size)
     return {
       'key': self._keys[index].decode(),
       'image': content[start - first : start - first + size],
@@ -69,6 +79,10 @@ class TarSource:
   def keys(self) -> np.ndarray:
     """See `sources.Source`."""
     return self._keys.array
+
+  def labels(self) -> np.ndarray:
+    """See `sources.Source`."""
+    return self._numbers.array[4]
 
 
 def make(
@@ -86,6 +100,8 @@ def make(
     for reason, names in index.problems.items():
       for name in names:
         found.add(name, reason)
+    for reason, count in index.left_out.items():
+      found.leave_out(reason, count)
   return TarSource([tar.path for tar in tars], indices)
 
 

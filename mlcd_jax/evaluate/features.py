@@ -151,7 +151,7 @@ class Extractor:
     """
     sources.check_same(source, f'evaluate.datasets ({name})')
     path = self._path(name)
-    keys = _digest(source.keys())
+    keys = _digest(source)
     progress = metrics.Progress(
       f'features {self.name} {name}', len(source), unit='images'
     )
@@ -167,7 +167,7 @@ class Extractor:
       values.append(
         sharding.all_rows(
           self.encoder.mesh,
-          np.stack([batch['label'], batch['weight'] > 0], axis=1),
+          np.stack([batch['label'], batch['weight'] > 0], 1).astype(np.int32),
         )
       )
       progress.update(min(len(source), len(rows) * self.batch_size))
@@ -220,5 +220,8 @@ def _kept(
   return found or files.read_npz(path)
 
 
-def _digest(keys: np.ndarray) -> bytes:
-  return hashlib.sha256(b'\n'.join(keys.tolist())).digest()
+def _digest(source: sources.Source) -> bytes:
+  """Of the keys, and of the numbers of the classes where they are new."""
+  digest = hashlib.sha256(b'\n'.join(source.keys().tolist()))
+  digest.update(np.asarray(getattr(source, 'numbers', ()), np.int64))
+  return digest.digest()

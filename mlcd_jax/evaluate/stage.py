@@ -185,6 +185,12 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
       raise errors.UserError(
         f'{field}: {e}{datasets.way_out(name, config)}'
       ) from e
+    opened[name] = sources.number_classes(
+      opened[name],
+      field=field,
+      label_key=dataset.label_key,
+      keep=bool(dataset.prompts),
+    )
     datasets.check_sizes(
       name, config, {split: len(s) for split, s in opened[name].items()}
     )
