@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
 
@@ -38,24 +39,25 @@ class ParquetSource:
   """See `sources.Source`; reads the copies.
 
   A key is the column `key` as img2dataset writes it, else the file's name and
-  the row in it.
+  the row in it; see `keys.across`.
   """
 
   class_names = ()
 
-  def __init__(self, paths: list[str]):
-    """Takes the copies' paths."""
+  def __init__(self, paths: list[str], shards: list[str]):
+    """Takes the paths of the copies and of what was copied."""
     self._paths = paths
     tables = [_open_copy(path) for path in paths]
     rows = [_valid(table) for table in tables]
     self._ends = np.cumsum([len(r) for r in rows])
     self._rows = files.SharedArray(np.concatenate(rows))
     self._keys = files.SharedArray(
-      np.concatenate(
+      keys_lib.across(
         [
-          np.array(table['key'].take(pa.array(r)).to_pylist(), np.bytes_)
+          keys_lib.spell(table['key'].take(pa.array(r)))
           for table, r in zip(tables, rows)
-        ]
+        ],
+        shards,
       )
     )
     self.num_classes = max(_num_classes(table) for table in tables)
@@ -94,10 +96,10 @@ def make(
     table = _open_copy(copy)
     for key in table['key'].filter(_missing(table)).to_pylist():
       found.add(key.decode('utf-8', 'replace'), 'no image')
-  copies = [copy for copy in copies if copy is not None]
-  if not copies:
+  readable = [(c, s.path) for c, s in zip(copies, shards) if c is not None]
+  if not readable:
     raise errors.UserError(f'data.path={data.path}: no Parquet in it')
-  return ParquetSource(copies)
+  return ParquetSource(*map(list, zip(*readable)))
 
 
 def _copy(shard: storage.File, data: ml_collections.ConfigDict) -> str | None:
@@ -145,10 +147,10 @@ def _write_copy(
     for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted):
       rows = range(first, first + len(batch))
       first += len(batch)
-      keys = [f'{stem}-{row:09d}'.encode() for row in rows]
+      keys = [f'{stem}-{row:09d}' for row in rows]
       if 'key' in names:
-        given = batch['key'].cast(pa.binary()).to_pylist()
-        keys = [k if k is not None else made for k, made in zip(given, keys)]
+        given = keys_lib.as_bytes(batch['key']).to_pylist()
+        keys = [k or made for k, made in zip(given, keys)]
       failed = pa.array([False] * len(batch))
       if 'status' in names:
         failed = pc.not_equal(batch['status'], 'success').fill_null(False)
@@ -158,7 +160,7 @@ def _write_copy(
       copy.write_batch(
         pa.record_batch(
           [
-            pa.array(keys, pa.binary()),
+            keys_lib.as_bytes(keys).cast(pa.binary()),
             pixels.cast(pa.binary()),
             _labels(batch, label),
             _captions(batch, caption),

@@ -14,9 +14,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import storage
 
-_VERSION = 1
+_VERSION = 2
 _BLOCK = 512
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'avif')
 _NUMBERS = ('offsets', 'sizes', 'caption_offsets', 'caption_sizes', 'labels')
@@ -42,7 +43,7 @@ class Index:
   """The samples of one tar that have an image.
 
   Attributes:
-    keys: UTF-8 bytes [n].
+    keys: [n], see `keys.spell`.
     numbers: int64 [5, n]: of each image the offset and size, of its caption
       the offset (-1: none) and size, and the label (-1: none).
     problems: reason -> names of what was left out.
@@ -130,7 +131,7 @@ def build(file: storage.File, members: Members) -> Index:
   samples = [s for s in samples if s.image is not None]
   numbers = [(*s.image, *s.caption, s.label) for s in samples]
   return Index(
-    keys=np.array([s.key.encode() for s in samples], np.bytes_),
+    keys=keys_lib.spell([s.key for s in samples]),
     numbers=np.array(numbers, np.int64).reshape(-1, len(_NUMBERS)).T.copy(),
     problems=problems,
   )
@@ -216,7 +217,7 @@ def _members(f: BinaryIO, length: int) -> Iterator[tuple[str | None, int, int]]:
         name = long_name if long_name is not None else _name(header)
         base = name.rpartition(b'/')[2]
         if not base.startswith(b'.'):  # As macOS's ._0001.jpg.
-          yield name.decode('utf-8', 'replace'), data, size
+          yield name.decode('utf-8', 'backslashreplace'), data, size
       else:
         size = 0  # Folders and links have no data.
       long_name, large_size = None, b''
