@@ -12,6 +12,7 @@ import numpy as np
 
 from mlcd_jax import points
 from mlcd_jax import row_files
+from mlcd_jax.data import keys as keys_lib
 
 # One row in so many is held out, and no more than so many rows, whose mean
 # cosine is then known to about 1e-4.
@@ -104,7 +105,7 @@ def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
     else:
       name = pathlib.PurePosixPath(rows.paths[shard]).name
       place = np.arange(1, count + 1, dtype=np.uint64)[:, None]
-      words = _words(np.array([name])).repeat(count, axis=0)
+      words = _words(keys_lib.spell([name])).repeat(count, axis=0)
       words = np.concatenate([words, place], axis=1)
     h = np.full(count, seed, np.uint64)
     for word in words.T:  # Zero is padding, whatever the width.
@@ -114,10 +115,9 @@ def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
 
 
 def _words(keys: np.ndarray) -> np.ndarray:
-  """Text [n] as uint64 [n, words], padded with zeros."""
-  text = np.strings.encode(keys, 'utf-8')
-  width = -(-text.dtype.itemsize // 8) * 8
-  return text.astype(f'S{width}').view(np.uint64).reshape(len(keys), -1)
+  """Bytes [n] as uint64 [n, words], padded with zeros."""
+  words = -(-keys.dtype.itemsize // 8)
+  return keys.astype(f'S{8 * words}').view(np.uint64).reshape(-1, words)
 
 
 def _mix(h: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The cluster stage's files: centers, and label shards joined by key.
+"""The cluster stage's files: centers, and label shards.
 
 labels_00000.npy holds int32 [n, L], nearest center first, and
 scores_00000.npy their cosines; row i belongs to row i of the embedding shard
@@ -135,27 +135,6 @@ class Labels:
       return labels
     similar = self._scores[shard][place] >= self._min_similarity
     return np.where(similar, labels, np.int32(-1))
-
-
-def join(source_keys: np.ndarray, label_keys: np.ndarray) -> np.ndarray:
-  """Returns the label row of every record, by key; -1 where there is none.
-
-  Args:
-    source_keys: [N], the records' keys, text or UTF-8.
-    label_keys: [M], the keys of the label rows, in any order.
-  """
-  source_keys, label_keys = _as_bytes(source_keys), _as_bytes(label_keys)
-  if not len(label_keys):
-    return np.full(len(source_keys), -1)
-  order = np.argsort(label_keys, kind='stable')
-  place = np.searchsorted(label_keys, source_keys, sorter=order)
-  row = order[np.minimum(place, len(order) - 1)]
-  return np.where(label_keys[row] == source_keys, row, -1)
-
-
-def _as_bytes(keys: np.ndarray) -> np.ndarray:
-  """Text as UTF-8, a quarter of the memory."""
-  return np.strings.encode(keys, 'utf-8') if keys.dtype.kind == 'U' else keys
 
 
 def _open(paths: list[pathlib.Path]) -> list[files.SharedArray]:

@@ -1,6 +1,8 @@
 """Rows in a column of lists in Parquet, local or behind any fsspec URL.
 
-Shapes: n rows of a file, D dimensions.
+A row is as wide as most of the first that have numbers; one that is null,
+empty or of another width is read as zeros, which are left out and counted as
+such rows are in every file. Shapes: n rows of a file, D dimensions.
 """
 
 import functools
@@ -8,6 +10,7 @@ import threading
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlcd_jax import errors
@@ -33,17 +36,9 @@ class Parquet:
       file = pq.ParquetFile(f)
       self._column = _list_column(file.schema_arrow, path, column)
       kind = file.schema_arrow.field(self._column).type
-      if pa.types.is_fixed_size_list(kind):
-        dim = kind.list_size
-      else:
-        first = next(
-          file.iter_batches(1, columns=[self._column]), {self._column: []}
-        )[self._column]
-        dim = len(first[0]) if len(first) and first[0].is_valid else 0
-      self.shape = (file.metadata.num_rows, dim)
+      self.shape = (file.metadata.num_rows, _width(file, path, self._column))
     half = pa.types.is_float16(kind.value_type)
     self.dtype = np.dtype(np.float16 if half else np.float32)
-    row_files.check_shape(self.shape, path)
 
   def read(self, start: int, stop: int) -> np.ndarray:
     """See `row_files.RowFile`."""
@@ -71,6 +66,25 @@ def _list_column(schema: pa.Schema, path: str, column: str) -> str:
     + (f'lists of floats in: {", ".join(found)}' if found else
        'no column with lists of floats')
   )  # fmt: skip
+
+
+def _width(file: pq.ParquetFile, path: str, column: str) -> int:
+  """Numbers in most lists of the first batch that has any; 0 without."""
+  kind = file.schema_arrow.field(column).type
+  if pa.types.is_fixed_size_list(kind):
+    return kind.list_size
+  for batch in file.iter_batches(_BATCH_ROWS, columns=[column]):
+    lengths = batch[column].value_lengths().fill_null(0).to_numpy()
+    if lengths.any():
+      counts = np.bincount(lengths[lengths > 0])
+      if 2 * counts.max() < counts.sum():
+        raise errors.UserError(
+          f'{path}: lists of {lengths[lengths > 0].min()} to {lengths.max()} '
+          f'numbers in {column}; embeddings are of one length. Name another '
+          'column in embed.column'
+        )
+      return int(counts.argmax())
+  return 0
 
 
 @functools.lru_cache(4)
@@ -124,16 +138,10 @@ class _Cursor:
     self._rows = self._decode(next(self._batches))
 
   def _decode(self, batch: pa.RecordBatch) -> np.ndarray:
-    """Rows of a batch; those that are null are zero."""
+    """Rows of a batch; those without D numbers are zero."""
     lists = batch[self._column]
-    valid = lists.is_valid().to_numpy(zero_copy_only=False)
-    values = lists.drop_null().flatten().to_numpy(zero_copy_only=False)
-    lengths = lists.drop_null().value_lengths().to_numpy()
-    if np.any(lengths != self._dim):
-      raise errors.UserError(
-        f'{self._path}: lists of {lengths.min()} to {lengths.max()} numbers in '
-        f'{self._column}, {self._dim} in its first row'
-      )
+    good = pc.equal(lists.value_lengths(), self._dim).fill_null(False)
+    values = lists.filter(good).flatten().to_numpy(zero_copy_only=False)
     rows = np.zeros((len(lists), self._dim), values.dtype)
-    rows[valid] = values.reshape(-1, self._dim)
+    rows[good.to_numpy(zero_copy_only=False)] = values.reshape(-1, self._dim)
     return rows

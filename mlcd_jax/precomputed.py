@@ -1,11 +1,13 @@
 """Embeddings made elsewhere, read where they are and never copied.
 
-Layouts, by what lies in the folder:
+Layouts, by what lies in the folder, see `layouts`:
   clip-retrieval: img_emb/img_emb_0.npy, metadata/metadata_0.parquet and maybe
-    text_emb/text_emb_0.npy;
+    text_emb/text_emb_0.npy; as LAION publishes them also images/, texts/ and
+    laion2B-en-metadata/;
   DataComp: x.npz with l14_img and l14_txt, beside x.parquet;
   x.npy, beside x.parquet or with metadata/x.parquet;
-  x.parquet with a column of lists, the keys in another.
+  x.parquet with a column of lists, the keys in another or in
+    metadata/x.parquet.
 """
 
 from collections.abc import Sequence
@@ -13,12 +15,12 @@ from concurrent import futures
 import hashlib
 import pathlib
 from typing import Any
-from typing import NamedTuple
 
 import ml_collections
 import numpy as np
 
 from mlcd_jax import errors
+from mlcd_jax import layouts
 from mlcd_jax import manifests
 from mlcd_jax import parquet_rows
 from mlcd_jax import row_files
@@ -34,14 +36,6 @@ _BLOCKS = 16
 _BLOCK_BYTES = 64 * 2**10
 
 
-class _Part(NamedTuple):
-  """Paths relative to the folder; '' where there is none."""
-
-  rows: str
-  metadata: str
-  text: str
-
-
 def describe(embed: ml_collections.ConfigDict) -> dict[str, Any]:
   """Looks at the files and returns what the embed stage's manifest keeps.
 
@@ -52,7 +46,9 @@ def describe(embed: ml_collections.ConfigDict) -> dict[str, Any]:
     UserError: there are none, or one cannot be read or does not fit.
   """
   root = _root(embed.path)
-  parts = _find(root, bool(embed.text_weight))
+  names = storage.walk(root, _FIELD)
+  parts = layouts.find(names, root, texts=bool(embed.text_weight))
+  layouts.check(parts, names, root)
   rows = _open(root, parts, embed.column, embed.text_weight)
   return {
     'num_records': rows.shape[0],
@@ -73,7 +69,8 @@ def open_made(manifest: manifests.Manifest) -> row_files.Sharded:
   """
   made, config = manifest.result, manifest.config
   root, weight = made['root'], config['embed.text_weight']
-  parts = _find(root, bool(weight))
+  names = storage.walk(root, _FIELD)
+  parts = layouts.find(names, root, texts=bool(weight))
   found = _fingerprints(root, parts)
   for name in sorted(found.keys() | made['files'].keys()):
     if found.get(name) != made['files'].get(name):
@@ -91,49 +88,8 @@ def _root(path: str) -> str:
   return str(pathlib.Path(path).expanduser().absolute())
 
 
-def _find(root: str, texts: bool) -> list[_Part]:
-  """The files in order of their names; raises UserError where none are."""
-  names = storage.walk(root, _FIELD)
-  there = set(names)
-  stems = {
-    pathlib.PurePosixPath(n).stem: n for n in names if n.endswith('.parquet')
-  }
-
-  def metadata(name):
-    beside = name.rpartition('.')[0] + '.parquet'
-    stem = pathlib.PurePosixPath(name).stem
-    return beside if beside in there else stems.get(stem, '')
-
-  images = [n for n in names if n.endswith('.npy') and 'img_emb/' in n]
-  if images:
-    parts = []
-    for name in images:
-      text = name.replace('img_emb', 'text_emb') if texts else ''
-      keys = name.replace('img_emb', 'metadata')[: -len('npy')] + 'parquet'
-      if text and text not in there:
-        raise errors.UserError(
-          f'{_join(root, text)}: missing; embed.text_weight needs it, or set '
-          'embed.text_weight=0'
-        )
-      parts.append(_Part(name, keys if keys in there else '', text))
-    return parts
-  for suffix in ('.npz', '.npy', '.parquet'):
-    found = [n for n in names if n.endswith(suffix)]
-    if found and texts and suffix != '.npz':
-      raise errors.UserError(
-        f'embed.text_weight: {root} has no text_emb/ beside an img_emb/; set '
-        'embed.text_weight=0'
-      )
-    if found:
-      return [_Part(n, metadata(n), n if texts else '') for n in found]
-  raise errors.UserError(
-    f'{_FIELD}={root}: no embeddings; it needs img_emb/*.npy, or .npz, .npy or '
-    '.parquet files'
-  )
-
-
 def _open(
-  root: str, parts: Sequence[_Part], column: str, weight: float
+  root: str, parts: Sequence[layouts.Part], column: str, weight: float
 ) -> row_files.Sharded:
   """Reads the headers of all files at once."""
 
@@ -165,7 +121,7 @@ def _text_column(column: str) -> str:
   return (column or _NPZ_COLUMN).removesuffix('_img') + '_txt'
 
 
-def _fingerprints(root: str, parts: Sequence[_Part]) -> dict[str, str]:
+def _fingerprints(root: str, parts: Sequence[layouts.Part]) -> dict[str, str]:
   """Digest of every file by its name."""
   names = sorted({name for part in parts for name in part if name})
   with futures.ThreadPoolExecutor(16) as pool:

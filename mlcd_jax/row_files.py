@@ -1,11 +1,13 @@
 """Files of embeddings, read by ranges of rows where they are.
 
 .npy and a member of an .npz, local or behind any fsspec URL; never a pickle.
-Parquet: see `parquet_rows`. Shapes: n rows of a file, N of all, D dimensions.
+Parquet: see `parquet_rows`. A file of no rows may have any width. Shapes: n
+rows of a file, N of all, D dimensions, 0 where no row of the file tells it.
 """
 
 import bisect
 from collections.abc import Sequence
+from typing import Any
 from typing import Protocol
 import zipfile
 
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 
 from mlcd_jax import errors
 from mlcd_jax import points
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import storage
 
 # Columns of the metadata that hold a key: img2dataset's and ours, what
@@ -42,7 +45,7 @@ class RowFile(Protocol):
 
 
 class Npy:
-  """See `RowFile`; float16 or float32 [n, D] as `np.save` writes it."""
+  """See `RowFile`; floats [n, D] as `np.save` writes them."""
 
   def __init__(self, path: str):
     """Reads the header; raises UserError naming a file that does not fit."""
@@ -116,7 +119,7 @@ class Mixed:
     Raises:
       UserError: their shapes differ.
     """
-    if images.shape != texts.shape:
+    if images.shape != texts.shape and images.shape[0] + texts.shape[0]:
       raise errors.UserError(
         f'{texts.path}: shape {texts.shape}, but {images.path} has '
         f'{images.shape}; embed.text_weight needs a text row of the same width '
@@ -157,16 +160,22 @@ class Sharded:
     """
     self._shards = list(shards)
     self._metadata = list(metadata)
-    dim = shards[0].shape[1]
-    for shard in shards:
+    known = [shard for shard in shards if shard.shape[1]]
+    if not known:
+      raise errors.UserError(
+        f'{shards[0].path}: no rows, nor in any other file beside it'
+      )
+    dim = known[0].shape[1]
+    for shard in known:
       if shard.shape[1] != dim:
         raise errors.UserError(
-          f'{shard.path}: shape {shard.shape}, but {shards[0].path} has {dim} '
+          f'{shard.path}: shape {shard.shape}, but {known[0].path} has {dim} '
           'columns'
         )
     remote = storage.is_url(shards[0].path)
     self._near = _TAKEN_AT_ONCE if remote else _NEAR
-    self._dtype = np.result_type(*(shard.dtype for shard in shards))
+    half = all(shard.dtype == np.float16 for shard in known)
+    self._dtype = np.dtype(np.float16 if half else np.float32)
     self.paths = [shard.path for shard in shards]
     self.shard_rows = [shard.shape[0] for shard in shards]
     self._starts = np.concatenate([[0], np.cumsum(self.shard_rows)]).tolist()
@@ -179,11 +188,17 @@ class Sharded:
     while start < stop:
       first, last = self._starts[shard], min(self._starts[shard + 1], stop)
       if start < last:
-        part = self._shards[shard].read(start - first, last - first)
-        parts.append(part.astype(self._dtype, copy=False))
+        parts.append(self._read(shard, start - first, last - first))
       start = last
       shard += 1
     return np.concatenate(parts)
+
+  def _read(self, shard: int, start: int, stop: int) -> np.ndarray:
+    """Some rows of a file; zero where not one of it tells its width."""
+    if not self._shards[shard].shape[1]:
+      return np.zeros((stop - start, self.shape[1]), self._dtype)
+    rows = self._shards[shard].read(start, stop)
+    return rows.astype(self._dtype, copy=False)
 
   def take(self, rows: np.ndarray) -> np.ndarray:
     """Returns single rows [len(rows), D], read in the order of the files."""
@@ -211,12 +226,9 @@ class Sharded:
     return None not in self._metadata
 
   def keys(self) -> np.ndarray:
-    """Returns the key of every row, [N]."""
-    return self._column(_KEYS)
-
-  def captions(self) -> np.ndarray:
-    """Returns the caption of every row, [N]."""
-    return self._column(('caption',))
+    """Returns the key of every row, [N], see `keys.spell`."""
+    shards = range(len(self._shards))
+    return np.concatenate([self.shard_keys(shard) for shard in shards])
 
   def metadata(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
     """Returns keys and captions of some rows, reading only their shards.
@@ -226,28 +238,24 @@ class Sharded:
     shards = np.searchsorted(self._starts, rows, side='right') - 1
     keys, captions = [''] * len(rows), [''] * len(rows)
     for shard in np.unique(shards).tolist():
-      found = (
-        self.shard_keys(shard),
-        self._shard_column(shard, ('caption',), needed=False),
-      )
-      for place in np.flatnonzero(shards == shard).tolist():
-        row = int(rows[place]) - self._starts[shard]
-        keys[place], captions[place] = (str(column[row]) for column in found)
+      here = np.flatnonzero(shards == shard)
+      places = rows[here] - self._starts[shard]
+      texts = self._shard_column(shard, ('caption',), needed=False)
+      texts = texts.take(pa.array(places)).to_pylist()
+      for place, key, text in zip(here, self.shard_keys(shard)[places], texts):
+        keys[place], captions[place] = keys_lib.text(key), _caption(text)
     return keys, captions
 
   def shard_keys(self, shard: int) -> np.ndarray:
-    """Returns the key of every row of one file, [n]."""
-    return self._shard_column(shard, _KEYS)
-
-  def _column(self, names: Sequence[str]) -> np.ndarray:
-    return np.concatenate(
-      [self._shard_column(shard, names) for shard in range(len(self._shards))]
-    )
+    """Returns the key of every row of one file, [n], see `keys.spell`."""
+    column = self._shard_column(shard, _KEYS)
+    with storage.reading(self._metadata[shard], FIELD):
+      return keys_lib.spell(column)
 
   def _shard_column(
     self, shard: int, names: Sequence[str], *, needed: bool = True
-  ) -> np.ndarray:
-    """The first of the columns that there is; empty text if not needed."""
+  ) -> pa.ChunkedArray:
+    """The first of the columns that there is; nulls if not needed."""
     rows, path = self._shards[shard], self._metadata[shard]
     if path is None:
       raise errors.UserError(
@@ -258,7 +266,7 @@ class Sharded:
       found = pq.read_schema(f).names
       name = next((n for n in names if n in found), None)
       if name is None and not needed:
-        return np.full(rows.shape[0], '')
+        return pa.chunked_array([pa.nulls(rows.shape[0], pa.string())])
       if name is None:
         raise errors.UserError(
           f'{path}: no column {" or ".join(names)}; it has ' + ', '.join(found)
@@ -269,9 +277,16 @@ class Sharded:
       raise errors.UserError(
         f'{path}: {len(column)} rows, but {rows.path} has {rows.shape[0]}'
       )
-    if column.null_count:
-      column = column.cast(pa.string()).fill_null('')
-    return column.to_numpy(zero_copy_only=False).astype(str)
+    return column
+
+
+def _caption(value: Any) -> str:
+  """Text as it is, several as lines; '' for what is something else."""
+  if isinstance(value, bytes):
+    return value.decode('utf-8', 'replace')
+  if isinstance(value, list):
+    return '\n'.join(map(_caption, value))
+  return value if isinstance(value, str) else ''
 
 
 def _header(f, path: str) -> tuple[tuple[int, int], np.dtype, int]:
@@ -283,11 +298,13 @@ def _header(f, path: str) -> tuple[tuple[int, int], np.dtype, int]:
     else np.lib.format.read_array_header_2_0
   )
   shape, by_columns, dtype = read(f)
+  if shape[:1] == (0,):
+    return (0, 0), np.dtype(np.float16), f.tell()
   check_shape(shape, path)
-  if dtype.kind != 'f' or dtype.itemsize > 4 or by_columns:
+  if dtype.kind != 'f' or dtype.itemsize > 8 or by_columns:
     raise errors.UserError(
-      f'{path}: {dtype}{", by columns" * by_columns}; rows are float16 or '
-      'float32 in C order; save it again as those'
+      f'{path}: {dtype}{", by columns" * by_columns}; rows are float16, '
+      'float32 or float64 in C order; save it again as those'
     )
   return shape, dtype, f.tell()
 

@@ -30,6 +30,8 @@ from mlcd_jax import metrics as metrics_lib
 from mlcd_jax import sharding
 from mlcd_jax import summary
 from mlcd_jax import train_step
+from mlcd_jax.data import keys as keys_lib
+from mlcd_jax.data import matching
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 from mlcd_jax.huggingface import folders
@@ -199,18 +201,20 @@ def _label_rows(
   """Each record's row among the labels, or -1; refuses too many of those."""
   keys = source.keys()
   label_keys = embeddings.open_made(embedded).keys()
-  rows = labels_lib.join(keys, label_keys)
+  rows = matching.join(keys, label_keys, matching.root_of(config.data.path))
   missing = np.flatnonzero(rows < 0)
-  unused = len(label_keys) - (len(keys) - len(missing))
+  is_unused = np.ones(len(label_keys), bool)
+  is_unused[rows[rows >= 0]] = False
+  unused = np.sum(is_unused)
   if len(missing) > config.data.max_bad_fraction * len(keys):
-    examples = ', '.join(
-      k.decode('utf-8', 'replace') for k in keys[missing[:3]]
-    )
+    others = label_keys[np.flatnonzero(is_unused)[:3]]
     raise errors.UserError(
       f'data.path: {len(missing)} of {len(keys)} images have no labels '
-      f'(such as {examples}), more than data.max_bad_fraction='
-      f'{config.data.max_bad_fraction} allows; the labels were made from '
-      'other images'
+      f'(such as {_named(keys[missing[:3]])}), more than data.max_bad_fraction='
+      f'{config.data.max_bad_fraction} allows; {unused} labels have no image '
+      f'(such as {_named(others)}). They were made from other images, or these '
+      'have other keys there: embed the images of data.path, or give both the '
+      'same keys'
     )
   if len(missing) or unused:
     _log.warning(
@@ -222,6 +226,10 @@ def _label_rows(
       len(label_keys),
     )
   return rows
+
+
+def _named(keys: np.ndarray) -> str:
+  return ', '.join(map(keys_lib.text, keys.tolist()))
 
 
 def _keys(

@@ -49,7 +49,7 @@ def test_rows_are_unit_and_centered_on_the_mean(made, tiny_config):
   np.testing.assert_allclose(norms, 1, atol=1e-3)
   source = sources.make(tiny_config.data)
   np.testing.assert_array_equal(rows.keys().astype('S'), source.keys())
-  assert rows.captions()[3] == source[3]['caption']
+  assert rows.metadata(np.array([3]))[1] == [source[3]['caption']]
   features = embed.Hog(28).features(
     np.stack([embed._image(embed.Hog(28), source[i]) for i in range(300)])
   )

@@ -23,6 +23,7 @@ from tensorflow_datasets.proto import tf_example_generated_pb2
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
 
@@ -31,7 +32,10 @@ _LOOKED_AT = 100
 
 
 class ArrayRecordSource:
-  """See `sources.Source`; a key is the file's name and the place in it."""
+  """See `sources.Source`.
+
+  A key is the file's name and the place in it; see `keys.across`.
+  """
 
   class_names = ()
 
@@ -113,7 +117,7 @@ def make(
   """
   image_key = data.get('image_key', 'image')
   suffixes = ['.array_record', '.arrayrecord']
-  paths, keys = [], []
+  paths, shards, keys = [], [], []
   for file in storage.find(data.path.replace('{split}', split), suffixes):
     path = storage.local_copy(file, data.get('cache_dir', ''))
     try:
@@ -122,13 +126,13 @@ def make(
       found.add(file.path, 'unreadable shard' if file.size else 'empty shard')
       continue
     paths.append(path)
-    name = pathlib.PurePath(file.path).name
-    keys += [f'{name}-{row:09d}'.encode() for row in range(rows)]
+    shards.append(file.path)
+    keys.append(keys_lib.numbered(pathlib.PurePath(file.path).name, rows))
   if not paths:
     raise errors.UserError(f'data.path={data.path}: no ArrayRecord in it')
   source = ArrayRecordSource(
     paths,
-    np.array(keys, np.bytes_),
+    keys_lib.across(keys, shards),
     image_key=image_key,
     label_key=data.label_key,
     caption_key=data.get('caption_key', 'caption'),

@@ -8,6 +8,7 @@ import numpy as np
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
 
@@ -17,33 +18,39 @@ _IMAGES = (
 
 
 class FolderSource:
-  """See `sources.Source`; a key is the path below the folder.
+  """See `sources.Source`; a key is the path below the folder, as spelled.
 
   Where every image lies in a sub-folder, the first ones are the classes,
   numbered in the order of their names; otherwise there are no labels.
   """
 
-  def __init__(self, root: str, keys: list[str], classes: list[str]):
+  def __init__(self, root: str, paths: list[str], classes: list[str]):
     """Takes the paths below `root`, and the names of the classes, if any."""
     self._root = root
     number = {name: i for i, name in enumerate(classes)}
-    self._keys = files.SharedArray(
-      np.array([key.encode('utf-8', 'surrogateescape') for key in keys])
+    self._keys = files.SharedArray(keys_lib.spell(paths))
+    # Files are read by the bytes that the system has, in a row since one long
+    # path must not widen all.
+    paths_as_bytes = [p.encode('utf-8', 'surrogateescape') for p in paths]
+    self._paths = files.SharedArray(
+      np.frombuffer(b''.join(paths_as_bytes), np.uint8)
     )
+    self._ends = files.SharedArray(np.cumsum([0, *map(len, paths_as_bytes)]))
     self._labels = files.SharedArray(
-      np.array([number.get(k.partition('/')[0], -1) for k in keys], np.int32)
+      np.array([number.get(p.partition('/')[0], -1) for p in paths], np.int32)
     )
     self.num_classes = len(classes)
-    self.class_names = classes
+    self.class_names = [keys_lib.text(k) for k in keys_lib.spell(classes)]
 
   def __len__(self) -> int:
     return len(self._keys)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    key = self._keys[index].decode('utf-8', 'surrogateescape')
+    path = self._paths[self._ends[index] : self._ends[index + 1]].tobytes()
+    path = path.decode('utf-8', 'surrogateescape')
     return {
-      'key': key.encode('utf-8', 'replace').decode(),
-      'image': storage.read(posixpath.join(self._root, key)),
+      'key': self._keys[index].decode(),
+      'image': storage.read(posixpath.join(self._root, path)),
       'label': int(self._labels[index]),
       'caption': '',
     }
@@ -64,20 +71,20 @@ def make(
   if not data.path:
     raise errors.UserError('data.path: name the folder with the images')
   root = data.path.replace('{split}', split).rstrip('/')
-  keys = [
-    key
-    for key in storage.walk(root)
-    if key.lower().endswith(_IMAGES)
-    and not posixpath.basename(key).startswith('.')
+  paths = [
+    path
+    for path in storage.walk(root)
+    if path.lower().endswith(_IMAGES)
+    and not posixpath.basename(path).startswith('.')
   ]
-  if not keys:
+  if not paths:
     raise errors.UserError(
       f'data.path={root}: no image files ({", ".join(_IMAGES)})'
     )
   classes = []
-  if all('/' in key for key in keys):
-    classes = {key.partition('/')[0] for key in keys}
+  if all('/' in path for path in paths):
+    classes = {path.partition('/')[0] for path in paths}
     if '{split}' in data.path:
       pattern = posixpath.join(data.path.replace('{split}', '*'), '*')
       classes |= {posixpath.basename(p) for p in storage.folders(pattern)}
-  return FolderSource(root, keys, sorted(classes))
+  return FolderSource(root, paths, sorted(classes))

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
 
@@ -42,24 +43,25 @@ class ParquetSource:
   """See `sources.Source`; reads the copies.
 
   A key is the column `key` as img2dataset writes it, else the file's name and
-  the row in it.
+  the row in it; see `keys.across`.
   """
 
   class_names = ()
 
-  def __init__(self, paths: list[str]):
-    """Takes the copies' paths."""
+  def __init__(self, paths: list[str], shards: list[str]):
+    """Takes the paths of the copies and of what was copied."""
     self._paths = paths
     tables = [_open_copy(path) for path in paths]
     rows = [_valid(table) for table in tables]
     self._ends = np.cumsum([len(r) for r in rows])
     self._rows = files.SharedArray(np.concatenate(rows))
     self._keys = files.SharedArray(
-      np.concatenate(
+      keys_lib.across(
         [
-          np.array(table['key'].take(pa.array(r)).to_pylist(), np.bytes_)
+          keys_lib.spell(table['key'].take(pa.array(r)))
           for table, r in zip(tables, rows)
-        ]
+        ],
+        shards,
       )
     )
     notes = [_note(table, 'label_problem') for table in tables]
@@ -119,10 +121,10 @@ def make(
       'data.caption_key=%s: %s there is no text; no captions are read',
       data.caption_key, unread,
     )  # fmt: skip
-  copies = [copy for copy in copies if copy is not None]
-  if not copies:
+  readable = [(c, s.path) for c, s in zip(copies, shards) if c is not None]
+  if not readable:
     raise errors.UserError(f'data.path={data.path}: no Parquet in it')
-  return ParquetSource(copies)
+  return ParquetSource(*map(list, zip(*readable)))
 
 
 def _copy(shard: storage.File, data: ml_collections.ConfigDict) -> str | None:
@@ -172,10 +174,9 @@ def _write_copy(
       rows = range(first, first + len(batch))
       first += len(batch)
       keys = [f'{stem}-{row:09d}'.encode() for row in rows]
-      given = _texts(batch, 'key')
+      given = _keys(batch)
       if given is not None:
-        given = given.to_pylist()
-        keys = [k if k is not None else made for k, made in zip(given, keys)]
+        keys = [k or made for k, made in zip(given.to_pylist(), keys)]
       copy.write_batch(
         pa.record_batch(
           [
@@ -261,6 +262,16 @@ def _images(batch: pa.RecordBatch, name: str) -> pa.Array:
   if pa.types.is_struct(images.type):  # Hugging Face: {bytes, path}.
     images = _plain(pc.struct_field(images, 'bytes'))
   return images.cast(pa.binary())
+
+
+def _keys(batch: pa.RecordBatch) -> pa.Array | None:
+  """What the rows are called; None where nothing says it."""
+  if 'key' not in batch.schema.names:
+    return None
+  try:
+    return keys_lib.as_bytes(_plain(batch['key']))
+  except ValueError:  # A date, say.
+    return _texts(batch, 'key')
 
 
 def _texts(batch: pa.RecordBatch, name: str) -> pa.Array | None:

@@ -1,10 +1,11 @@
 """Random-access sources of encoded images, by the name in `data.source`.
 
 Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
-that is unique in the source, the encoded image's bytes, the class (-1 where
-there is none) and the caption ('' where there is none; several are lines).
-Sources with `num_attributes` also give `attributes`, the numbers of several
-labels, and some give `ignored`, those that may be there or not.
+that is unique in the source and spelled as `keys.spell` does, the encoded
+image's bytes, the class (-1 where there is none) and the caption ('' where
+there is none; several are lines). Sources with `num_attributes` also give
+`attributes`, the numbers of several labels, and some give `ignored`, those that
+may be there or not.
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import manifests
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 
 _log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> dict[str, Any]: ...
 
   def keys(self) -> np.ndarray:
-    """Returns the key of every record, in order, as UTF-8 bytes [N]."""
+    """Returns the key of every record, in order, see `keys.spell`."""
     ...
 
   def labels(self) -> np.ndarray:
@@ -230,7 +232,7 @@ def _without_bad(
     _log.info('data: %d images of data.bad_keys left out', np.sum(~keep))
   for row in _repeated(keys):
     if keep[row]:
-      found.add(keys[row].decode('utf-8', 'replace'), 'duplicate key')
+      found.add(keys_lib.text(keys[row]), 'duplicate key')
     keep[row] = False
   if keep.all():
     return source
@@ -238,7 +240,7 @@ def _without_bad(
 
 
 def read_bad_keys(path: str) -> np.ndarray:
-  """Reads the keys that `check_data` wrote, one a line, as UTF-8 bytes."""
+  """Reads the keys that `check_data` wrote, one a line, see `keys.spell`."""
   try:
     lines = pathlib.Path(path).read_bytes().split(b'\n')
   except OSError as e:
@@ -246,7 +248,7 @@ def read_bad_keys(path: str) -> np.ndarray:
       f'data.bad_keys={path}: cannot be read ({e.strerror}); write it with '
       'python -m mlcd_jax.check_data'
     ) from e
-  return np.array([line for line in lines if line], np.bytes_)
+  return keys_lib.spell([line for line in lines if line])
 
 
 def check_same(source: Source, field: str) -> None:

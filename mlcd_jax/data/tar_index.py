@@ -17,12 +17,13 @@ from typing import BinaryIO
 import numpy as np
 
 from mlcd_jax import errors
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import storage
 
 # Why a label is left out.
 NO_NUMBER = 'label that is no number'
 
-_VERSION = 2
+_VERSION = 3
 _BLOCK = 512
 _CHUNK = 2**20
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'avif')
@@ -61,7 +62,7 @@ class Index:
   """The samples of one tar that have an image.
 
   Attributes:
-    keys: UTF-8 bytes [n].
+    keys: [n], see `keys.spell`.
     numbers: int64 [5, n]: of each image the offset and size, of its caption
       the offset (-1: none) and size, and the label (-1: none).
     problems: reason -> names of images that cannot be used.
@@ -142,7 +143,7 @@ def build(file: storage.File, members: Members) -> Index:
   samples = contents.finish()
   numbers = [(*s.image, *s.caption, s.label) for s in samples]
   return Index(
-    keys=np.array([s.key.encode() for s in samples], np.bytes_),
+    keys=keys_lib.spell([s.key for s in samples]),
     numbers=np.array(numbers, np.int64).reshape(-1, len(_NUMBERS)).T.copy(),
     problems=contents.problems,
     left_out=contents.left_out,
@@ -289,7 +290,9 @@ def _members(
     f.seek(start)
     tar = None
     try:
-      tar = tarfile.TarFile(fileobj=f, encoding='utf-8', errors='replace')
+      tar = tarfile.TarFile(
+        fileobj=f, encoding='utf-8', errors='backslashreplace'
+      )
       end = start
       while (member := tar.next()) is not None:
         tar.members.clear()  # It keeps them all.

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mlcd_jax import errors
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 
 
@@ -59,7 +60,7 @@ class TfdsSource:
     attributes = _labels(record, self.attributes_key)
     ignored = np.setdiff1d(_labels(record, self.ignored_key), attributes)
     return {
-      'key': self._key(index),
+      'key': f'{self.split}-{index:09d}',
       'image': record[self.image_key],
       'label': int(record.get(self.label_key, -1)),
       'caption': _caption(record.get(self.caption_key, b'')),
@@ -69,10 +70,7 @@ class TfdsSource:
 
   def keys(self) -> np.ndarray:
     """See `sources.Source`."""
-    return np.array([self._key(i).encode() for i in range(len(self))])
-
-  def _key(self, index: int) -> str:
-    return f'{self.split}-{index:09d}'
+    return keys_lib.numbered(self.split, len(self))
 
 
 def make_embedded(

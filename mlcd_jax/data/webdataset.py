@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from mlcd_jax import files
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
 from mlcd_jax.data import tar_index
@@ -35,7 +36,7 @@ class TarSource:
     self._paths = paths
     self._ends = np.cumsum([len(index.keys) for index in indices])
     self._keys = files.SharedArray(
-      np.concatenate([index.keys for index in indices])
+      keys_lib.across([index.keys for index in indices], paths)
     )
     self._numbers = files.SharedArray(
       np.concatenate([index.numbers for index in indices], axis=1)

@@ -39,6 +39,7 @@ class Inputs:
     centers: [C, D] unit rows.
     num_labels: labels an image is trained with.
     seed: of the samples.
+    root: folder of the images, see `matching.root_of`.
   """
 
   source: sources.Source
@@ -47,6 +48,7 @@ class Inputs:
   centers: np.ndarray
   num_labels: int
   seed: int
+  root: str = ''
 
 
 def gather(inputs: Inputs) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class _Records:
     self._source = inputs.source
     self._keys = dict(zip(rows.tolist(), keys))
     self.captions = dict(zip(rows.tolist(), captions))
-    self._records = thumbnails.find(inputs.source, keys)
+    self._records = thumbnails.find(inputs.source, keys, inputs.root)
 
   def _record(self, row: int) -> dict[str, Any] | None:
     number = self._records.get(self._keys[int(row)])

@@ -17,6 +17,7 @@ from mlcd_jax import config as config_lib
 from mlcd_jax import embeddings
 from mlcd_jax import files
 from mlcd_jax import manifests
+from mlcd_jax.data import matching
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
 from mlcd_jax.evaluate import dense
@@ -73,6 +74,7 @@ def browsers(
       centers=files.read_npy(clustered / 'centers.npy'),
       num_labels=config.loss.num_positives,
       seed=config.seed,
+      root=matching.root_of(config.data.path),
     )
   )
   files.write_json(cache, {'made_from': made_from, 'browsers': found})

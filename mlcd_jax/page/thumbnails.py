@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mlcd_jax.data import keys as keys_lib
+from mlcd_jax.data import matching
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
 
@@ -18,8 +20,16 @@ _LOSSLESS = 32  # Up to this side WebP's losses show and save nothing.
 _CHUNK = 1_000_000  # Keys looked through at a time.
 
 
-def find(source: sources.Source, keys: Sequence[str]) -> dict[str, int]:
-  """Returns the number of each key's record; unknown keys are left out."""
+def find(
+  source: sources.Source, keys: Sequence[str], root: str = ''
+) -> dict[str, int]:
+  """Returns the number of each key's record; unknown keys are left out.
+
+  Args:
+    source: of the records.
+    keys: of embeddings.
+    root: folder of the records, see `matching.join`.
+  """
   wanted = {key.encode() for key in keys}
   found = {}
   all_keys = source.keys()
@@ -28,7 +38,12 @@ def find(source: sources.Source, keys: Sequence[str]) -> dict[str, int]:
     if wanted.intersection(chunk):
       for i, key in enumerate(chunk):
         if key in wanted:
-          found.setdefault(key.decode('utf-8', 'replace'), start + i)
+          found.setdefault(keys_lib.text(key), start + i)
+  if 2 * len(found) < len(wanted):  # They are paths, not keys.
+    unique = list(wanted)
+    rows = matching.join(all_keys, np.array(unique), root)
+    for record in np.flatnonzero(rows >= 0).tolist():
+      found.setdefault(keys_lib.text(unique[rows[record]]), record)
   return found
 
 
