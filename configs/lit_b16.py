@@ -1,9 +1,9 @@
 r"""Zero-shot and retrieval of a ViT-B/16 by locked-image tuning.
 
-  python -m mlcd_jax.main --config=configs/lit_b16.py --workdir=runs/b16 \
+  python -m mlcd_jax.main --config=configs/lit_b16.py --workdir=runs/vit_b16 \
     --stages=evaluate
 
-tunes a text tower to the encoder that configs/vit_b16.py trained in the same
+tunes a text tower to the encoder that configs/vit_b16.py trained, in its
 workdir; with --config.evaluate.encoder=FOLDER to any other. `:laion400m` and
 the other presets are the real recipe. None of it was run; the small twin,
 configs/quickstart.py:lit, was. Each host holds the features of all captioned

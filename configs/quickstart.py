@@ -1,9 +1,10 @@
 """MLCD on 5,000 handwritten digits: minutes on two CPU cores.
 
-  python -m mlcd_jax.main --config=configs/quickstart.py --workdir=runs/digits
+  python -m mlcd_jax.main --config=configs/quickstart.py
 
-`configs/quickstart.py:lit` with --stages=evaluate scores the same run by texts:
-zero-shot and retrieval, with a text tower tuned on the digits' captions.
+`configs/quickstart.py:lit` with --stages=evaluate --workdir=runs/quickstart
+scores the same run by texts: zero-shot and retrieval, with a text tower tuned
+on the digits' captions.
 
 Seen: linear probe 94 %, kNN 94 %, 20 labels a class 88 to 91 %, in 5 minutes.
 """
@@ -16,7 +17,9 @@ from mlcd_jax import presets
 def get_config(arg=None):
   """Returns the config; `arg` is nothing or 'lit'."""
   if arg not in (None, '', 'lit'):
-    raise errors.UserError(f'configs/quickstart.py has no preset {arg!r}')
+    raise errors.UserError(
+      f'configs/quickstart.py has no preset {arg!r}; use lit'
+    )
   config = config_lib.default()
   presets.digits(config)
   config.model.variant = 'Nano/7'

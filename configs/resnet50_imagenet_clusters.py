@@ -1,11 +1,10 @@
-r"""ResNet-50 on clusters of ImageNet-1K, the paper's Tables 12 and 13.
+"""ResNet-50 on clusters of ImageNet-1K, the paper's Tables 12 and 13.
 
 The one experiment of the paper that needs no web-scale data: `:imagenet1k` is
 TFDS' imagenet2012, prepared with --file_format=array_record, clustered by CLIP
 ViT-L/14 into 320,000 classes, the best of Table 12.
 
-  python -m mlcd_jax.main --config=configs/resnet50_imagenet_clusters.py \
-    --workdir=runs/resnet50
+  python -m mlcd_jax.main --config=configs/resnet50_imagenet_clusters.py
 
 runs a few steps on the embedded digits: all stages up to the 30th step were
 seen to work on two CPU cores, the evaluation after it was not waited for.

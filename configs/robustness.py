@@ -1,7 +1,7 @@
 r"""Zero-shot on ImageNet and the shifted sets of MLCD's Table 4.
 
-  python -m mlcd_jax.main --config=configs/robustness.py --workdir=runs/clip \
-    --stages=evaluate --config.evaluate.encoder=FOLDER
+  python -m mlcd_jax.main --config=configs/robustness.py --stages=evaluate \
+    --config.evaluate.encoder=FOLDER
 
 scores a CLIP folder with its own text tower; `:imagenet_a,imagenet_r` picks
 some sets. ImageNet and four others are TFDS data sets that must be prepared

@@ -2,7 +2,7 @@
 
 Its recipe is unpublished: the ViT-L/14 one is used, which is our choice.
 
-  python -m mlcd_jax.main --config=configs/vit_bigg14.py --workdir=runs/bigg14
+  python -m mlcd_jax.main --config=configs/vit_bigg14.py
 
 runs a few steps on the embedded digits. Not run: its state takes 30 GB.
 `:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:

@@ -1,6 +1,6 @@
 """ViT-L/14 at 224 pixels, the paper's main model (Tables 1 to 4).
 
-  python -m mlcd_jax.main --config=configs/vit_l14.py --workdir=runs/l14
+  python -m mlcd_jax.main --config=configs/vit_l14.py
 
 runs a few steps on the embedded digits. Not run.
 `:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:

@@ -3,7 +3,7 @@
 The paper trains it for one more epoch from the 224-pixel model; this config
 trains it from scratch.
 
-  python -m mlcd_jax.main --config=configs/vit_l14_336.py --workdir=runs/l14_336
+  python -m mlcd_jax.main --config=configs/vit_l14_336.py
 
 runs a few steps on the embedded digits. Not run.
 `:laion400m`, `:coyo700m`, `:imagenet1k` and `:webdataset` are the real recipes:

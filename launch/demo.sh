@@ -20,7 +20,7 @@ for run in runs/quickstart runs/quickstart_1label; do
   fi
 done
 common=(--config=configs/quickstart.py "--config.seed=$seed")
-"$python" -m mlcd_jax.main "${common[@]}" --workdir=runs/quickstart
+"$python" -m mlcd_jax.main "${common[@]}"
 "$python" -m mlcd_jax.main "${common[@]}" --workdir=runs/quickstart_1label \
   --config.cluster.path=runs/quickstart --config.loss.num_positives=1 \
   --config.loss.scale=32.0 --config.optimizer.learning_rate=2e-3

@@ -2,10 +2,11 @@
 # NVIDIA GPUs of one node, or of several. Not run on GPUs yet.
 #
 # One node: one process drives all of its GPUs.
-#   launch/multi_gpu.sh --config=configs/vit_b16.py:imagenet1k --workdir=DIR
+#   launch/multi_gpu.sh --config=configs/vit_b16.py:imagenet1k
 #
 # Several nodes: on each of them, with a workdir that all of them share,
-#   NUM_NODES=2 NODE_RANK=0 COORDINATOR=node0:12345 launch/multi_gpu.sh ...
+#   NUM_NODES=2 NODE_RANK=0 COORDINATOR=node0:12345 launch/multi_gpu.sh \
+#     --config=configs/vit_b16.py:imagenet1k --workdir=/shared/runs/b16
 #
 # DRY_RUN=1 prints the command instead. Under Slurm see launch/slurm.sbatch;
 # under Open MPI start python -m mlcd_jax.main itself, once a node.
@@ -13,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if [ $# -eq 0 ]; then
-  sed -n '2,11s/^# \{0,1\}//p' "$0"
+  sed -n '2,12s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 if [ "${NUM_NODES:-1}" -gt 1 ]; then

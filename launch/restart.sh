@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command again where it was stopped, preempted or lost a process.
 #
-#   launch/restart.sh python -m mlcd_jax.main --config=... --workdir=DIR
+#   launch/restart.sh python -m mlcd_jax.main --config=configs/vit_b16.py
 #
 # Exit code 75 (stopped after saving) and 3 (a process lost, no space, ...) are
 # tried again after RESTART_DELAY seconds (10). After RESTART_LIMIT (3) failures
@@ -15,12 +15,30 @@ if [ $# -eq 0 ]; then
 fi
 
 workdir=
+config=
+flag=
 for argument in "$@"; do
-  case "$argument" in --workdir=*) workdir=${argument#--workdir=} ;; esac
+  case "$argument" in
+    --workdir=* | --config=*)
+      flag=${argument%%=*}
+      argument=${argument#*=}
+      ;;
+  esac
+  case "$flag" in
+    --workdir) workdir=$argument ;;
+    --config) config=$argument ;;
+  esac
+  case "$argument" in --workdir | --config) flag=$argument ;; *) flag= ;; esac
 done
 if [ -z "$workdir" ]; then
-  echo 'error: launch/restart.sh needs --workdir=DIR in the command' >&2
-  exit 2
+  if [ -z "$config" ]; then
+    echo 'error: launch/restart.sh needs --config=FILE or --workdir=DIR in the command' >&2
+    exit 2
+  fi
+  # As `workdir` of mlcd_jax/cli.py.
+  name=$(basename "${config%%:*}" .py)
+  case "$config" in *:?*) name=${name}_${config#*:} ;; esac
+  workdir=runs/${name//[^A-Za-z0-9._-]/_}
 fi
 
 # Names of finished files, which a run that comes further adds to.

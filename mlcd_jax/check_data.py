@@ -1,15 +1,15 @@
 """Reads every image of a config's data once and lists the bad ones.
 
   python -m mlcd_jax.check_data --config=configs/vit_b16.py:webdataset \
-    --config.data.path='data/*.tar' --workdir=runs/b16
+    --config.data.path='data/*.tar'
 
-writes bad_keys.txt into the workdir, one key a line. A run in that workdir
-leaves them out; another one does with --config.data.bad_keys=FILE.
+writes bad_keys.txt, one key a line, into the workdir of a run of that config:
+runs/vit_b16_webdataset, or --workdir. A run there leaves them out; another one
+does with --config.data.bad_keys=FILE.
 """
 
 from concurrent import futures
 import os
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -19,7 +19,9 @@ from mlcd_jax import cli
 from mlcd_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
-_WORKDIR = flags.DEFINE_string('workdir', '.', 'Where bad_keys.txt is written.')
+flags.DEFINE_string(
+  'workdir', None, 'Where bad_keys.txt is written; runs/NAME if not given.'
+)
 
 _CHUNK = 1_024  # Images in flight, so that memory stays bounded.
 
@@ -28,19 +30,20 @@ def main(rest: list[str]) -> None:
   """Checks the images and writes the list."""
   if rest:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
+  path = cli.workdir() / 'bad_keys.txt'
   from mlcd_jax import config_check
   from mlcd_jax import files
 
   config_check.check(_CONFIG.value)
-  path = pathlib.Path(_WORKDIR.value) / 'bad_keys.txt'
-  keys, found = find_bad(_CONFIG.value.data)
-  try:
-    with files.atomic(path) as temporary:
-      temporary.write_bytes(b''.join(key + b'\n' for key in keys))
+  try:  # Before hours of reading.
+    path.parent.mkdir(parents=True, exist_ok=True)
   except OSError as e:
     raise errors.UserError(
-      f'--workdir={_WORKDIR.value}: cannot be written ({e.strerror})'
+      f'--workdir={path.parent}: cannot be written ({e.strerror})'
     ) from e
+  keys, found = find_bad(_CONFIG.value.data)
+  with files.atomic(path) as temporary:
+    temporary.write_bytes(b''.join(key + b'\n' for key in keys))
   print(f'{found.summary()}; {len(keys)} keys written to {path}')
 
 

@@ -1,13 +1,12 @@
 """Runs the stages: embed, cluster, train, evaluate.
 
-  python -m mlcd_jax.main --config=configs/quickstart.py --workdir=runs/digits
+  python -m mlcd_jax.main --config=configs/quickstart.py
 
-Any config field is set from the command line, such as
---config.train.batch_size=64, and a config's preset follows a colon, such as
---config=configs/vit_b16.py:laion400m. Run the same command again to continue.
+writes everything to runs/quickstart, or to --workdir=DIR. Any config field is
+set from the command line, such as --config.train.batch_size=64, and a config's
+preset follows a colon, such as --config=configs/vit_b16.py:laion400m, which
+writes to runs/vit_b16_laion400m. Run the same command again to continue.
 """
-
-import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -16,7 +15,9 @@ from mlcd_jax import cli
 from mlcd_jax import errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
+flags.DEFINE_string(
+  'workdir', None, 'Where everything is written; runs/NAME if not given.'
+)
 _STAGES = flags.DEFINE_list(
   'stages', None, 'Some of embed,cluster,train,evaluate; all if not given.'
 )
@@ -37,6 +38,7 @@ def main(rest: list[str]) -> None:
   """Joins the other processes and hands over to the stages."""
   if rest:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
+  workdir = cli.workdir()
   # Imported late, so that --help and mistakes answer at once.
   from mlcd_jax import distributed
   from mlcd_jax import stages
@@ -50,7 +52,7 @@ def main(rest: list[str]) -> None:
   )
   stages.run(
     _CONFIG.value,
-    pathlib.Path(_WORKDIR.value),
+    workdir,
     stages.STAGES if _STAGES.value is None else _STAGES.value,
     preset=_preset(),
   )
@@ -67,4 +69,4 @@ def _preset():
 
 
 if __name__ == '__main__':
-  cli.run(main, required=('config', 'workdir'))
+  cli.run(main, required=('config',))

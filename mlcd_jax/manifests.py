@@ -158,9 +158,14 @@ def check_same(
 ) -> None:
   """Raises UserError naming the first field that differs."""
   for field, value in wanted.items():
-    if made_with.get(field) != value:
+    if field not in made_with:
       raise errors.UserError(
-        f'{folder} was made with {field}={made_with.get(field)!r}, this run '
+        f'{folder} was made by a version that did not note {field}; use '
+        'another --workdir, or delete it to make it again'
+      )
+    if made_with[field] != value:
+      raise errors.UserError(
+        f'{folder} was made with {field}={made_with[field]!r}, this run '
         f'has {value!r}; use another --workdir, or set it back with '
         f'--config.{field}'
       )

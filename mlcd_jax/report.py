@@ -85,7 +85,11 @@ def _cell(results: dict[str, float], prefix: str) -> str:
 def main(workdirs: Sequence[str]) -> None:
   """Prints the table of the workdirs named."""
   if not workdirs:
-    raise errors.UserError('name one or more workdirs')
+    known = sorted(pathlib.Path('runs').glob('*/results.json'))
+    there = ', '.join(str(path.parent) for path in known)
+    raise errors.UserError(
+      'name one or more workdirs' + f'; there are {there}' * bool(known)
+    )
   print(table([pathlib.Path(w) for w in workdirs]))
 
 

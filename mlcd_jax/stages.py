@@ -138,6 +138,7 @@ def run(
   main = distributed.is_main()
   with files.locked(workdir) if main else contextlib.nullcontext():
     run_ = _Run(config, workdir, mesh, preset)
+    run_.check_order(stages)
     if main:
       files.write_json(workdir / 'config.json', config_lib.to_dict(config))
     _log.info('devices: %s', summary.devices(mesh))
@@ -181,6 +182,23 @@ class _Run:
       mesh=mesh,
       preset=preset,
     )
+
+  def check_order(self, stages: Sequence[str]) -> None:
+    """Raises UserError where a stage before the ones to run is not done."""
+    needing = set(stages)
+    if self._config.evaluate.encoder:
+      needing -= {'evaluate'}
+    last = max(map(STAGES.index, needing), default=0)
+    missing = [
+      s for s in STAGES[:last] if s not in stages and not self._is_made(s)
+    ]
+    if missing:
+      needed = [s for s in STAGES if s in (*missing, *stages)]
+      raise errors.UserError(
+        f'--stages={",".join(stages)}: {" and ".join(missing)} must be done '
+        f'before, and not all is in {self._workdir}; use --stages='
+        f'{",".join(needed)}, or the --workdir where it is'
+      )
 
   def finish(self) -> None:
     """Leaves a page of all that is there, and says where it lies."""
@@ -252,10 +270,6 @@ class _Run:
     step = distributed.decide(
       'evaluated step', lambda: checkpoint.latest_step(checkpoints)
     )
-    if step is None:
-      raise errors.UserError(
-        f'{checkpoints}: nothing is trained yet; add train to --stages'
-      )
     trained = manifests.load(checkpoints)
     manifest = self._open_evaluation(
       {'step': step, 'train': trained and trained.fingerprint()}
@@ -330,19 +344,18 @@ class _Run:
     return manifest
 
   def _done(self, stage: str) -> manifests.Manifest:
-    """The manifest of a stage that must be complete."""
-    manifest = manifests.load(self._folder(stage))
-    if manifest is None or not manifest.complete:
-      shared = self._is_shared and stage in ('embed', 'cluster')
-      raise errors.UserError(
-        f'{self._folder(stage)}: the {stage} stage is not done; '
-        + (
-          f'run it there (cluster.path={self._shared}), or unset cluster.path'
-          if shared
-          else f'add {stage} to --stages'
-        )
+    """The manifest of a stage that is made."""
+    return manifests.load(self._folder(stage))
+
+  def _is_made(self, stage: str) -> bool:
+    """Whether the stages after it find what they read."""
+    if stage == 'train':
+      folder = self._folder(stage)
+      return distributed.decide(
+        'trained', lambda: checkpoint.latest_step(folder) is not None
       )
-    return manifest
+    manifest = self._done(stage)
+    return manifest is not None and manifest.complete
 
   def _check_made(self) -> None:
     """Every stage that was started must fit the config, due or not."""
@@ -357,6 +370,12 @@ class _Run:
 
   def _check_shared(self) -> None:
     """Another run's clusters must be whole and what the config says."""
+    for stage in ('embed', 'cluster'):
+      if not self._is_made(stage):
+        raise errors.UserError(
+          f'{self._folder(stage)}: the {stage} stage is not done; run it there '
+          f'(cluster.path={self._shared}), or unset cluster.path'
+        )
     embedded, clustered = self._done('embed'), self._done('cluster')
     if clustered.inputs['embeddings'] != embedded.fingerprint():
       raise errors.UserError(

@@ -1,5 +1,6 @@
 """The command that lists bad images, and the run that leaves them out."""
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 from mlcd_jax import config as config_lib
 from mlcd_jax import manifests
 from mlcd_jax import stages
+from tests import commands
 
 
 def _picture(folder, name, content=None):
@@ -19,16 +21,18 @@ def _picture(folder, name, content=None):
   (folder / name).write_bytes(bytes(content))
 
 
-def _check_data(*args):
+def _check_data(*args, cwd):
   return subprocess.run(
     [
       sys.executable,
       '-m',
       'mlcd_jax.check_data',
-      '--config=configs/quickstart.py',
+      f'--config={commands.ROOT}/configs/quickstart.py',
       '--config.data.source=folder',
       *args,
     ],
+    cwd=cwd,
+    env=os.environ | {'PYTHONPATH': str(commands.ROOT)},
     capture_output=True,
     text=True,
     timeout=120,
@@ -36,18 +40,18 @@ def _check_data(*args):
 
 
 def test_writes_the_bad_keys_and_a_run_leaves_them_out(tmp_path):
-  images, workdir = tmp_path / 'images', tmp_path / 'run'
+  images, workdir = tmp_path / 'images', tmp_path / 'runs/quickstart'
   images.mkdir()
-  workdir.mkdir()
   for i in range(20):
     _picture(images, f'{i:02d}.png')
   _picture(images, '05.png', b'')
   _picture(images, 'b\u00f6se.jpg', b'<html>')
-  done = _check_data(f'--config.data.path={images}', f'--workdir={workdir}')
+  done = _check_data('--config.data.path=images', cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   found = workdir / 'bad_keys.txt'
   assert done.stdout == (
-    f'2 bad (1 empty, 1 not an image); 2 keys written to {found}\n'
+    '2 bad (1 empty, 1 not an image); 2 keys written to '
+    'runs/quickstart/bad_keys.txt\n'
   )
   assert found.read_text().splitlines() == ['05.png', 'b\u00f6se.jpg']
   assert 'check_data: b\u00f6se.jpg: not an image' in done.stderr
@@ -62,13 +66,15 @@ def test_writes_the_bad_keys_and_a_run_leaves_them_out(tmp_path):
 
 
 def test_mistakes_are_one_line(tmp_path):
-  done = _check_data('--config.data.path=/nowhere')
+  done = _check_data(
+    '--config.data.path=/nowhere', f'--workdir={tmp_path}', cwd=tmp_path
+  )
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: data.path=/nowhere: cannot be read')
   _picture(tmp_path, 'a.png')
   done = _check_data(
-    f'--config.data.path={tmp_path}', '--workdir=/proc/nowhere'
+    '--config.data.path=.', '--workdir=/proc/nowhere', cwd=tmp_path
   )
   assert done.returncode == 2
   assert done.stderr.splitlines()[-1].startswith('error: --workdir=/proc/nowh')

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 
+from absl import flags
+from ml_collections import config_flags
 import pytest
 
 from mlcd_jax import checkpoint
+from mlcd_jax import cli
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _TINY = (
@@ -23,11 +26,15 @@ _TINY = (
 )
 
 
-def start(*arguments, module='mlcd_jax.main'):
+def start(*arguments, module='mlcd_jax.main', cwd=_ROOT):
   return subprocess.Popen(
     [sys.executable, '-m', module, *map(str, arguments)],
-    cwd=_ROOT,
-    env=os.environ | {'JAX_COMPILATION_CACHE_DIR': str(_ROOT / '.cache/jax')},
+    cwd=cwd,
+    env=os.environ
+    | {
+      'JAX_COMPILATION_CACHE_DIR': str(_ROOT / '.cache/jax'),
+      'PYTHONPATH': str(_ROOT),
+    },
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -43,8 +50,7 @@ def run(*arguments, **options):
 @pytest.mark.parametrize(
   ('arguments', 'says'),
   [
-    ((), '--config is missing'),
-    (('--config=configs/quickstart.py',), '--workdir is missing'),
+    ((), '--config is missing; there are configs/'),
     (('--config=configs/vit_b61.py',), 'configs/vit_b16.py'),
     (('--config',), 'no such file'),
     (('--config=configs/vit_b16.py:laion', '--workdir=x'), 'laion400m'),
@@ -52,7 +58,6 @@ def run(*arguments, **options):
     ((*_TINY, '--workdir=x', '--config.train.steps=many'), 'train.steps'),
     ((*_TINY, '--workdir=x', '--config.lr=1'), "no field 'lr'"),
     ((*_TINY, '--workdir=x', '--wrkdir=y'), 'wrkdir'),
-    ((*_TINY, '--workdir='), '--workdir is missing'),
     ((*_TINY, '--workdir=x', 'embed'), "'embed' is not a flag"),
   ],
 )
@@ -100,12 +105,44 @@ def test_early_interrupt_is_one_line(tmp_path):
 
 
 def test_mistakes_found_later_are_one_line_and_exit_2(tmp_path):
+  mine = tmp_path / 'my recipe.py'  # In another folder, run from there.
+  mine.write_text((_ROOT / 'configs/quickstart.py').read_text())
   code, _, err = run(
-    *_TINY, f'--workdir={tmp_path}', '--config.data.split=trian'
+    '--config=my recipe.py:lit', '--config.data.split=trian', cwd=tmp_path
   )
   assert code == 2
   assert 'Traceback' not in err
-  assert err.splitlines()[-1].startswith('error: data.split=trian')
+  first, *_, last = err.splitlines()
+  assert 'workdir: runs/my_recipe_lit (--workdir=DIR' in first
+  assert last.startswith('error: data.split=trian')
+
+
+@pytest.mark.parametrize(
+  ('config', 'folder'),
+  [
+    ('configs/vit_b16.py', 'runs/vit_b16'),
+    ('configs/vit_b16.py:', 'runs/vit_b16'),
+    (f'{_ROOT}/configs/vit_b16.py:laion400m', 'runs/vit_b16_laion400m'),
+    ('configs/robustness.py:imagenet,imagenet_a',
+     'runs/robustness_imagenet_imagenet_a'),
+  ],
+)  # fmt: skip
+def test_the_folder_of_a_config(config, folder, monkeypatch):
+  monkeypatch.chdir(_ROOT)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  flags.DEFINE_string('workdir', None, '', flag_values=values)
+  monkeypatch.setattr(cli.flags, 'FLAGS', values)
+  values(['', f'--config={config}'])
+  assert cli.workdir() == pathlib.Path(folder)
+  values(['', f'--config={config}', '--workdir=/else/where'])
+  assert cli.workdir() == pathlib.Path('/else/where')
+
+
+def test_other_configs_are_named_from_another_folder(tmp_path):
+  code, out, err = run('--config=vit_b16', cwd=tmp_path)
+  assert (code, out) == (2, '')
+  assert f'did you mean {_ROOT}/configs/vit_b16.py?' in err
 
 
 def test_report_of_nothing(tmp_path):
@@ -114,11 +151,32 @@ def test_report_of_nothing(tmp_path):
   assert 'results.json' in err
 
 
-def test_help_is_short_and_has_an_example():
-  code, out, _ = run('--help')
-  assert code in (0, 1)  # absl exits with 1.
+@pytest.mark.parametrize('flag', ['--help', '-h'])
+def test_help_is_short_and_has_an_example(flag):
+  code, out, err = run(flag)
+  assert (code, err) == (0, '')
   assert 'python -m mlcd_jax.main --config=' in out
   assert len(out.splitlines()) < 40
+
+
+@pytest.mark.parametrize(
+  ('module', 'arguments', 'says'),
+  [
+    ('plan', (), '--config is missing; there are configs/'),
+    ('plan', ('--config=configs/vit_b16.py',), 'such as v5e:16x16'),
+    ('check_data', (), '--config is missing; there are configs/'),
+    ('convert', (), '`import SRC DST` or `export WORKDIR DST`'),
+    ('report', (), 'name one or more workdirs; there are runs/one, runs/two'),
+  ],
+)
+def test_commands_with_too_little(tmp_path, module, arguments, says):
+  for name in ('one', 'two'):
+    (tmp_path / 'runs' / name).mkdir(parents=True)
+    (tmp_path / 'runs' / name / 'results.json').write_text('{}')
+  cwd = tmp_path if module == 'report' else _ROOT
+  code, out, err = run(*arguments, module=f'mlcd_jax.{module}', cwd=cwd)
+  assert (code, out, err.count('\n')) == (2, '', 1)
+  assert err.startswith('error: ') and says in err
 
 
 def test_terminated_run_saves_exits_75_and_goes_on(tmp_path):

@@ -59,6 +59,28 @@ def test_restarts(tmp_path, script, code, starts):
   assert ('without progress' in err) == (code in (3, 75))
 
 
+@pytest.mark.parametrize(
+  ('arguments', 'folder'),
+  [
+    (['--config=configs/vit_b16.py'], 'vit_b16'),
+    (['--config', './my recipe.py:laion400m'], 'my_recipe_laion400m'),
+    (['--config=a.py:x,y/z', '--config.train.steps=3'], 'a_x_y_z'),
+    (['--config=a.py', '--workdir', 'runs/b'], 'b'),
+  ],
+)
+def test_restarts_look_where_the_run_writes(tmp_path, arguments, folder):
+  done = subprocess.run(
+    [_LAUNCH / 'restart.sh', 'bash', '-c', 'exit 3', 'run', *arguments],
+    cwd=tmp_path,
+    env=os.environ | {'RESTART_LIMIT': '1'},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 3
+  assert done.stderr.endswith(f' without progress in runs/{folder}\n')
+
+
 def test_a_signal_reaches_the_command_and_ends_it(tmp_path):
   script = (
     _COUNT + "trap 'sleep 1; touch $W/saved; exit 75' TERM; touch $W/up; "

@@ -175,10 +175,17 @@ def test_changed_clusters_are_refused(copy, tiny_config, tmp_path):
 
 
 def test_stages_need_the_ones_before(tiny_config, tmp_path):
-  with pytest.raises(errors.UserError, match='add embed to --stages'):
-    stages.run(tiny_config, tmp_path, ['cluster'])
-  with pytest.raises(errors.UserError, match='add train to --stages'):
-    stages.run(tiny_config, tmp_path, ['evaluate'])
+  for chosen, missing, needed in (
+    (['cluster'], 'embed', 'embed,cluster'),
+    (['train', 'embed'], 'cluster', 'embed,cluster,train'),
+    (['train'], 'embed and cluster', 'embed,cluster,train'),
+    (['evaluate', 'train', 'cluster'], 'embed', ','.join(stages.STAGES)),
+  ):
+    with pytest.raises(
+      errors.UserError, match=f': {missing} must.*use --stages={needed},'
+    ):
+      stages.run(tiny_config, tmp_path, chosen)
+  assert not (tmp_path / 'embeddings').exists()
   with pytest.raises(errors.UserError, match="'trian' is unknown"):
     stages.run(tiny_config, tmp_path, ['trian'])
 

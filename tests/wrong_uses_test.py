@@ -45,7 +45,7 @@ def fixture_command(monkeypatch, capsys, tmp_path):
     for flag in [f for f in flags.FLAGS if f.startswith('config.')]:
       delattr(flags.FLAGS, flag)
     try:
-      cli.run(main.main, required=('config', 'workdir'))
+      cli.run(main.main, required=('config',))
     except Exited as e:
       return e.args[0], capsys.readouterr().err.splitlines()
     except SystemExit as e:
@@ -64,12 +64,30 @@ def field(assignment, *says):
   ('arguments', 'says'),
   [
     # Flags.
-    ((), ('--config is missing',)),
-    (_BASE[:1], ('--workdir is missing',)),
+    ((), ('--config is missing', 'configs/vit_b16.py')),
+    (('configs/vit_b16.py',), ('write --config=configs/vit_b16.py',)),
+    (('--config.train.steps=3',), ('--config is missing', 'vit_b16.py')),
+    ((_BASE[0], '--workdir='), ('--workdir is empty', 'runs/')),
     (('--config=configs/none.py', '--workdir=x'), ('--config', 'quickstart')),
+    (('--config=vit_b16',), ('did you mean configs/vit_b16.py?',)),
+    (('--config', 'configs/vit_b16'), ('did you mean configs/vit_b16.py?',)),
+    (('--config=vit_b61.py:x',), ('did you mean configs/vit_b16.py:x?',)),
+    (('--config=~/none.py',), (f'--config={pathlib.Path.home()}/none.py',)),
+    (('--config=configs',), ('--config=configs: not a Python file', '.py')),
+    (('--config=Makefile',), ('--config=Makefile: not a Python file', '.py')),
     (('--config=configs/vit_b16.py:x', '--workdir=x'), ('--config', 'laion')),
-    (('--config=configs/quickstart.py:x', '--workdir=x'), ('no preset',)),
+    (('--config=configs/quickstart.py:x', '--workdir=x'), ("'x'; use lit",)),
     ((*_BASE, '--stage=train'), ('stage',)),
+    ((*_BASE, '--steps=3'), ("'steps'", '--config.train.steps')),
+    ((*_BASE, '--train.batch_size=3'), ('--config.train.batch_size',)),
+    ((*_BASE, '--preset=lit'), ("'preset'", '--help')),
+    ((*_BASE, '--stages=cluster'), ('use --stages=embed,cluster',)),
+    ((*_BASE, '--stages=train'), ('use --stages=embed,cluster,train',)),
+    (
+      (*_BASE, '--stages=embed,train'),
+      (': cluster must', 'use --stages=embed,cluster,train'),
+    ),
+    ((*_BASE, '--stages=evaluate'), ('=embed,cluster,train,evaluate',)),
     ((*_BASE, '--stages=trian'), ('--stages', 'train')),
     ((*_BASE, '--stages='), ('--stages', 'train')),
     ((*_BASE, 'train'), ("'train' is not a flag",)),
@@ -77,7 +95,10 @@ def field(assignment, *says):
     ((*_BASE, '--process_id=x'), ('--process_id=x', 'int()')),
     ((*_BASE, '--init_timeout=0'), ('--init_timeout=0', 'at least 1')),
     # Fields that do not exist, and values of another type.
-    field('lr=1', "no field 'lr'"),
+    field('lr=1', "no field 'lr'", '--help'),
+    field('batch_size=1', "'batch_size'", '--config.train.batch_size'),
+    field('train.num_centers=1', '--config.cluster.num_centers'),
+    field('optimizer.decay=1', '--config.optimizer.weight_decay'),
     field('train.stepz=1', 'stepz', '"steps"'),
     field('trian.steps=1', 'trian', '"train"'),
     field('train.steps=many', 'train.steps', 'int'),
