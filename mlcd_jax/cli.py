@@ -74,7 +74,7 @@ def workdir() -> pathlib.Path:
   """Returns --workdir; without one, runs/ and the config's name, and says so.
 
   Raises:
-    UserError: it is given and empty.
+    UserError: it is given and empty, or a URL.
   """
   given = flags.FLAGS.workdir
   if given == '':
@@ -82,6 +82,12 @@ def workdir() -> pathlib.Path:
       '--workdir is empty; name a folder, or leave it out for one in runs/'
     )
   if given is not None:
+    if '://' in given:
+      # Runs append to files, rename, lock and map them into memory.
+      raise errors.UserError(
+        f'--workdir={given}: object stores hold images and embeddings, not a '
+        'workdir; name a folder, on a disk or a file system that is mounted'
+      )
     return pathlib.Path(given)
   path, _, preset = config_flags.get_config_filename(
     flags.FLAGS['config']
