@@ -41,20 +41,23 @@ class _Capacity(NamedTuple):
   pairs: int
 
 
-def init(key: jax.Array, num_classes: int, dim: int) -> dict[str, jax.Array]:
-  """Returns {"weight": float32 [C, D]}."""
-  shape = (sampling.Layout(num_classes).rows, dim)
-  return {'weight': INIT_STDDEV * jax.random.normal(key, shape)}
+def init(
+  key: jax.Array, num_classes: int, dim: int, num_devices: int = 1
+) -> dict[str, jax.Array]:
+  """Returns {"weight": float32 [C, D]}, for any devices the same classes."""
+  layout = sampling.Layout(num_classes)
+  weight = INIT_STDDEV * jax.random.normal(key, (layout.rows, dim))
+  padding = layout.rows_over(num_devices) - layout.rows
+  return {'weight': jnp.pad(weight, ((0, padding), (0, 0)))}
 
 
 def check_devices(num_classes: int, num_devices: int) -> None:
-  """Raises UserError where devices cannot own as many blocks each."""
+  """Raises UserError where there are more devices than blocks of classes."""
   blocks = sampling.Layout(num_classes).blocks
-  if blocks % num_devices:
+  if num_devices > blocks:
     raise errors.UserError(
-      f'mesh: classifier/weight lies in {blocks:,} blocks, which '
-      f'{num_devices} devices cannot share evenly; use a power of two of '
-      f'them, up to {blocks:,}'
+      f'mesh: classifier/weight lies in {blocks:,} blocks, too few for '
+      f'{num_devices:,} devices; use at most {blocks:,}'
     )
 
 

@@ -105,12 +105,19 @@ class Hog:
     ).astype(np.float32)
 
 
-def load_embedder(manifest: manifests.Manifest) -> Embedder | None:
-  """The embedder that made a finished embed stage; None if made elsewhere."""
+def load_embedder(
+  manifest: manifests.Manifest, *, batch_size: int = 64
+) -> Embedder | None:
+  """The embedder that made a finished embed stage; None if made elsewhere.
+
+  Args:
+    manifest: of the stage.
+    batch_size: images per device and call, on which no row depends.
+  """
   config = manifest.config
   if config['embed.embedder'] == 'precomputed':
     return None
-  size, batch_size = config['embed.image_size'], config['embed.batch_size']
+  size = config['embed.image_size']
   if config['embed.embedder'] == 'huggingface':
     huggingface.check(manifest.notes)
     return huggingface.Huggingface(
@@ -151,7 +158,7 @@ def run(
       embedder = Hog(config.embed.image_size)
       manifest.notes['mean'] = _mean_row(embedder, source).tolist()
     manifest.save()
-  embedder = load_embedder(manifest)
+  embedder = load_embedder(manifest, batch_size=config.embed.batch_size)
   folder = manifest.folder
   starts = range(0, len(source), config.embed.shard_rows)
   progress = metrics.Progress('embed', len(source), unit='images')

@@ -134,13 +134,16 @@ def _classifier(
         f'{choice}: {_FIELD} is no workdir, so it has no classifier; use '
         'fresh or centers'
       )
-    weight = encoders.from_run(workdir, classifier=True)[2]['classifier']
-    if weight.shape != expected:
+    found = encoders.from_run(workdir, classifier=True)[2]
+    theirs = sampling.Layout(found['config'].cluster.num_centers).rows
+    weight = found['classifier'][:theirs]  # Without its mesh's padding.
+    needed = (sampling.Layout(program.num_classes).rows, expected[1])
+    if weight.shape != needed:
       raise errors.UserError(
         f'{choice}: {_FIELD} has class centers {list(weight.shape)}, this run '
-        f'needs {list(expected)}; use fresh or centers'
+        f'needs {list(needed)}; use fresh or centers'
       )
-    return weight
+    return np.pad(weight, ((0, expected[0] - len(weight)), (0, 0)))
   centers = files.read_npy(clusters / 'centers.npy')
   if centers.shape[1] != expected[1]:
     raise errors.UserError(

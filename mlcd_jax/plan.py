@@ -106,6 +106,8 @@ def _devices(topology: str, slices: int) -> list[Any]:
       'requirements-tpu.txt'
     ) from e
   kwargs = {'num_slices': slices} if slices > 1 else {}
+  if topology.startswith('v4:'):  # Where jax runs a chip's cores as one device.
+    kwargs['chip_config_name'] = 'megacore'
   try:
     found = topologies.get_topology_desc(topology, platform='tpu', **kwargs)
   except Exception as e:  # libtpu's own errors have no common class.

@@ -33,7 +33,7 @@ class Layout:
 
   @property
   def blocks(self) -> int:
-    """Equal blocks of rows; devices divide them evenly, so it is the most."""
+    """Equal blocks of rows; a device owns whole ones, so it is the most."""
     return 8_192 if self.num_classes > 2**19 else 1_024
 
   @property
@@ -43,8 +43,17 @@ class Layout:
 
   @property
   def rows(self) -> int:
-    """Rows of the weight, padding included."""
+    """Rows of all blocks, padding included."""
     return self.blocks * self.rows_per_block
+
+  def rows_over(self, num_devices: int) -> int:
+    """Rows of the weight: whole blocks, and as many of them on each device.
+
+    Where the devices do not divide the blocks, empty ones at the end make up
+    for it. They are part of the array alone: nothing is drawn from them, and
+    another mesh has fewer or more.
+    """
+    return -(-self.blocks // num_devices) * num_devices * self.rows_per_block
 
   def row_of(self, classes: jax.Array) -> jax.Array:
     """Row of the weight that holds a class; -1 stays -1."""
@@ -55,7 +64,8 @@ class Layout:
   def class_of(self, rows: jax.Array) -> jax.Array:
     """Inverse of `row_of`; padding gives classes past the last."""
     block, place = rows // self.rows_per_block, rows % self.rows_per_block
-    return place * self.blocks + jnp.asarray(self._turns)[block]
+    turn = jnp.asarray(self._turns).at[block].get(mode='clip')
+    return jnp.where(block < self.blocks, place * self.blocks + turn, self.rows)
 
   def block_sizes(self) -> np.ndarray:
     """Classes of each block, without padding."""

@@ -70,7 +70,10 @@ def make_mesh(
   return Mesh(
     np.concatenate(
       [
-        mesh_utils.create_device_mesh(within, part)
+        # A slice's own axes, such as 16 x 16, may be cut for one of ours.
+        mesh_utils.create_device_mesh(
+          within, part, allow_split_physical_axes=True
+        )
         for part in _by_slice(devices, slices)
       ]
     ),

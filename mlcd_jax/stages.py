@@ -34,6 +34,7 @@ from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.evaluate import stage as evaluate
 from mlcd_jax.evaluate import table
+from mlcd_jax.models import resnet
 from mlcd_jax.page import writer
 
 _log = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ _FOLDERS = {
 }
 
 # The config fields that a stage's files depend on; a section stands for all
-# of its fields. On what devices a run goes and how often it logs and saves is
-# not among them.
+# of its fields but those of _EXECUTION. On what devices a run goes and how
+# often it logs and saves is not among them.
 _FIELDS = {
   'embed': (
     'data.source',
@@ -85,18 +86,34 @@ _FIELDS = {
     'train.steps',
     'train.epochs',
     'train.batch_size',
+    'train.ema_decay',
+    'train.max_loss_ratio',
   ),
+  # Images of `data` are what a text tower is tuned on; fine-tuning crops.
   'evaluate': (
     'seed',
     'data.source',
     'data.path',
     'data.data_dir',
     'data.split',
+    'data.image_key',
     'data.caption_key',
+    'data.crop_area',
+    'data.flip',
     'optimizer',
     'evaluate',
     'lit',
   ),
+}
+
+# What changes memory and speed alone.
+_EXECUTION = {
+  'embed.batch_size',
+  'model.remat',
+  'model.scan_layers',
+  'loss.chunk_megabytes',
+  'evaluate.batch_size',
+  'evaluate.every_steps',
 }
 
 
@@ -153,7 +170,24 @@ def run(
 
 def fields(config: ml_collections.ConfigDict, stage: str) -> dict[str, Any]:
   """Dotted names and values of what a stage's files depend on."""
-  return _flatten(config_lib.to_dict(config), _FIELDS[stage])
+  names = _FIELDS[stage]
+  if stage == 'train' and _parts_matter(config):
+    names += ('train.accumulate_steps',)
+  found = _flatten(config_lib.to_dict(config), names)
+  return {k: v for k, v in found.items() if k not in _EXECUTION}
+
+
+def _parts_matter(config: ml_collections.ConfigDict) -> bool:
+  """Whether the parts of a batch differ from the whole.
+
+  Batch normalisation has the statistics of a part, each part skips other
+  blocks, and `partial_fc` draws a part's own positives.
+  """
+  return (
+    config.model.variant in resnet.VARIANTS
+    or config.model.drop_path > 0
+    or (config.loss.negatives == 'partial_fc' and config.loss.sample_rate < 1)
+  )
 
 
 class _Run:
@@ -283,7 +317,9 @@ class _Run:
       steps=train.num_steps(self._config, len(source)),
       mesh=self._mesh,
     )
-    embedder = embed.load_embedder(self._done('embed'))
+    embedder = embed.load_embedder(
+      self._done('embed'), batch_size=self._config.embed.batch_size
+    )
     scored = evaluate.of_run(program, checkpoints, step, embedder)
     self._page.show_patches(scored['trained'], source)
     self._score(manifest, scored)

@@ -143,7 +143,10 @@ class Program:
     params = {
       'encoder': self._init_encoder(),
       'classifier': classifier.init(
-        self._key(1), self.num_classes, self.config.model.embedding_dim
+        self._key(1),
+        self.num_classes,
+        self.config.model.embedding_dim,
+        self.mesh.size,
       ),
     }
     return TrainState(

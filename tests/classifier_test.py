@@ -222,6 +222,35 @@ def test_the_same_on_every_mesh(negatives):
     )
 
 
+@pytest.mark.parametrize(
+  ('shape', 'negatives'),
+  [((3, 1), 'uniform'), ((3, 2), 'partial_fc'), ((1, 5), 'uniform')],
+)
+def test_the_same_on_devices_that_do_not_divide_the_blocks(shape, negatives):
+  num_classes, devices = 1_500, shape[0] * shape[1]
+  weight, embeddings, labels = make_problem(num_classes)
+  embeddings, labels = np.tile(embeddings, (2, 1)), np.tile(labels, (2, 1))
+  rows = devices * (len(labels) // devices)
+  problem = embeddings[:rows], labels[:rows]
+  config = loss_config(sample_rate=0.1, negatives=negatives)
+  expected = run(weight, *problem, num_classes, config, make_mesh(1, 1))
+  padded = np.pad(
+    weight,
+    (
+      (0, sampling.Layout(num_classes).rows_over(devices) - len(weight)),
+      (0, 0),
+    ),
+  )
+  assert len(padded) > len(weight)
+  found = run(padded, *problem, num_classes, config, make_mesh(*shape))
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+  assert not found[1][0][len(weight) :].any()
+  for a, b in zip(found[1], expected[1]):
+    a = a[: len(b)]
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    np.testing.assert_array_equal(a.any(axis=1), b.any(axis=1))
+
+
 @pytest.mark.parametrize('negatives', sampling.MODES)
 def test_classes_that_pile_up_on_a_device_are_all_kept(negatives):
   # All positives lie on the first of 8 devices.

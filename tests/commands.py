@@ -58,9 +58,9 @@ def finish(process, timeout=300):
   return process.returncode, out, err
 
 
-def run(*arguments, **options):
+def run(*arguments, timeout=300, **options):
   """Returns exit code, stdout and stderr."""
-  return finish(start(*arguments, **options))
+  return finish(start(*arguments, **options), timeout)
 
 
 def free_port():

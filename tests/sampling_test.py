@@ -114,14 +114,25 @@ def test_partial_fc_keeps_more_positives_than_the_rate_has_room_for():
   assert set(range(1_000)) <= set(classes(jax.random.key(0)).tolist())
 
 
+@pytest.mark.parametrize('parts', [8, 6, 80, 1_000])
 @pytest.mark.parametrize('negatives', sampling.MODES)
-def test_devices_draw_their_part_of_the_same_classes(negatives):
-  num_classes, parts = 3_000, 8
+def test_devices_draw_their_part_of_the_same_classes(negatives, parts):
+  num_classes = 3_000
   layout = sampling.Layout(num_classes)
   rows = layout.row_of(jnp.arange(50).reshape(10, 5))
   classes = make_draw(num_classes, 300, rows=rows, negatives=negatives)
   key = jax.random.key(5)
-  blocks = layout.blocks // parts
+  blocks = layout.rows_over(parts) // parts // layout.rows_per_block
+  firsts = {*range(0, parts, max(1, parts // 80)), parts - 1}
+  if parts > 80:  # Some, and the last ones, which own no class.
+    whole = set(classes(key).tolist())
+    for i in firsts:
+      rows = np.arange(i * blocks, (i + 1) * blocks) * layout.rows_per_block
+      rows = rows[:, None] + np.arange(layout.rows_per_block)
+      mine = set(np.asarray(layout.class_of(rows)).flat)
+      drawn = classes(key, i * blocks, blocks).tolist()
+      assert sorted(drawn) == sorted(mine & whole)
+    return
   found = [classes(key, i * blocks, blocks) for i in range(parts)]
   np.testing.assert_array_equal(np.concatenate(found), classes(key))
 

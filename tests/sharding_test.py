@@ -37,6 +37,31 @@ def test_slices_lie_along_data_and_fsdp_stays_within_one():
     sharding.make_mesh(4, 2, slices=3)
 
 
+@pytest.mark.parametrize(
+  ('kind', 'slice_shape'),
+  [
+    ('TPU v5 lite', (16, 16, 1)),
+    ('TPU v6 lite', (8, 16, 1)),
+    ('TPU v5', (4, 4, 4)),
+    ('TPU v5', (4, 4, 12)),
+  ],
+)
+def test_every_split_of_a_tpu_slice(kind, slice_shape):
+  class Chip:
+    platform, device_kind, core_on_chip, slice_index = 'tpu', kind, 0, 0
+
+    def __init__(self, i, coords):
+      self.id, self.coords = i, coords
+      self.process_index = i // 4
+
+  chips = [Chip(i, at) for i, at in enumerate(np.ndindex(slice_shape))]
+  for fsdp in range(1, len(chips) + 1):
+    if len(chips) % fsdp == 0:
+      mesh = sharding.make_mesh(-1, fsdp, devices=chips)
+      assert mesh.shape['fsdp'] == fsdp
+      assert {c.id for c in mesh.devices.flat} == set(range(len(chips)))
+
+
 def test_what_must_divide_over_the_devices(tiny_config):
   assert sharding.from_config(tiny_config).size == 8
   tiny_config.train.accumulate_steps = 8

@@ -110,6 +110,8 @@ def test_run_again_does_nothing(done, tiny_config, caplog):
     ('model.embedding_dim', 16, 'checkpoints'),
     ('loss.scale', 10.0, 'checkpoints'),
     ('train.steps', 13, 'checkpoints'),
+    ('train.ema_decay', 0.99, 'checkpoints'),
+    ('train.max_loss_ratio', 2.0, 'checkpoints'),
   ],
 )
 def test_another_config_is_refused(
@@ -137,9 +139,80 @@ def test_how_a_run_is_executed_may_change(done, tiny_config):
   tiny_config.mesh.fsdp = 1
   tiny_config.train.log_every_steps = 7
   tiny_config.train.checkpoint_every_steps = 3
+  tiny_config.train.accumulate_steps = 2
+  tiny_config.train.max_skipped_steps = 1
+  tiny_config.embed.batch_size = 8
+  tiny_config.model.remat = 'full'
+  tiny_config.model.scan_layers = True
+  tiny_config.loss.chunk_megabytes = 1.0
+  tiny_config.evaluate.batch_size = 128
+  tiny_config.evaluate.every_steps = 4
   before = snapshot(done)
   stages.run(tiny_config, done)
   assert snapshot(done) == before
+
+
+# By stage, the sections of which its files depend on every field, and others.
+_DEPENDS = {
+  'embed': ({'embed'}, {'data.caption_key'}),
+  'cluster': ({'cluster', 'seed'}, set()),
+  'train': (
+    {'model', 'loss', 'optimizer', 'seed'},
+    {'data.crop_area', 'data.flip', 'train.steps', 'train.epochs',
+     'train.batch_size', 'train.ema_decay', 'train.max_loss_ratio'},
+  ),
+  'evaluate': (
+    {'optimizer', 'evaluate', 'lit', 'seed'},
+    {'data.caption_key', 'data.crop_area', 'data.flip'},
+  ),
+}  # fmt: skip
+_IMAGES = {f'data.{f}' for f in ('source', 'path', 'data_dir', 'split')}
+_FREE = {
+  'embed.batch_size', 'cluster.checkpoint_every_tiles', 'cluster.path',
+  'model.remat', 'model.scan_layers', 'loss.chunk_megabytes',
+  'evaluate.batch_size', 'evaluate.every_steps',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('stage', stages.STAGES)
+def test_every_field_is_one_that_a_stage_depends_on_or_not(tiny_config, stage):
+  sections, others = _DEPENDS[stage]
+  if stage != 'cluster':
+    others = others | _IMAGES | {'data.image_key'}
+  every = stages._flatten(tiny_config.to_dict(), tiny_config)
+  for field in sorted(every):
+    section = field.partition('.')[0]
+    depends = field in others or (section in sections and field not in _FREE)
+    assert (field in stages.fields(tiny_config, stage)) == depends, field
+
+
+@pytest.mark.parametrize(
+  ('fields', 'matter'),
+  [
+    ({}, False),
+    ({'model.variant': 'resnet50'}, True),
+    ({'model.drop_path': 0.1}, True),
+    ({'loss.negatives': 'partial_fc', 'loss.sample_rate': 0.1}, True),
+    ({'loss.negatives': 'partial_fc', 'loss.sample_rate': 1.0}, False),
+    ({'loss.negatives': 'uniform', 'loss.sample_rate': 0.1}, False),
+  ],
+)
+def test_parts_of_a_batch_matter_only_where_they_differ(
+  tiny_config, fields, matter
+):
+  tiny_config.update_from_flattened_dict(fields)
+  before = stages.fields(tiny_config, 'train')
+  tiny_config.train.accumulate_steps = 4
+  assert (stages.fields(tiny_config, 'train') != before) == matter
+
+
+def test_a_manifest_without_a_field_is_refused(copy, tiny_config):
+  path = copy / 'checkpoints/manifest.json'
+  made = json.loads(path.read_text())
+  del made['config']['train.ema_decay']
+  path.write_text(json.dumps(made))
+  with pytest.raises(errors.UserError, match='did not note train.ema_decay'):
+    stages.run(tiny_config, copy)
 
 
 def test_other_tasks_are_scored_anew(copy, tiny_config):

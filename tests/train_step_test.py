@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlcd_jax import classifier
 from mlcd_jax import errors
+from mlcd_jax import sampling
 from mlcd_jax import sharding
 from mlcd_jax import train_step
 
@@ -150,15 +152,40 @@ def test_dense_decays_every_class(plain):
   assert np.all(np.any(old != new, axis=1))
 
 
-def test_devices_that_cannot_share_the_classes_evenly(tiny_config):
-  program = train_step.Program(
-    config=tiny_config,
-    num_classes=NUM_CLASSES,
-    steps=1,
-    mesh=sharding.make_mesh(6, 1, devices=jax.devices()[:6]),
-  )
-  with pytest.raises(errors.UserError, match='classifier/weight .* 6 devices'):
-    _ = program.abstract_state
+@pytest.mark.parametrize('devices', [3, 6, 7])
+def test_the_same_classes_on_devices_that_do_not_divide_them(
+  tiny_config, devices
+):
+  weights = {}
+  for count in (1, devices):
+    program = train_step.Program(
+      config=tiny_config,
+      num_classes=NUM_CLASSES,
+      steps=1,
+      mesh=sharding.make_mesh(count, 1, devices=jax.devices()[:count]),
+    )
+    state = program.abstract_state
+    weight = state.params['classifier']['weight']
+    assert weight.shape[0] % count == 0
+    weights[count] = classifier.init(
+      program._key(1), NUM_CLASSES, 4, num_devices=count
+    )['weight']
+    assert len(weights[count]) == weight.shape[0]
+  whole = weights[1]
+  np.testing.assert_array_equal(weights[devices][: len(whole)], whole)
+  assert not weights[devices][len(whole) :].any()
+
+
+def test_more_devices_than_blocks_of_classes_are_refused():
+  classifier.check_devices(NUM_CLASSES, 1_000)
+  with pytest.raises(errors.UserError, match='too few for 1,025 devices'):
+    classifier.check_devices(NUM_CLASSES, 1_025)
+  for devices in (24, 40, 48, 72, 80, 96, 192):  # 80: the paper's.
+    classifier.check_devices(1_000_000, devices)
+    layout = sampling.Layout(1_000_000)
+    rows = layout.rows_over(devices)
+    assert rows % (devices * layout.rows_per_block) == 0
+    assert layout.rows <= rows < 1.02 * layout.rows
 
 
 def test_random_labels_are_some_of_the_stored_ones(tiny_config):

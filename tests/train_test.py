@@ -18,6 +18,7 @@ from mlcd_jax import train
 from mlcd_jax import train_step
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
+from tests import commands
 
 
 @pytest.fixture(scope='module', name='clustered')
@@ -329,10 +330,56 @@ def test_a_rule_for_spikes_changes_nothing_else(start, tmp_path, tiny_config):
   )
 
 
+def test_goes_on_where_devices_do_not_divide_the_classes(start, tmp_path):
+  """Two devices, then three, then two, against two all the way."""
+  changes = {'train.steps': 6, 'train.batch_size': 24, 'loss.sample_rate': 0.1}
+  start(tmp_path / 'whole', **changes)
+  for devices in (2, 3, 2):
+    start(
+      tmp_path / 'moved',
+      sharding.make_mesh(devices, 1, devices=jax.devices()[:devices]),
+      **changes | {'train.stop_after_steps': 2},
+    )
+  whole, moved = losses(tmp_path / 'whole'), losses(tmp_path / 'moved')
+  assert list(whole) == list(moved) == list(range(1, 7))
+  np.testing.assert_allclose(
+    list(moved.values()), list(whole.values()), rtol=1e-5
+  )
+
+
+_80_DEVICES = """
+import json, pathlib, sys
+from mlcd_jax import stages
+from tests import conftest
+config = conftest.tiny_config.__wrapped__()
+config.train.steps, config.train.batch_size = 4, 80
+config.evaluate.batch_size = 80
+stages.run(config, pathlib.Path(sys.argv[1]), ('embed', 'cluster', 'train'))
+"""
+
+
+@pytest.mark.slow
+def test_eighty_devices_as_one(tmp_path):
+  """The paper's number; 80 does not divide the 1,024 blocks of classes."""
+  curves = []
+  for devices in (1, 80):
+    workdir = tmp_path / str(devices)
+    code, _, err = commands.run(
+      workdir, script=_80_DEVICES, devices=devices, timeout=600
+    )
+    assert code == 0, err[-3000:]
+    curves.append(list(losses(workdir).values()))
+  assert len(curves[0]) == 4
+  np.testing.assert_allclose(*curves, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('sample_rate', [1.0, 0.1])
 def test_goes_on_with_other_devices(start, tmp_path, sample_rate):
-  """8 devices, then 4, 2 and 1 in other splits, against 8 all the way."""
+  """8 devices, then 4, 2 and 1 in other splits, against 8 all the way.
+
+  And from the second on with less memory.
+  """
   changes = {
     'train.steps': 50,
     'loss.sample_rate': sample_rate,
@@ -340,6 +387,13 @@ def test_goes_on_with_other_devices(start, tmp_path, sample_rate):
   }
   start(tmp_path / 'whole', sharding.make_mesh(4, 2), **changes)
   for devices, shape in ((8, (4, 2)), (4, (1, 4)), (2, (2, 1)), (1, (1, 1))):
+    if devices < 8:
+      changes |= {
+        'model.remat': 'full',
+        'model.scan_layers': True,
+        'loss.chunk_megabytes': 0.01,
+        'train.accumulate_steps': 2,
+      }
     start(
       tmp_path / 'moved',
       sharding.make_mesh(*shape, devices=jax.devices()[:devices]),
