@@ -1,4 +1,7 @@
-"""Two processes of four devices each: the same run, stopped, lost, absent."""
+"""Two processes of four devices each: the same run, stopped, lost, absent.
+
+Their devices are interleaved in the mesh, see tests/interleaved.
+"""
 
 import json
 import os
@@ -27,6 +30,7 @@ def start(workdir, *arguments, indices=(0, 1), count=2, devices=4):
       f'--heartbeat_timeout={_TIMEOUT}',
       *arguments,
       devices=devices,
+      PYTHONPATH=commands.INTERLEAVED,
     )
     for i in indices
   ]
@@ -43,6 +47,42 @@ def last_line(err):
 def losses(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return {r['step']: r['train/loss'] for r in map(json.loads, lines)}
+
+
+def check(*names, devices=2, timeout=300, folder=''):
+  """Runs some of tests/two_processes.py in both."""
+  port = commands.free_port()
+  processes = [
+    commands.start(
+      ','.join(names),
+      port,
+      i,
+      folder,
+      module='tests.two_processes',
+      devices=devices,
+      PYTHONPATH=commands.INTERLEAVED,
+    )
+    for i in range(2)
+  ]
+  for process in processes:
+    code, out, err = commands.finish(process, timeout)
+    assert code == 0, err[-3000:]
+    assert out.split() == list(names)
+
+
+def test_rows_stay_beside_their_labels_where_processes_interleave(tmp_path):
+  check('order', 'batches', 'views', folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 2, 4])
+def test_a_text_tower_is_tuned_twenty_times(devices):
+  busy = subprocess.Popen(['sh', '-c', 'while :; do :; done'])
+  try:
+    check('tuning', devices=devices, timeout=1_200)
+  finally:
+    busy.kill()
+    busy.wait()
 
 
 @pytest.mark.parametrize(
