@@ -18,11 +18,29 @@ from tests import commands
 _TIMEOUT = 8  # Seconds until a silent process counts as lost.
 
 
-def start(workdir, *arguments, indices=(0, 1), count=2, devices=4):
+# The run and all tasks, with a text tower that is tuned.
+ALL_TASKS = (
+  '--config=configs/quickstart.py:lit',
+  *commands.TINY[1:],
+  '--config.mesh.data=4',
+  '--config.mesh.fsdp=2',
+  '--config.train.steps=8',
+  '--config.evaluate.tasks=all',
+  '--config.evaluate.every_steps=4',
+  '--config.evaluate.finetune_epochs=0.5',
+  '--config.evaluate.finetune_batch_size=64',
+  '--config.lit.steps=3',
+  '--config.lit.batch_size=32',
+)
+
+
+def start(
+  workdir, *arguments, indices=(0, 1), count=2, devices=4, run=commands.TINY
+):
   port = commands.free_port()
   return [
     commands.start(
-      *commands.TINY,
+      *run,
       f'--workdir={workdir}',
       f'--coordinator_address=127.0.0.1:{port}',
       f'--num_processes={count}',
@@ -123,15 +141,9 @@ def test_one_task_a_node_gets_all_of_its_gpus(tasks_per_node, visible):
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
-  mesh = (
-    '--config.mesh.data=4',
-    '--config.mesh.fsdp=2',
-    '--config.train.steps=8',
-    "--config.evaluate.tasks=('knn',)",
-  )
-  processes = start(two, *mesh)
+  processes = start(two, run=ALL_TASKS)
   code, out_of_one, err = commands.run(
-    *commands.TINY, f'--workdir={one}', *mesh, devices=8
+    *ALL_TASKS, f'--workdir={one}', devices=8
   )
   assert code == 0, err
   table = [line for line in out_of_one.splitlines() if line.startswith('|')]

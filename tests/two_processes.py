@@ -124,9 +124,7 @@ def views(folder):
   calls = []
   encoder = encoders.raw_pixels()
   encode = encoder.encode
-  object.__setattr__(
-    encoder, 'encode', lambda x: calls.append(0) or encode(x)
-  )
+  object.__setattr__(encoder, 'encode', lambda x: calls.append(0) or encode(x))
   extract = features.Extractor(encoder, 'x', 8, folder)
   before = extract(_Grey(11), 'test')
   assert len(calls) == 2
