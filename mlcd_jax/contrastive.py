@@ -60,6 +60,9 @@ def make(
 
 def _softmax(images_bD, texts_bD, scale, bias, chunk):
   """Sum of this device's cross-entropies, half of each direction's."""
+  # One collective: two that do not depend on each other have no order.
+  both_BE = _gathered(jnp.concatenate([images_bD, texts_bD], axis=1))
+  images_BD, texts_BD = jnp.split(both_BE, 2, axis=1)
   over_columns = functools.partial(
     _over_columns,
     reduce=lambda logits_bT: jax.nn.logsumexp(logits_bT, axis=1),
@@ -70,7 +73,7 @@ def _softmax(images_bD, texts_bD, scale, bias, chunk):
     chunk=chunk,
   )
   right_b = _right(images_bD, texts_bD, scale, bias)
-  both_b = over_columns(images_bD, texts_bD) + over_columns(texts_bD, images_bD)
+  both_b = over_columns(images_bD, texts_BD) + over_columns(texts_bD, images_BD)
   return jnp.sum(both_b / 2 - right_b)
 
 
@@ -78,7 +81,7 @@ def _sigmoid(images_bD, texts_bD, scale, bias, chunk):
   """Sum of this device's rows; -log sigmoid(x) is softplus(x) - x."""
   all_b = _over_columns(
     images_bD,
-    texts_bD,
+    _gathered(texts_bD),
     reduce=lambda logits_bT: jnp.sum(jax.nn.softplus(logits_bT), axis=1),
     join=jnp.add,
     empty=0.0,
@@ -94,9 +97,12 @@ def _right(images_bD, texts_bD, scale, bias):
   return scale * jnp.sum(images_bD * texts_bD, axis=1) + bias
 
 
-def _over_columns(x_bD, y_bD, *, reduce, join, empty, scale, bias, chunk):
+def _gathered(x_bD):
+  return lax.all_gather(x_bD, sharding.AXES, tiled=True)
+
+
+def _over_columns(x_bD, y_BD, *, reduce, join, empty, scale, bias, chunk):
   """Reduces logits [b, B] of own rows and everybody's columns to [b]."""
-  y_BD = lax.all_gather(y_bD, sharding.AXES, tiled=True)
   num = len(y_BD)
   chunk = min(chunk, num)
   starts = jnp.arange(0, num, chunk)

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 # How much later than `peers` jaxlib gives a process up, by aborting.
 _JAXLIB_PATIENCE = 2
 
-# Of what is read from the store at once: gRPC takes no more than 4 MB.
+# Of what is put into the store at once: gRPC's own bound of a message is 4 MB.
 _PART_BYTES = 2**20
 # Signals are handled between two looks at the store.
 _LOOK_MILLISECONDS = 1_000

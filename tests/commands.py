@@ -9,6 +9,9 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 
+# As PYTHONPATH: the processes of a run are interleaved in its mesh.
+INTERLEAVED = str(ROOT / 'tests/interleaved')
+
 # The quickstart, shrunk to seconds.
 TINY = (
   '--config=configs/quickstart.py',

@@ -68,3 +68,10 @@ def test_no_device_holds_more_than_a_chunk_of_logits(name):
   assert f'f32[{own},{chunk}]' in text
   assert f'[{own},{batch}]' not in text and f'[{batch},{own}]' not in text
   assert f'[{batch},{batch}]' not in text
+
+
+@pytest.mark.parametrize('name', contrastive.LOSSES)
+def test_images_and_texts_are_gathered_in_one_collective(name):
+  loss = contrastive.make(name, mesh_of(8, 1))
+  text = str(jax.make_jaxpr(loss)(*arguments()))
+  assert text.count('all_gather[') == 1

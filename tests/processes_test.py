@@ -1,4 +1,7 @@
-"""Two processes of four devices each: the same run, stopped, lost, absent."""
+"""Two processes of four devices each: the same run, stopped, lost, absent.
+
+Their devices are interleaved in the mesh, see tests/interleaved.
+"""
 
 import json
 import os
@@ -15,11 +18,29 @@ from tests import commands
 _TIMEOUT = 8  # Seconds until a silent process counts as lost.
 
 
-def start(workdir, *arguments, indices=(0, 1), count=2, devices=4):
+# The run and all tasks, with a text tower that is tuned.
+ALL_TASKS = (
+  '--config=configs/quickstart.py:lit',
+  *commands.TINY[1:],
+  '--config.mesh.data=4',
+  '--config.mesh.fsdp=2',
+  '--config.train.steps=8',
+  '--config.evaluate.tasks=all',
+  '--config.evaluate.every_steps=4',
+  '--config.evaluate.finetune_epochs=0.5',
+  '--config.evaluate.finetune_batch_size=64',
+  '--config.lit.steps=3',
+  '--config.lit.batch_size=32',
+)
+
+
+def start(
+  workdir, *arguments, indices=(0, 1), count=2, devices=4, run=commands.TINY
+):
   port = commands.free_port()
   return [
     commands.start(
-      *commands.TINY,
+      *run,
       f'--workdir={workdir}',
       f'--coordinator_address=127.0.0.1:{port}',
       f'--num_processes={count}',
@@ -27,6 +48,7 @@ def start(workdir, *arguments, indices=(0, 1), count=2, devices=4):
       f'--heartbeat_timeout={_TIMEOUT}',
       *arguments,
       devices=devices,
+      PYTHONPATH=commands.INTERLEAVED,
     )
     for i in indices
   ]
@@ -43,6 +65,42 @@ def last_line(err):
 def losses(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return {r['step']: r['train/loss'] for r in map(json.loads, lines)}
+
+
+def check(*names, devices=2, timeout=300, folder=''):
+  """Runs some of tests/two_processes.py in both."""
+  port = commands.free_port()
+  processes = [
+    commands.start(
+      ','.join(names),
+      port,
+      i,
+      folder,
+      module='tests.two_processes',
+      devices=devices,
+      PYTHONPATH=commands.INTERLEAVED,
+    )
+    for i in range(2)
+  ]
+  for process in processes:
+    code, out, err = commands.finish(process, timeout)
+    assert code == 0, err[-3000:]
+    assert out.split() == list(names)
+
+
+def test_rows_stay_beside_their_labels_where_processes_interleave(tmp_path):
+  check('order', 'batches', 'views', folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 2, 4])
+def test_a_text_tower_is_tuned_twenty_times(devices):
+  busy = subprocess.Popen(['sh', '-c', 'while :; do :; done'])
+  try:
+    check('tuning', devices=devices, timeout=1_200)
+  finally:
+    busy.kill()
+    busy.wait()
 
 
 @pytest.mark.parametrize(
@@ -83,15 +141,9 @@ def test_one_task_a_node_gets_all_of_its_gpus(tasks_per_node, visible):
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
-  mesh = (
-    '--config.mesh.data=4',
-    '--config.mesh.fsdp=2',
-    '--config.train.steps=8',
-    "--config.evaluate.tasks=('knn',)",
-  )
-  processes = start(two, *mesh)
+  processes = start(two, run=ALL_TASKS)
   code, out_of_one, err = commands.run(
-    *commands.TINY, f'--workdir={one}', *mesh, devices=8
+    *ALL_TASKS, f'--workdir={one}', devices=8
   )
   assert code == 0, err
   table = [line for line in out_of_one.splitlines() if line.startswith('|')]

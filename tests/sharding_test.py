@@ -113,3 +113,12 @@ def test_errors_name_the_parameter():
     sharding._check(
       'kernel', (8, 8), PartitionSpec('fsdp', ('data', 'fsdp')), mesh
     )
+
+
+def test_one_process_has_all_rows_of_a_batch():
+  mesh = sharding.make_mesh()
+  rows = np.arange(24).reshape(8, 3)
+  assert sharding.own_rows(mesh, 8).tolist() == list(range(8))
+  assert sharding.all_rows(mesh, rows) is rows
+  array = sharding.put_batch(mesh, {'rows': rows})['rows']
+  np.testing.assert_array_equal(sharding.to_host(array), rows)

@@ -87,7 +87,8 @@ def fixture_slurm(tmp_path_factory):
     'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
     'JAX_COMPILATION_CACHE_DIR': str(commands.ROOT / '.cache/jax'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
-    'JAX_NUM_CPU_DEVICES': '1',
+    'JAX_NUM_CPU_DEVICES': '2',
+    'PYTHONPATH': commands.INTERLEAVED,
   }
 
   def run(*command):

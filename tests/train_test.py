@@ -241,7 +241,6 @@ def test_a_batch_that_is_not_finite_is_named(
       flip=False,
       seed=tiny_config.seed,
       start_step=2,
-      host=(0, 1),
     )
   )
   assert read[:32] == named

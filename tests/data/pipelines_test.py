@@ -67,11 +67,12 @@ def _assert_same(a, b):
       np.testing.assert_array_equal(x[name], y[name])
 
 
-def _joined(per_host):
-  """The hosts' rows of each step, in the order of the hosts."""
+def _joined(slices, own):
+  """Global batches of the hosts' rows, each in its place."""
+  order = np.argsort(np.concatenate(own))
   return [
-    {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
-    for batches in zip(*per_host)
+    {k: np.concatenate([p[k] for p in parts])[order] for k in parts[0]}
+    for parts in zip(*slices)
   ]
 
 
@@ -124,25 +125,33 @@ def test_a_batch_of_many_chunks(source, monkeypatch):
   _assert_same(_take(_train_batches(source), 3), whole)
 
 
-@pytest.mark.parametrize('hosts', [2, 4, 8])
-def test_global_batch_is_the_same_on_any_number_of_hosts(source, hosts):
-  whole = _take(_train_batches(source, host=(0, 1)), 9)  # Over two epochs.
-  slices = [
-    _take(_train_batches(source, host=(i, hosts)), 9) for i in range(hosts)
-  ]
+def _own_rows(hosts, run):
+  """Rows of a batch of 16 for each host, in runs that alternate."""
+  rows = np.arange(16).reshape(-1, hosts, run)
+  return rows.swapaxes(0, 1).reshape(hosts, -1)
+
+
+@pytest.mark.parametrize(
+  ('hosts', 'run'), [(2, 8), (4, 4), (8, 2), (2, 4), (2, 1), (4, 2), (8, 1)]
+)
+def test_global_batch_is_the_same_on_any_number_of_hosts(source, hosts, run):
+  whole = _take(_train_batches(source), 9)  # Over two epochs.
+  own = _own_rows(hosts, run)
+  slices = [_take(_train_batches(source, rows=rows), 9) for rows in own]
   assert {len(b['image']) for b in slices[0]} == {16 // hosts}
-  _assert_same(_joined(slices), whole)
+  _assert_same(_joined(slices, own), whole)
 
 
-@pytest.mark.parametrize('hosts', [2, 4])
-def test_ordered_batches_on_any_number_of_hosts(source, hosts):
+@pytest.mark.parametrize(('hosts', 'run'), [(2, 8), (4, 4), (2, 2), (4, 1)])
+def test_ordered_batches_on_any_number_of_hosts(source, hosts, run):
   options = dict(batch_size=16, image_size=28)
   whole = list(pipelines.ordered_batches(source, **options))
+  own = _own_rows(hosts, run)
   slices = [
-    list(pipelines.ordered_batches(source, host=(i, hosts), **options))
-    for i in range(hosts)
+    list(pipelines.ordered_batches(source, rows=rows, **options))
+    for rows in own
   ]
-  _assert_same(_joined(slices), whole)
+  _assert_same(_joined(slices, own), whole)
   weight = np.concatenate([b['weight'] for b in whole])
   np.testing.assert_array_equal(weight, np.arange(64) < 60)
 
