@@ -215,10 +215,9 @@ def _read(path: pathlib.Path, family: str) -> Preprocessing:
   if path.name == _PROCESSOR:
     config = config['image_processor']
   defaults = _CLASSES[_class(path, config, family)]
-  given = {k: v for k, v in config.items() if v is not None}
-  fields.check_fixed(path, given, _FIXED)
-  fields.refuse_unknown(path, given, {*defaults, *_FIXED, *fields.PROCESSOR})
-  config = defaults | given
+  fields.check_fixed(path, config, _FIXED)
+  fields.refuse_unknown(path, config, {*defaults, *_FIXED, *fields.PROCESSOR})
+  config = defaults | config  # What is null is off there, no default.
   if not config['do_resize']:
     raise errors.UserError(
       f'{path}: do_resize=False gives no square images, which are all that is '
