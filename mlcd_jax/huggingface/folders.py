@@ -75,7 +75,8 @@ def _is_run(folder: pathlib.Path) -> bool:
   """Whether it is a workdir with checkpoints, or named as one of them."""
   parent = folder.absolute().parent
   inside = parent.name == 'checkpoints' and parent.is_dir()
-  return inside or (folder / 'checkpoints').is_dir()
+  # By step: people keep what they downloaded in such folders, too.
+  return inside and folder.name.isdigit() or (folder / 'checkpoints').is_dir()
 
 
 def _described(folder: pathlib.Path) -> str:

@@ -177,6 +177,11 @@ def test_other_folders_are_described(make, says, tmp_path):
   assert not (tmp_path / 'b').exists()
 
 
+def test_downloads_may_lie_in_a_folder_called_checkpoints(tmp_path):
+  folder = siglip(tmp_path / 'checkpoints/siglip')
+  assert folders.find(str(folder), 'x') == (folders.RELEASED, folder)
+
+
 def test_a_home_is_expanded(monkeypatch):
   monkeypatch.setenv('HOME', str(GOLDENS))
   assert folders.find('~/clip', 'x') == (folders.RELEASED, GOLDENS / 'clip')
