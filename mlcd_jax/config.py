@@ -82,7 +82,7 @@ def _embed() -> ml_collections.ConfigDict:
   """What embeds them."""
   c = ml_collections.ConfigDict()
   c.embedder = 'hog'  # One of EMBEDDERS.
-  # huggingface: a folder as transformers writes it, or ORG/NAME[@REVISION];
+  # huggingface: any encoder, named as in evaluate.encoder;
   # precomputed: a folder or fsspec URL of embeddings made elsewhere;
   # checkpoint: a workdir, whose encoder embeds.
   c.path = ''
@@ -125,8 +125,7 @@ def _model() -> ml_collections.ConfigDict:
   c.dtype = 'bfloat16'  # Of the products; weights stay float32.
   c.remat = 'none'  # Kept for the backward pass: none | dots | full.
   c.scan_layers = False  # Compile one block and loop over it.
-  # Weights to start from: a workdir, a folder of `convert import` or of
-  # transformers, or ORG/NAME[@REVISION]; '' = random ones.
+  # Weights to start from, named as in evaluate.encoder; '' = random ones.
   c.init_from = ''
   # fresh; kept: as in the workdir model.init_from; centers: the clusters'.
   c.init_classifier = 'fresh'
@@ -209,8 +208,9 @@ def _evaluate() -> ml_collections.ConfigDict:
   """Tasks, and data sets to evaluate on."""
   c = ml_collections.ConfigDict()
   c.tasks = ('linear', 'knn', 'few_shot')  # Of TASKS, or all.
-  # A workdir, a folder of `convert import` or of transformers, or
-  # ORG/NAME[@REVISION], scored without any earlier stage; '' = this run's.
+  # A workdir or a checkpoint in it, a folder of `convert import`, of
+  # transformers or of OpenCLIP, or ORG/NAME[@REVISION], scored without any
+  # earlier stage; '' = this run's.
   c.encoder = ''
   c.every_steps = 0  # Of training, into metrics.jsonl; 0 = never.
   c.batch_size = 256  # Images a call, over all devices.

@@ -40,6 +40,7 @@ def main(rest: list[str]) -> None:
       'convert: needs `import SRC DST` or `export WORKDIR DST`'
     )
   direction, source, target = rest[0], rest[1], pathlib.Path(rest[2])
+  target = target.expanduser()
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise errors.UserError(f'{target}: exists already; name a new folder')
   if direction == 'import':

@@ -220,7 +220,13 @@ def export(
   Raises:
     UserError: there is no encoder, or the layout has nothing like it.
   """
-  folder = pathlib.Path(workdir)
+  folder = pathlib.Path(workdir).expanduser()
+  if (
+    folder.is_dir() and folders.find(workdir, 'WORKDIR')[0] == folders.RELEASED
+  ):
+    raise errors.UserError(
+      f'WORKDIR={workdir}: released weights; `convert import` them first'
+    )
   if (folder / _MODEL).is_file():
     model, variables = _load_imported(folder)
     content = files.read_json(folder / _MODEL)

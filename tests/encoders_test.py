@@ -23,6 +23,8 @@ from mlcd_jax import sampling
 from mlcd_jax import sharding
 from mlcd_jax import stages
 from mlcd_jax import train_step
+from mlcd_jax.evaluate import encoders as evaluate_encoders
+from mlcd_jax.huggingface import embedder
 from mlcd_jax.huggingface import open_clip
 from mlcd_jax.models import positions
 
@@ -97,6 +99,27 @@ def test_one_of_several_checkpoints_by_its_folder(run):
   assert encoders.from_run(path, classifier=True)[2]['step'] == found['step']
   with pytest.raises(errors.UserError, match='/7: no checkpoint; there are 2'):
     encoders.load(str(path.with_name('7')), 'field')
+
+
+def test_a_run_goes_where_a_folder_does(run, tmp_path):
+  path = run / 'checkpoints/2'
+  identity = evaluate_encoders.identity(str(run))
+  assert identity['step'] == 2 and identity['train']
+  assert evaluate_encoders.identity(str(path)) == identity
+  embedder.check(embedder.pin(str(run)) | {'other': 0})
+  embeds = embedder.Huggingface(
+    str(run), image_size=0, batch_size=1, dtype='float32'
+  )
+  assert embeds.image_size == 28
+  encoders.import_(str(path), tmp_path / 'copy')
+  model, variables, _ = encoders.load(str(tmp_path / 'copy'), 'x')
+  expected, params, _ = encoders.from_run(run)
+  assert model == expected
+  assert_same(variables['params'], params)
+  # Prepared as in training, like the run itself.
+  assert encoders.load_preprocessing(str(tmp_path / 'copy'), 'x') is None
+  with pytest.raises(errors.UserError, match='no encoder.*checkpoints'):
+    encoders.load(str(run / 'embeddings'), 'field')
 
 
 def test_the_average_is_what_is_exported(run, config):

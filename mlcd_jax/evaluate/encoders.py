@@ -122,6 +122,7 @@ def load(path: str, mesh: Mesh) -> Encoder:
   Raises:
     UserError: there is no encoder, or not a whole one.
   """
+  path = folders.pinned(path, _FIELD)
   model, variables, _ = encoders.load(path, _FIELD)
   params = jax.device_put(
     variables['params'], NamedSharding(mesh, sharding.REPLICATED)

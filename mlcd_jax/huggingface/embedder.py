@@ -73,6 +73,7 @@ def pin(path: str, field: str = _FIELD) -> dict[str, object]:
   kind, folder = folders.find(path, field)
   if kind == folders.RUN:
     return model_embedder.pin(path)
+  encoders.load_preprocessing(path, field)  # Finds mistakes in the configs.
   return {'path': path, 'weights': _digests(kind, folder)}
 
 

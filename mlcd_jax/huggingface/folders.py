@@ -41,6 +41,9 @@ def find(path: str, field: str) -> tuple[str, pathlib.Path]:
   Raises:
     UserError: there is no encoder; says what there is.
   """
+  folder = pathlib.Path(path).expanduser()
+  if _is_run(folder):
+    return RUN, folder
   folder = resolve(path, field)
   try:
     kind = _kind(folder)
@@ -54,9 +57,7 @@ def find(path: str, field: str) -> tuple[str, pathlib.Path]:
 
 def _kind(folder: pathlib.Path) -> str:
   """One of the kinds, or ''."""
-  if (folder / 'checkpoints').is_dir():
-    return RUN
-  if folder.absolute().parent.name == 'checkpoints':
+  if _is_run(folder):
     return RUN
   if (folder / 'model.json').is_file():
     return IMPORTED
@@ -68,6 +69,14 @@ def _kind(folder: pathlib.Path) -> str:
   config = files.read_json(path)
   ours = isinstance(config, dict) and 'model_type' not in config
   return '' if ours and {'model', 'architecture'} & set(config) else RELEASED
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+  """Whether it is a workdir with checkpoints, or named as one of them."""
+  parent = folder.absolute().parent
+  inside = parent.name == 'checkpoints' and parent.is_dir()
+  # By step: people keep what they downloaded in such folders, too.
+  return inside and folder.name.isdigit() or (folder / 'checkpoints').is_dir()
 
 
 def _described(folder: pathlib.Path) -> str:

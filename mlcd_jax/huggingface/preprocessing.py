@@ -12,6 +12,7 @@ from PIL import Image
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.data import transforms
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import fields
 from mlcd_jax.huggingface import open_clip
@@ -25,10 +26,6 @@ _BICUBIC = int(Image.Resampling.BICUBIC)
 _BILINEAR = int(Image.Resampling.BILINEAR)
 
 _MOST = 16_384  # Pixels of a side.
-
-# Pixels of a resized image; of a larger one only the crop is made, since a
-# picture of 40,000 x 1 would be 224 x 8,960,000.
-_MOST_RESIZED = 16_000_000
 
 # Defaults of the classes of transformers 5.23 whose steps are those here.
 _CLIP = dict(
@@ -108,23 +105,12 @@ class Preprocessing:
       new_h, new_w = (short, long) if height <= width else (long, short)
     else:
       new_h = new_w = size
-    top, left = self._start(new_h - size), self._start(new_w - size)
-    if (new_h, new_w) == (height, width):
-      image = pixels
-    elif new_h * new_w <= _MOST_RESIZED:
-      image = Image.fromarray(pixels).resize((new_w, new_h), self.resample)
-    else:
-      x, y = width / new_w, height / new_h
-      right, bottom = (left + size) * x, (top + size) * y
-      return np.asarray(
-        Image.fromarray(pixels).resize(
-          (size, size),
-          self.resample,
-          box=(left * x, top * y, min(right, width), min(bottom, height)),
-        )
-      )
-    pixels = np.asarray(image)[top : top + size, left : left + size]
-    return np.ascontiguousarray(pixels)
+    if (new_h, new_w) == (size, size) == (height, width):
+      return pixels
+    start = self._start(new_h - size), self._start(new_w - size)
+    return transforms.resize_crop(
+      pixels, (new_h, new_w), size, start, self.resample
+    )
 
   def _start(self, surplus: int) -> int:
     return round(surplus / 2) if self.rounded else surplus // 2
@@ -215,10 +201,9 @@ def _read(path: pathlib.Path, family: str) -> Preprocessing:
   if path.name == _PROCESSOR:
     config = config['image_processor']
   defaults = _CLASSES[_class(path, config, family)]
-  given = {k: v for k, v in config.items() if v is not None}
-  fields.check_fixed(path, given, _FIXED)
-  fields.refuse_unknown(path, given, {*defaults, *_FIXED, *fields.PROCESSOR})
-  config = defaults | given
+  fields.check_fixed(path, config, _FIXED)
+  fields.refuse_unknown(path, config, {*defaults, *_FIXED, *fields.PROCESSOR})
+  config = defaults | config  # What is null is off there, no default.
   if not config['do_resize']:
     raise errors.UserError(
       f'{path}: do_resize=False gives no square images, which are all that is '

@@ -1,5 +1,7 @@
 """Parity with transformers itself, where it and torch are installed."""
 
+import json
+
 from flax import traverse_util
 import jax
 import numpy as np
@@ -9,8 +11,12 @@ import pytest
 from mlcd_jax import config as config_lib
 from mlcd_jax import convert
 from mlcd_jax import encoders
+from mlcd_jax import errors
 from mlcd_jax import models
+from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import layouts
+from mlcd_jax.huggingface import preprocessing
+from mlcd_jax.huggingface import text
 from mlcd_jax.models import resnet
 
 pytest.importorskip('torch', reason='torch is not installed')
@@ -44,6 +50,76 @@ def test_same_features(name, tmp_path):
     for key, value in expected.items():
       error = np.abs(out[names[key]] - value).max() / np.abs(value).max()
       assert error < 1e-5, (size, key)
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    dict(model_type='clip', vision_config_dict={'patch_size': 14}),
+    dict(model_type='clip', vision_config=None, patch_size=14),
+    dict(
+      model_type='clip',
+      vision_config={'patch_size': 16, 'hidden_act': 'gelu'},
+      vision_config_dict={'patch_size': 14, 'image_size': 336},
+      text_config={'hidden_act': 'gelu'},
+      text_config_dict={'hidden_size': 16, 'num_attention_heads': 2},
+    ),
+    dict(
+      model_type='siglip',
+      vision_config={'patch_size': 14},
+      vision_config_dict={'patch_size': 7},
+    ),
+    dict(model_type='mlcd', rope_scaling={'type': 'axial', 'rope_theta': 1e4}),
+    dict(model_type='dinov2', num_register_tokens=3),
+    dict(model_type='dinov2_with_registers'),
+  ],
+)
+def test_same_towers_of_configs(config, tmp_path):
+  import transformers
+
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+  found = [
+    (configs.read(tmp_path)[1], getattr(theirs, 'vision_config', theirs))
+  ]
+  if config['model_type'] == 'clip':
+    found.append((text._config(tmp_path), theirs.text_config))
+  for ours, tower in found:
+    for name in set(ours) - {'architectures', 'projection_dim', 'rope_scaling'}:
+      assert ours[name] == getattr(tower, name), name
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    dict(),
+    dict(size=24, crop_size=24),
+    dict(size={'shortest_edge': 31}, crop_size=[24, 24], resample=2),
+    dict(size={'shortest_edge': 27}, crop_size=24, do_center_crop=True),
+    dict(size=[24, 24], do_center_crop=False, resample=0),
+    dict(size=24, default_to_square=True, do_center_crop=False, resample=5),
+    dict(size={'height': 24, 'width': 24}, crop_size=24, image_std=[1, 2, 3]),
+  ],
+)
+@pytest.mark.parametrize('name', ['CLIP', 'Bit', 'Siglip', 'ViT'])
+def test_same_preprocessing(name, fields, tmp_path):
+  import transformers
+
+  saved = {'image_processor_type': f'{name}ImageProcessor'} | fields
+  path = tmp_path / 'processor_config.json'
+  path.write_text(json.dumps({'image_processor': saved}))
+  try:
+    ours = preprocessing.read(tmp_path, 'clip', 0)
+  except errors.UserError as e:
+    assert 'no square images' in str(e) and name in ('Siglip', 'ViT')
+    return
+  kind = getattr(transformers, f'{name}ImageProcessorPil')
+  theirs = kind.from_pretrained(tmp_path)
+  for i, size in enumerate(oracles.PHOTO_SIZES):
+    photo = oracles.images(size, seed=i)[0]
+    found = (ours(photo) / 255 - ours.mean) / ours.std
+    expected = theirs(photo, return_tensors='np')['pixel_values'][0]
+    np.testing.assert_allclose(found, expected.transpose(1, 2, 0), atol=1e-5)
 
 
 def _run_folder(kind, folder, images):

@@ -1,14 +1,18 @@
 """Parity with OpenCLIP and timm themselves, where they are installed."""
 
+import json
+
 import jax
 import numpy as np
 import oracles
+from PIL import Image
 import pytest
 
 from mlcd_jax import config as config_lib
 from mlcd_jax import convert
 from mlcd_jax import encoders
 from mlcd_jax import models
+from mlcd_jax.huggingface import preprocessing
 
 pytest.importorskip('torch', reason='torch is not installed')
 
@@ -57,6 +61,34 @@ def test_reads_open_clip(sizes, tmp_path):
   for key, name in (('image_embeds', 'embedding'), ('pooler_output', 'pooled')):
     error = np.abs(out[name] - expected[key]).max()
     assert error < 1e-5 * np.abs(expected[key]).max()
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    dict(mean=0.5, std=0.25),
+    dict(interpolation='bilinear', mean=None),
+    dict(resize_mode='squash', size=[9, 9], fill_color=3),
+    dict(interpolation='random', size=7),
+  ],
+)
+def test_same_preprocessing(fields, tmp_path):
+  pytest.importorskip('open_clip', reason='open_clip_torch is not installed')
+  from open_clip import transform
+
+  content = dict(model_cfg=oracles.OPEN_CLIP, preprocess_cfg=fields)
+  (tmp_path / 'open_clip_config.json').write_text(json.dumps(content))
+  ours = preprocessing.read(tmp_path, 'open_clip', SIDE)
+  config = transform.merge_preprocess_dict({}, fields) | {'size': SIDE}
+  theirs = transform.image_transform_v2(
+    transform.PreprocessCfg(**config), is_train=False
+  )
+  for i, size in enumerate((*oracles.PHOTO_SIZES, (33, 36), (21, 24))):
+    photo = oracles.images(size, seed=i)[0]
+    found = (ours(photo) / 255 - ours.mean) / ours.std
+    expected = theirs(Image.fromarray(photo)).numpy().transpose(1, 2, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_open_clip_loads_what_is_exported(exported, tmp_path):
