@@ -9,7 +9,6 @@ leaves them out; another one does with --config.data.bad_keys=FILE.
 
 from concurrent import futures
 import os
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -17,6 +16,7 @@ from ml_collections import config_flags
 
 from mlcd_jax import cli
 from mlcd_jax import errors
+from mlcd_jax import paths
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
 _WORKDIR = flags.DEFINE_string('workdir', '.', 'Where bad_keys.txt is written.')
@@ -32,7 +32,7 @@ def main(rest: list[str]) -> None:
   from mlcd_jax import files
 
   config_check.check(_CONFIG.value)
-  path = pathlib.Path(_WORKDIR.value) / 'bad_keys.txt'
+  path = paths.local(_WORKDIR.value, '--workdir') / 'bad_keys.txt'
   keys, found = find_bad(_CONFIG.value.data)
   try:
     with files.atomic(path) as temporary:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import errno
+import contextlib
 import os
 import pathlib
+import resource
 import sys
 import traceback
 
@@ -15,8 +16,6 @@ from mlcd_jax import errors
 from mlcd_jax import interrupt
 from mlcd_jax import peers
 from mlcd_jax import terminal
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
@@ -36,6 +35,7 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
 
   def start(argv):
     terminal.log_to_stderr()
+    _allow_open_files()
     try:
       main(argv[1:])
     finally:
@@ -47,9 +47,9 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
   except (errors.UserError, errors.RunError, errors.Stopped) as e:
     _exit(e)
   except OSError as e:
-    if e.filename is None and e.errno not in _DISK_FULL:
+    if e.filename is None and e.errno not in errors.DISK_FULL:
       raise
-    full = e.errno in _DISK_FULL
+    full = e.errno in errors.DISK_FULL
     kind = errors.RunError if full else errors.UserError
     _exit(kind(f'{e.filename or "the disk"}: {e.strerror}'))
   except Exception as e:
@@ -60,6 +60,16 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
     traceback.print_exc()
     peers.tell(1, f'ended by a bug ({type(e).__name__}); see its output')
     os._exit(1)
+
+
+def _allow_open_files() -> None:
+  """Raises the limit of open files as far as it goes, for workers too."""
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  # macOS has no hard limit and yet refuses more than OPEN_MAX.
+  for limit in (most, 10_240):
+    with contextlib.suppress(ValueError, OSError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+      return
 
 
 def _exit(e: BaseException) -> None:

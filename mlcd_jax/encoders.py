@@ -20,6 +20,7 @@ from mlcd_jax import convert
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import models
+from mlcd_jax import paths
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import layouts
 from mlcd_jax.huggingface import open_clip
@@ -49,7 +50,7 @@ def load(
   Raises:
     UserError: there is no encoder, or not a whole one.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = paths.local(path)
   if (folder / 'checkpoints').is_dir() or folder.parent.name == 'checkpoints':
     model, params, _ = from_run(folder)
     return model, {'params': params}, folder
@@ -153,7 +154,7 @@ def export(
   Raises:
     UserError: there is no encoder, or the layout has nothing like it.
   """
-  folder = pathlib.Path(workdir)
+  folder = paths.local(workdir)
   if (folder / _MODEL).is_file():
     model, variables = _load_imported(folder)
     content = files.read_json(folder / _MODEL)

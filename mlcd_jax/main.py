@@ -7,13 +7,12 @@ Any config field is set from the command line, such as
 --config=configs/vit_b16.py:laion400m. Run the same command again to continue.
 """
 
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
 from mlcd_jax import cli
 from mlcd_jax import errors
+from mlcd_jax import paths
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where everything is written.')
@@ -50,7 +49,7 @@ def main(rest: list[str]) -> None:
   )
   stages.run(
     _CONFIG.value,
-    pathlib.Path(_WORKDIR.value),
+    paths.local(_WORKDIR.value, '--workdir'),
     stages.STAGES if _STAGES.value is None else _STAGES.value,
     preset=_preset(),
   )

@@ -1,5 +1,9 @@
 """Image files below a folder, with or without a folder for each class."""
 
+import collections
+import glob
+import logging
+import os
 import posixpath
 from typing import Any
 
@@ -8,12 +12,13 @@ import numpy as np
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import paths
+from mlcd_jax.data import formats
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
+from mlcd_jax.data import transforms
 
-_IMAGES = (
-  '.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif',
-)  # fmt: skip
+_log = logging.getLogger(__name__)
 
 
 class FolderSource:
@@ -43,7 +48,7 @@ class FolderSource:
     key = self._keys[index].decode('utf-8', 'surrogateescape')
     return {
       'key': key.encode('utf-8', 'replace').decode(),
-      'image': storage.read(posixpath.join(self._root, key)),
+      'image': _image(posixpath.join(self._root, key)),
       'label': int(self._labels[index]),
       'caption': '',
     }
@@ -60,24 +65,51 @@ def make(
 
   The classes are those of all splits, so that their numbers agree.
   """
-  del found  # Files that are no images show when they are read.
   if not data.path:
     raise errors.UserError('data.path: name the folder with the images')
-  root = data.path.replace('{split}', split).rstrip('/')
-  keys = [
-    key
-    for key in storage.walk(root)
-    if key.lower().endswith(_IMAGES)
-    and not posixpath.basename(key).startswith('.')
-  ]
+  path = paths.expand(data.path, 'data.path').rstrip('/')
+  root = path.replace('{split}', split)
+  names = storage.walk(root, found=found)
+  keys = [name for name in names if name.lower().endswith(formats.SUFFIXES)]
+  _report_others(root, set(names).difference(keys), found)
   if not keys:
     raise errors.UserError(
-      f'data.path={root}: no image files ({", ".join(_IMAGES)})'
+      f'data.path={root}: no image files ({", ".join(formats.SUFFIXES)})'
     )
   classes = []
   if all('/' in key for key in keys):
     classes = {key.partition('/')[0] for key in keys}
-    if '{split}' in data.path:
-      pattern = posixpath.join(data.path.replace('{split}', '*'), '*')
+    if '{split}' in path:
+      pattern = '*'.join(map(glob.escape, path.split('{split}'))) + '/*'
       classes |= {posixpath.basename(p) for p in storage.folders(pattern)}
   return FolderSource(root, keys, sorted(classes))
+
+
+def _image(path: str) -> bytes | transforms.BadImage:
+  """A file's bytes; of one that cannot be read why."""
+  try:
+    return storage.read(path)
+  except storage.Unreadable as e:
+    return transforms.BadImage(
+      transforms.MISSING if e.missing else transforms.UNREADABLE
+    )
+
+
+def _report_others(
+  root: str, names: set[str], found: problems.Problems
+) -> None:
+  """Says what is no image by its name; a link to nothing may be a folder's."""
+  suffixes = collections.Counter()
+  for name in sorted(names):
+    suffix = posixpath.splitext(name)[1].lower()
+    path = posixpath.join(root, name)
+    if not suffix and os.path.islink(path) and not os.path.exists(path):
+      found.add(name, transforms.MISSING)
+    else:
+      suffixes[suffix or 'without a suffix'] += 1
+  if suffixes:
+    _log.info(
+      'folder: %d files of %s are no images by their names: %s',
+      suffixes.total(), root,
+      ', '.join(f'{n} {suffix}' for suffix, n in suffixes.most_common(10)),
+    )  # fmt: skip

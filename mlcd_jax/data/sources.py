@@ -1,17 +1,18 @@
 """Random-access sources of encoded images, by the name in `data.source`.
 
 Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
-that is unique in the source, the encoded image's bytes, the class (-1 where
-there is none) and the caption ('' where there is none; several are lines).
+that is unique in the source, the encoded image's bytes or the
+`transforms.BadImage` why they cannot be read, the class (-1 where there is
+none) and the caption ('' where there is none; several are lines).
 TFDS sources with `num_attributes` also give `attributes`, the numbers of
 several labels.
 """
 
+import codecs
 from collections.abc import Sequence
 import dataclasses
 import importlib
 import logging
-import pathlib
 from typing import Any
 from typing import Protocol
 
@@ -21,6 +22,7 @@ import numpy as np
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import manifests
+from mlcd_jax import paths
 from mlcd_jax.data import problems
 
 _log = logging.getLogger(__name__)
@@ -140,12 +142,16 @@ def _without_bad(
 def read_bad_keys(path: str) -> np.ndarray:
   """Reads the keys that `check_data` wrote, one a line, as UTF-8 bytes."""
   try:
-    lines = pathlib.Path(path).read_bytes().split(b'\n')
+    content = paths.local(path, 'data.bad_keys').read_bytes()
   except OSError as e:
     raise errors.UserError(
       f'data.bad_keys={path}: cannot be read ({e.strerror}); write it with '
       'python -m mlcd_jax.check_data'
     ) from e
+  if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    content = content.decode('utf-16', 'replace').encode()  # PowerShell's.
+  lines = content.removeprefix(codecs.BOM_UTF8).split(b'\n')
+  lines = [line.removesuffix(b'\r') for line in lines]  # As Windows ends them.
   return np.array([line for line in lines if line], np.bytes_)
 
 
@@ -155,7 +161,7 @@ def check_bad_keys(path: str, manifest: manifests.Manifest) -> None:
   Raises:
     UserError: the stage began with others, so that the order was another.
   """
-  digest = files.sha256(pathlib.Path(path)) if path else ''
+  digest = files.sha256(paths.local(path)) if path else ''
   if manifest.notes.setdefault('bad_keys', digest) != digest:
     raise errors.UserError(
       f'data.bad_keys={path!r}: {manifest.folder} was begun with other keys '

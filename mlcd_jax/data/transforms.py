@@ -20,8 +20,11 @@ NUM_DRAWS = 5
 _MAX_PIXELS = 64_000_000
 
 # Why an image is bad; few and fixed, so that they can be counted.
-REASONS = ('empty', 'not an image', 'undecodable', 'more than 64 Mpixel')
-_EMPTY, _NOT_AN_IMAGE, _UNDECODABLE, _TOO_LARGE = REASONS
+REASONS = (
+  'empty', 'not an image', 'undecodable', 'more than 64 Mpixel', 'missing',
+  'unreadable',
+)  # fmt: skip
+_EMPTY, _NOT_AN_IMAGE, _UNDECODABLE, _TOO_LARGE, MISSING, UNREADABLE = REASONS
 
 _COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 # libjpeg decodes to 1/k of the size in fewer operations. OpenCV's names with
@@ -47,7 +50,7 @@ class BadImage(Exception):
   """The bytes are no image that can be used; the text is one of REASONS."""
 
 
-def decode(image: bytes, *, reduce: int = 1) -> np.ndarray:
+def decode(image: bytes | BadImage, *, reduce: int = 1) -> np.ndarray:
   """Decodes to RGB uint8 [H, W, 3].
 
   Grey is repeated, alpha is composited on white, 16 bits become 8, of an
@@ -55,7 +58,7 @@ def decode(image: bytes, *, reduce: int = 1) -> np.ndarray:
   does.
 
   Args:
-    image: a file of any format that OpenCV reads.
+    image: a file of any format that OpenCV reads, or why there is none.
     reduce: 1, 2, 4 or 8: divides the sides; only for JPEG.
 
   Raises:
@@ -78,12 +81,14 @@ def decode(image: bytes, *, reduce: int = 1) -> np.ndarray:
   return pixels
 
 
-def read_size(image: bytes) -> tuple[int, int]:
+def read_size(image: bytes | BadImage) -> tuple[int, int]:
   """Returns (width, height) as the header has it, without decoding.
 
   Raises:
-    BadImage: empty, or not an image.
+    BadImage: empty, or not an image, or the one that is given.
   """
+  if isinstance(image, BadImage):
+    raise image
   if not image:
     raise BadImage(_EMPTY)
   # Pillow's parsers take 44 us for a JPEG that decodes in 400.
@@ -102,7 +107,7 @@ def read_size(image: bytes) -> tuple[int, int]:
 
 
 def random_resized_crop(
-  image: bytes,
+  image: bytes | BadImage,
   size: int,
   draws: Sequence[float],
   *,
@@ -116,7 +121,7 @@ def random_resized_crop(
   a quarter or an eighth of its size.
 
   Args:
-    image: encoded.
+    image: encoded, or why there is none.
     size: side of the result in pixels.
     draws: NUM_DRAWS random numbers in [0, 1), that say which crop it is.
     area: smallest and largest share of the image that is kept.

@@ -27,9 +27,9 @@ class TarSource:
 
   class_names = ()
 
-  def __init__(self, paths: list[str], indices: list[tar_index.Index]):
-    """Takes the tars' paths and indices, in the same order."""
-    self._paths = paths
+  def __init__(self, tars: list[storage.File], indices: list[tar_index.Index]):
+    """Takes the tars and their indices, in the same order."""
+    self._tars = tars
     self._ends = np.cumsum([len(index.keys) for index in indices])
     self._keys = files.SharedArray(
       np.concatenate([index.keys for index in indices])
@@ -48,13 +48,12 @@ class TarSource:
       int, self._numbers[:, index]
     )
     shard = int(np.searchsorted(self._ends, index, side='right'))
-    path = self._paths[shard]
     # Members of a sample are neighbours, so one read gets both.
     first, last = start, start + size
     if caption_start >= 0:
       first = min(first, caption_start)
       last = max(last, caption_start + caption_size)
-    content = storage.read(path, first, last - first)
+    content = storage.read(self._tars[shard], first, last - first)
     caption = b''
     if caption_start >= 0:
       place = caption_start - first
@@ -86,7 +85,7 @@ def make(
     for reason, names in index.problems.items():
       for name in names:
         found.add(name, reason)
-  return TarSource([tar.path for tar in tars], indices)
+  return TarSource(tars, indices)
 
 
 def _load_all(

@@ -5,7 +5,6 @@ Shapes: B images, S pixels of a side, D features.
 
 from collections.abc import Callable
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from mlcd_jax import checkpoint
 from mlcd_jax import embed
 from mlcd_jax import encoders
 from mlcd_jax import manifests
+from mlcd_jax import paths
 from mlcd_jax import sharding
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import embedder as huggingface
@@ -136,7 +136,7 @@ def load(path: str, mesh: Mesh) -> Encoder:
 
 def identity(path: str) -> dict[str, Any]:
   """What says which weights `evaluate.encoder` stands for now."""
-  folder = pathlib.Path(path).expanduser()
+  folder = paths.local(path)
   if (folder / 'checkpoints').is_dir():
     made = manifests.load(folder / 'checkpoints')
     return {
@@ -148,7 +148,7 @@ def identity(path: str) -> dict[str, Any]:
 
 def _is_released(path: str) -> bool:
   """Whether it is a checkpoint in the layout of `transformers`."""
-  folder = pathlib.Path(path).expanduser()
+  folder = paths.local(path)
   return not (
     (folder / 'checkpoints').is_dir() or (folder / 'model.json').is_file()
   )

@@ -7,6 +7,7 @@ import re
 import huggingface_hub
 
 from mlcd_jax import errors
+from mlcd_jax import paths
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def resolve(path: str, field: str) -> pathlib.Path:
   Raises:
     UserError: neither a folder nor a name that can be had.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = paths.local(path)
   if folder.is_dir():
     return folder
   match = _NAME.match(path)
@@ -59,6 +60,6 @@ def resolve(path: str, field: str) -> pathlib.Path:
 def pinned(path: str, field: str) -> str:
   """Returns the path, or the name with the commit it stands for now."""
   folder = resolve(path, field)
-  if pathlib.Path(path).expanduser().is_dir():
+  if paths.local(path).is_dir():
     return path
   return f'{path.partition("@")[0]}@{folder.name}'
