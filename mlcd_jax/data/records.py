@@ -74,8 +74,9 @@ def found(path: str) -> storage.File:
 def _opened(file: storage.File) -> array_record_module.ArrayRecordReader:
   try:
     return _reader(file)
-  except OSError as e:
-    raise errors.RunError(f'{file.path}: cannot be read ({e.strerror})') from e
+  except (OSError, errors.UserError) as e:
+    reason = getattr(e, 'strerror', None) or e
+    raise errors.RunError(f'{file.path}: cannot be read ({reason})') from e
 
 
 @open_files.kept
