@@ -209,11 +209,13 @@ def _prepared_folder(data_dir: str) -> Iterator[str]:
       if not files.lock(lock, fcntl.LOCK_EX):  # TFDS renames what is whole.
         _log.warning('data: the file system of %s has no locks', folder)
       yield str(folder)
-  except OSError as e:
-    kind = errors.UserError
-    if e.errno in errors.DISK_FULL:
-      kind = errors.RunError
+  except (OSError, RuntimeError) as e:
+    reason = getattr(e, 'strerror', None) or str(e)
+    full = getattr(e, 'errno', 0) in errors.DISK_FULL or 'No space' in reason
+    if isinstance(e, RuntimeError) and not full:
+      raise
+    kind = errors.RunError if full else errors.UserError
     raise kind(
-      f'data.data_dir={folder}: cannot be written ({e.strerror or e}); name '
-      'a folder that can, here or in TFDS_DATA_DIR'
+      f'data.data_dir={folder}: cannot be written ({reason}); name a folder '
+      'that can, here or in TFDS_DATA_DIR'
     ) from e

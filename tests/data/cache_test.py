@@ -1,6 +1,7 @@
 """A cache that cannot be written is named, or done without."""
 
 import errno
+import fcntl
 import os
 import pwd
 import resource
@@ -115,3 +116,22 @@ def test_indices_are_not_needed(no_home, tmp_path, monkeypatch):
   assert len(sources.make(data('webdataset', tmp_path))) == 1
   (line,) = said
   assert str(tmp_path) in line and 'No space left on device' in line
+
+
+@pytest.mark.parametrize('code', ['ENOSYS', 'ENOLCK', 'EOPNOTSUPP'])
+def test_the_digits_without_locks(monkeypatch, code):
+  def flock(file, operation):
+    raise OSError(getattr(errno, code), code)
+
+  monkeypatch.setattr(fcntl, 'flock', flock)
+  assert len(sources.make(config_lib.default().data)) == 3_500
+
+
+def test_the_digits_without_a_home(no_home, monkeypatch):
+  from tensorflow_datasets.core import constants
+
+  monkeypatch.setattr(
+    constants, 'get_default_data_dir', lambda: '~/tensorflow_datasets'
+  )
+  with pytest.raises(errors.UserError, match='^data.data_dir=~.*no home'):
+    sources.make(config_lib.default().data)
