@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import contextlib
 import difflib
-import errno
 import logging
 import os
 import pathlib
 import re
+import resource
 import sys
 import traceback
 
@@ -17,12 +18,12 @@ from ml_collections import config_flags
 
 from mlcd_jax import errors
 from mlcd_jax import interrupt
+from mlcd_jax import paths
 from mlcd_jax import peers
 from mlcd_jax import terminal
 
 _log = logging.getLogger(__name__)
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HELP = ('help', 'helpshort', 'helpfull', 'h', '?')
 _CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
@@ -44,6 +45,7 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
 
   def start(argv):
     terminal.log_to_stderr()
+    _allow_open_files()
     try:
       main(argv[1:])
     finally:
@@ -55,9 +57,9 @@ def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
   except (errors.UserError, errors.RunError, errors.Stopped) as e:
     _exit(e)
   except OSError as e:
-    if e.filename is None and e.errno not in _DISK_FULL:
+    if e.filename is None and e.errno not in errors.DISK_FULL:
       raise
-    full = e.errno in _DISK_FULL
+    full = e.errno in errors.DISK_FULL
     kind = errors.RunError if full else errors.UserError
     _exit(kind(f'{e.filename or "the disk"}: {e.strerror}'))
   except Exception as e:
@@ -88,7 +90,7 @@ def workdir() -> pathlib.Path:
         f'--workdir={given}: object stores hold images and embeddings, not a '
         'workdir; name a folder, on a disk or a file system that is mounted'
       )
-    return pathlib.Path(given)
+    return paths.local(given, '--workdir')
   path, _, preset = config_flags.get_config_filename(
     flags.FLAGS['config']
   ).partition(':')
@@ -97,6 +99,16 @@ def workdir() -> pathlib.Path:
   folder = pathlib.Path('runs', re.sub(r'[^A-Za-z0-9._-]', '_', name))
   _log.info('workdir: %s (--workdir=DIR for another one)', folder)
   return folder
+
+
+def _allow_open_files() -> None:
+  """Raises the limit of open files as far as it goes, for workers too."""
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  # macOS has no hard limit and yet refuses more than OPEN_MAX.
+  for limit in (most, 10_240):
+    with contextlib.suppress(ValueError, OSError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+      return
 
 
 def _exit(e: BaseException) -> None:
@@ -113,8 +125,12 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
   """Parses the flags; a mistake in them becomes a UserError."""
   argv = ['--help' if arg == '-h' else arg for arg in argv]
   # A shell leaves ~ alone within an argument.
-  home = lambda match: os.path.expanduser(match[0])  # noqa: E731
-  argv = [re.sub(r'(?<=^--config=)~[^/]*', home, arg) for arg in argv]
+  argv = [
+    f'--config={paths.expand(arg.removeprefix("--config="))}'
+    if arg.startswith('--config=~')
+    else arg
+    for arg in argv
+  ]
   path = _config_path(argv)
   try:
     return flags.FLAGS(argv)

@@ -1,13 +1,13 @@
 """The checks that a config must pass before anything runs."""
 
 import importlib.util
-import pathlib
 from typing import Any
 
 import ml_collections
 
 from mlcd_jax import config as config_lib
 from mlcd_jax import errors
+from mlcd_jax import paths
 
 
 def check(
@@ -208,7 +208,7 @@ def _check_cluster(c: ml_collections.ConfigDict) -> None:
       f'cluster.num_labels={c.cluster.num_labels} is more than '
       f'cluster.num_centers={c.cluster.num_centers}'
     )
-  if c.cluster.path and not pathlib.Path(c.cluster.path).is_dir():
+  if c.cluster.path and not paths.local(c.cluster.path).is_dir():
     raise errors.UserError(
       f'cluster.path={c.cluster.path}: no such folder; name a workdir whose '
       'cluster stage is done'

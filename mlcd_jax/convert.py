@@ -22,6 +22,7 @@ import numpy as np
 from mlcd_jax import cli
 from mlcd_jax import errors
 from mlcd_jax import models
+from mlcd_jax import paths
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import layouts
@@ -39,8 +40,7 @@ def main(rest: list[str]) -> None:
     raise errors.UserError(
       'convert: needs `import SRC DST` or `export WORKDIR DST`'
     )
-  direction, source, target = rest[0], rest[1], pathlib.Path(rest[2])
-  target = target.expanduser()
+  direction, source, target = rest[0], rest[1], paths.local(rest[2])
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise errors.UserError(f'{target}: exists already; name a new folder')
   if direction == 'import':

@@ -123,8 +123,9 @@ class Embeddings(row_files.Sharded):
 
 def _read_schema(path: pathlib.Path) -> pa.Schema:
   try:
-    return pq.read_schema(path)
-  except (OSError, pa.ArrowException) as e:
+    with open(path, 'rb') as f:
+      return pq.read_schema(f)
+  except pa.ArrowException as e:
     raise errors.UserError(
       f'{path}: cannot be read as Parquet; delete {path.parent.parent} to '
       'make that stage again'

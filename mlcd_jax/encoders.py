@@ -21,6 +21,7 @@ from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import models
+from mlcd_jax import paths
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import layouts
@@ -220,7 +221,7 @@ def export(
   Raises:
     UserError: there is no encoder, or the layout has nothing like it.
   """
-  folder = pathlib.Path(workdir).expanduser()
+  folder = paths.local(workdir)
   if (
     folder.is_dir() and folders.find(workdir, 'WORKDIR')[0] == folders.RELEASED
   ):

@@ -1,5 +1,10 @@
 """The ways a run ends early, each with its exit code; `cli` prints it."""
 
+import errno
+
+# Of an OSError where there is no space left.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UserError(Exception):
   """The user's mistake: names the field or file, and the way out. Exit 2."""

@@ -114,8 +114,10 @@ def read(folder: pathlib.Path) -> Manifest | None:
 
 
 def _other_files(folder: pathlib.Path) -> bool:
-  """Whether there is anything beside the manifest."""
-  return folder.exists() and any(p.name != NAME for p in folder.iterdir())
+  """Whether there is anything beside the manifest and temporary files."""
+  return folder.exists() and any(
+    p.name != NAME and not p.match('.*.tmp') for p in folder.iterdir()
+  )
 
 
 def open_for(

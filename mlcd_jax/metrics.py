@@ -1,6 +1,7 @@
 """Where numbers go: metrics.jsonl, TensorBoard, W&B and the progress line."""
 
 from collections.abc import Mapping
+import contextlib
 import datetime
 import json
 import logging
@@ -193,11 +194,9 @@ def _drop_from(path: pathlib.Path, first_step: int) -> None:
   if not path.exists():
     return
   kept = []
-  for line in path.read_text().splitlines():
-    try:
-      if json.loads(line)['step'] < first_step:
-        kept.append(line + '\n')
-    except (json.JSONDecodeError, KeyError, TypeError):
-      continue  # A line cut short by a kill.
+  for line, row in files.parse_lines(path.read_bytes().splitlines()):
+    with contextlib.suppress(KeyError, TypeError):
+      if row['step'] < first_step:
+        kept.append(line + b'\n')
   with files.atomic(path) as temporary:
-    temporary.write_text(''.join(kept))
+    temporary.write_bytes(b''.join(kept))

@@ -21,6 +21,7 @@ import numpy as np
 
 from mlcd_jax import encoders
 from mlcd_jax import errors
+from mlcd_jax import paths
 from mlcd_jax.data import transforms
 
 _BATCH, _WHOLE = PartitionSpec('batch'), PartitionSpec()
@@ -177,7 +178,7 @@ def pin(path: str) -> dict[str, Any]:
   Raises:
     UserError: nothing is trained there.
   """
-  workdir = pathlib.Path(path).expanduser().absolute()
+  workdir = paths.local(path).absolute()
   _, params, found = encoders.from_run(workdir)
   return {
     'path': str(workdir),

@@ -13,7 +13,6 @@ Layouts, by what lies in the folder, see `layouts`:
 from collections.abc import Sequence
 from concurrent import futures
 import hashlib
-import pathlib
 from typing import Any
 
 import ml_collections
@@ -23,6 +22,7 @@ from mlcd_jax import errors
 from mlcd_jax import layouts
 from mlcd_jax import manifests
 from mlcd_jax import parquet_rows
+from mlcd_jax import paths
 from mlcd_jax import row_files
 from mlcd_jax.data import storage
 
@@ -85,7 +85,7 @@ def _root(path: str) -> str:
   """The folder, as it can be found from any place."""
   if storage.is_url(path):
     return path.rstrip('/')
-  return str(pathlib.Path(path).expanduser().absolute())
+  return str(paths.local(path, _FIELD).absolute())
 
 
 def _open(
@@ -135,21 +135,13 @@ def _fingerprint(path: str) -> str:
   Embeddings made anew differ everywhere, so that 600 GB need not be read to
   notice; a single row changed by hand may go unnoticed.
   """
-  size = storage.stat(path, _FIELD).size
+  file = storage.stat(path, _FIELD)
+  size = file.size
   digest = hashlib.sha256(str(size).encode())
   last = max(0, size - _BLOCK_BYTES)
   for start in np.linspace(0, last, _BLOCKS).astype(int).tolist():
-    digest.update(_block(path, start, min(_BLOCK_BYTES, size)))
+    digest.update(storage.read(file, start, min(_BLOCK_BYTES, size)))
   return digest.hexdigest()
-
-
-def _block(path: str, start: int, size: int) -> bytes:
-  with storage.reading(path, _FIELD):
-    if storage.is_url(path):
-      return storage.read(path, start, size)
-    with open(path, 'rb') as f:
-      f.seek(start)
-      return f.read(size)
 
 
 def _join(root: str, name: str) -> str:

@@ -9,6 +9,7 @@ import pathlib
 from mlcd_jax import cli
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import paths
 from mlcd_jax.evaluate import table as evaluate_table
 
 _HEADINGS = {
@@ -90,7 +91,7 @@ def main(workdirs: Sequence[str]) -> None:
     raise errors.UserError(
       'name one or more workdirs' + f'; there are {there}' * bool(known)
     )
-  print(table([pathlib.Path(w) for w in workdirs]))
+  print(table([paths.local(w) for w in workdirs]))
 
 
 if __name__ == '__main__':

@@ -50,9 +50,10 @@ class Npy:
   def __init__(self, path: str):
     """Reads the header; raises UserError naming a file that does not fit."""
     self.path = path
+    self._file = storage.stat(path, FIELD)
     with storage.reading(path, FIELD), storage.open_file(path) as f:
       self.shape, self.dtype, self._offset = _header(f, path)
-      end = f.seek(0, 2)
+    end = self._file.size
     if end < self._offset + self.shape[0] * self.shape[1] * self.dtype.itemsize:
       raise errors.UserError(
         f'{path}: cut short, {self.shape[0]} rows were written; make it again'
@@ -61,15 +62,9 @@ class Npy:
   def read(self, start: int, stop: int) -> np.ndarray:
     """See `RowFile`."""
     row = self.shape[1] * self.dtype.itemsize
-    first, count = self._offset + start * row, (stop - start) * self.shape[1]
-    if storage.is_url(self.path):
-      content = storage.read(self.path, first, (stop - start) * row)
-      values = np.frombuffer(content, self.dtype)
-    else:
-      try:
-        values = np.fromfile(self.path, self.dtype, count, offset=first)
-      except OSError as e:
-        raise errors.RunError(f'{self.path}: cannot be read ({e})') from e
+    first = self._offset + start * row
+    content = storage.read(self._file, first, (stop - start) * row)
+    values = np.frombuffer(content, self.dtype)
     return whole(values, (stop - start, self.shape[1]), self.path)
 
 

@@ -24,6 +24,7 @@ from mlcd_jax import files
 from mlcd_jax import labels
 from mlcd_jax import manifests
 from mlcd_jax import models
+from mlcd_jax import paths
 from mlcd_jax import sharding
 from mlcd_jax import summary
 from mlcd_jax import terminal
@@ -204,7 +205,7 @@ class _Run:
     self._workdir = workdir
     self._mesh = mesh
     # Embeddings and clusters may be another run's, read in place.
-    self._shared = pathlib.Path(config.cluster.path or workdir)
+    self._shared = paths.local(config.cluster.path or workdir)
     if self._is_shared:
       self._check_shared()
     self._check_made()

@@ -33,6 +33,17 @@ def test_continued_run_drops_what_it_writes_again(tmp_path):
   assert list((tmp_path / 'tensorboard').iterdir())
 
 
+@pytest.mark.parametrize(
+  'broken',
+  [b'caf\xe9 \xff', b'{"step": 1, "a": "\xe9"}', b'\0\0', b'[1]', b'3'],
+)
+def test_broken_lines_are_dropped(tmp_path, broken):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(b'{"step": 1}\n' + broken + b'\n{"step": 2}\n{"step": 3}\n')
+  metrics.Writer(tmp_path, first_step=3).close()
+  assert steps(path) == [1, 2]
+
+
 def test_speed():
   def speed(**fields):
     return metrics.Progress('x', 9, unit='points', **fields)._speed(1_000.0)

@@ -23,8 +23,10 @@ from tensorflow_datasets.proto import tf_example_generated_pb2
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.data import cache
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
+from mlcd_jax.data import records
 from mlcd_jax.data import storage
 
 # Records that may be damaged before a file counts as one of something else.
@@ -49,7 +51,7 @@ class ArrayRecordSource:
     caption_key: str,
   ):
     """Takes local paths and the keys of all their records."""
-    self._records = array_record_data_source.ArrayRecordDataSource(paths)
+    self._records = records.whole(paths)
     self._keys = files.SharedArray(keys)
     self._image_key = image_key
     self._label_key = label_key
@@ -119,7 +121,7 @@ def make(
   suffixes = ['.array_record', '.arrayrecord']
   paths, shards, keys = [], [], []
   for file in storage.find(data.path.replace('{split}', split), suffixes):
-    path = storage.local_copy(file, data.get('cache_dir', ''))
+    path = cache.local_copy(file, data.get('cache_dir', ''))
     try:
       rows = len(array_record_data_source.ArrayRecordDataSource([path]))
     except RuntimeError:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import dataclasses
 import json
 import logging
-import os
 import posixpath
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import paths
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
 
@@ -88,7 +88,7 @@ def make(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> CocoSource:
   """Opens a split of the folder `data.path`."""
-  root = os.path.expanduser(data.path)
+  root = paths.expand(data.path, 'data.path')
   folder = posixpath.join(root, split)
   path = posixpath.join(root, 'annotations', f'instances_{split}.json')
   try:

@@ -1,5 +1,7 @@
 """Image files below a folder, with or without a folder for each class."""
 
+import glob
+import os
 import posixpath
 from typing import Any
 
@@ -8,13 +10,12 @@ import numpy as np
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import paths
+from mlcd_jax.data import formats
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
-
-_IMAGES = (
-  '.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif',
-)  # fmt: skip
+from mlcd_jax.data import transforms
 
 
 class FolderSource:
@@ -50,7 +51,7 @@ class FolderSource:
     path = path.decode('utf-8', 'surrogateescape')
     return {
       'key': self._keys[index].decode(),
-      'image': storage.read(posixpath.join(self._root, path)),
+      'image': _image(posixpath.join(self._root, path)),
       'label': int(self._labels[index]),
       'caption': '',
     }
@@ -67,24 +68,44 @@ def make(
 
   The classes are those of all splits, so that their numbers agree.
   """
-  del found  # Files that are no images show when they are read.
   if not data.path:
     raise errors.UserError('data.path: name the folder with the images')
-  root = data.path.replace('{split}', split).rstrip('/')
-  paths = [
-    path
-    for path in storage.walk(root)
-    if path.lower().endswith(_IMAGES)
-    and not posixpath.basename(path).startswith('.')
-  ]
-  if not paths:
+  path = paths.expand(data.path, 'data.path').rstrip('/')
+  root = path.replace('{split}', split)
+  names = storage.walk(root, found=found)
+  images = [name for name in names if name.lower().endswith(formats.SUFFIXES)]
+  _report_others(root, set(names).difference(images), found)
+  if not images:
     raise errors.UserError(
-      f'data.path={root}: no image files ({", ".join(_IMAGES)})'
+      f'data.path={root}: no image files ({", ".join(formats.SUFFIXES)})'
     )
   classes = []
-  if all('/' in path for path in paths):
-    classes = {path.partition('/')[0] for path in paths}
-    if '{split}' in data.path:
-      pattern = posixpath.join(data.path.replace('{split}', '*'), '*')
+  if all('/' in image for image in images):
+    classes = {image.partition('/')[0] for image in images}
+    if '{split}' in path:
+      pattern = '*'.join(map(glob.escape, path.split('{split}'))) + '/*'
       classes |= {posixpath.basename(p) for p in storage.folders(pattern)}
-  return FolderSource(root, paths, sorted(classes))
+  return FolderSource(root, images, sorted(classes))
+
+
+def _image(path: str) -> bytes | transforms.BadImage:
+  """A file's bytes; of one that cannot be read why."""
+  try:
+    return storage.read(path)
+  except storage.Unreadable as e:
+    return transforms.BadImage(
+      transforms.MISSING if e.missing else transforms.UNREADABLE
+    )
+
+
+def _report_others(
+  root: str, names: set[str], found: problems.Problems
+) -> None:
+  """Counts what has no image's name; a link to nothing may be a folder's."""
+  for name in sorted(names):
+    suffix = posixpath.splitext(name)[1].lower()
+    path = posixpath.join(root, name)
+    if not suffix and os.path.islink(path) and not os.path.exists(path):
+      found.add(name, transforms.MISSING)
+    else:
+      found.leave_out('other file')

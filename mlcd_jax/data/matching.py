@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlcd_jax import paths
 from mlcd_jax.data import keys as keys_lib
 
 _log = logging.getLogger(__name__)
@@ -80,12 +81,14 @@ def join(
 
 def root_of(path: str) -> str:
   """Returns the folder that all files of a `data.path` lie in."""
-  start = re.split(r'[*?\[{]', path)[0]
+  path = paths.expand(path, 'data.path')
+  # The name of a folder may look like a glob.
+  start = path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0]
   if start != path or keys_lib.is_shard(path):
     start = start.rpartition('/')[0]
   if '://' in start:
     return re.sub(_SCHEME, '', start)
-  return os.path.abspath(os.path.expanduser(start)).replace(os.sep, '/')
+  return os.path.abspath(start).replace(os.sep, '/')
 
 
 def _as_bytes(keys: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax.data import cache
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
@@ -134,7 +135,7 @@ def _copy(shard: storage.File, data: ml_collections.ConfigDict) -> str | None:
     data.label_key,
     data.get('caption_key', 'caption'),
   )
-  copy = storage.cached(
+  copy = cache.place(
     shard, data.get('cache_dir', ''), f'.{".".join(columns)}.{_VERSION}.arrow'
   )
   if copy.exists():
@@ -142,7 +143,7 @@ def _copy(shard: storage.File, data: ml_collections.ConfigDict) -> str | None:
   with storage.reading(shard.path), storage.open_file(shard.path) as f:
     try:
       parquet = pq.ParquetFile(f)
-      with files.atomic(copy) as temporary:
+      with cache.writing(copy) as temporary:
         _write_copy(parquet, temporary, shard, columns)
     except pa.ArrowException:
       return None
@@ -170,7 +171,8 @@ def _write_copy(
   wanted = [n for n in {image, caption, 'key', 'status'} if n in names]
   first = 0
   with pa.OSFile(str(path), 'wb') as f, pa.ipc.new_file(f, schema) as copy:
-    for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted):
+    batches = parquet.iter_batches(_BATCH_ROWS, columns=wanted)
+    for batch in storage.each(shard.path, batches):
       rows = range(first, first + len(batch))
       first += len(batch)
       keys = [f'{stem}-{row:09d}'.encode() for row in rows]
@@ -389,6 +391,6 @@ def _missing(table: pa.Table) -> pa.ChunkedArray:
 
 @functools.lru_cache(4_096)
 def _open_copy(path: str) -> pa.Table:
-  """Maps a copy into memory."""
-  with pa.ipc.open_file(pa.memory_map(path)) as reader:
+  """Maps a copy into memory, which needs no open file once it is mapped."""
+  with pa.memory_map(path) as file, pa.ipc.open_file(file) as reader:
     return reader.read_all()

@@ -2,19 +2,19 @@
 
 Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
 that is unique in the source and spelled as `keys.spell` does, the encoded
-image's bytes, the class (-1 where there is none) and the caption ('' where
-there is none; several are lines). Sources with `num_attributes` also give
-`attributes`, the numbers of several labels, and some give `ignored`, those that
-may be there or not.
+image's bytes or the `transforms.BadImage` why they cannot be read, the class
+(-1 where there is none) and the caption ('' where there is none; several are
+lines). Sources with `num_attributes` also give `attributes`, the numbers of
+several labels, and some give `ignored`, those that may be there or not.
 """
 
+import codecs
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import hashlib
 import importlib
 import logging
-import pathlib
 from typing import Any
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from mlcd_jax import distributed
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import manifests
+from mlcd_jax import paths
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 
@@ -242,12 +243,16 @@ def _without_bad(
 def read_bad_keys(path: str) -> np.ndarray:
   """Reads the keys that `check_data` wrote, one a line, see `keys.spell`."""
   try:
-    lines = pathlib.Path(path).read_bytes().split(b'\n')
+    content = paths.local(path, 'data.bad_keys').read_bytes()
   except OSError as e:
     raise errors.UserError(
       f'data.bad_keys={path}: cannot be read ({e.strerror}); write it with '
       'python -m mlcd_jax.check_data'
     ) from e
+  if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    content = content.decode('utf-16', 'replace').encode()  # PowerShell's.
+  lines = content.removeprefix(codecs.BOM_UTF8).split(b'\n')
+  lines = [line.removesuffix(b'\r') for line in lines]  # As Windows ends them.
   return keys_lib.spell([line for line in lines if line])
 
 
@@ -267,7 +272,7 @@ def check_bad_keys(path: str, manifest: manifests.Manifest) -> None:
   Raises:
     UserError: the stage began with others, so that the order was another.
   """
-  digest = files.sha256(pathlib.Path(path)) if path else ''
+  digest = files.sha256(paths.local(path)) if path else ''
   manifest.notes.setdefault('bad_keys', digest)
   manifest.save()  # All processes then have what process 0 has.
   if manifest.notes['bad_keys'] != digest:

@@ -1,6 +1,8 @@
 """Files by path, glob or brace range, local or behind any fsspec URL."""
 
+from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
 import contextlib
@@ -8,13 +10,13 @@ import dataclasses
 import errno
 import functools
 import glob
-import hashlib
-import io
 import itertools
+import logging
 import os
 import pathlib
+import posixpath
 import re
-import shutil
+import stat as stat_lib
 from typing import Any
 from typing import BinaryIO
 
@@ -22,9 +24,25 @@ import fsspec
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import paths
+from mlcd_jax.data import entries
+from mlcd_jax.data import open_files
+from mlcd_jax.data import problems
+
+_log = logging.getLogger(__name__)
 
 _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 _MODIFIED = ('mtime', 'LastModified', 'updated', 'last_modified', 'created')
+
+# Of an index of a tar, which lies beside it.
+INDEX_SUFFIX = '.index.npz'
+
+# What is wrong with one file alone.
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_UNREADABLE = (
+  errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENXIO,
+  errno.ENODEV, errno.ENAMETOOLONG, errno.EBADMSG,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,35 +65,45 @@ def is_url(path: str) -> bool:
   return '://' in path
 
 
+class Unreadable(errors.RunError):
+  """One file cannot be read, while its storage can.
+
+  Attributes:
+    missing: whether there is no such file.
+  """
+
+  def __init__(self, text: str, *, missing: bool):
+    super().__init__(text)
+    self.missing = missing
+
+
 def find(pattern: str, suffixes: Sequence[str]) -> list[File]:
   """Returns the files a `data.path` stands for, in order of their names.
 
+  Of a folder or a glob with files of these suffixes, those are taken; of any
+  other glob all but hidden and system files and our own.
+
   Args:
-    pattern: a path, glob or folder; {00000..00099} stands for a range.
-    suffixes: of the files taken from a folder, in lower case with the dot.
+    pattern: a path, glob or folder; {00000..00099} stands for a range. What
+      is there is meant as it stands, brackets and braces included.
+    suffixes: in lower case with the dot.
 
   Raises:
-    UserError: nothing is there, or not all of a range.
+    UserError: nothing is there, or not all of a range, or a link leads to
+      nothing.
   """
   if not pattern:
     raise errors.UserError('data.path: name the files, such as data/*.tar')
+  expanded = paths.expand(pattern, 'data.path')
   found = []
   exact = []
-  for path in _expand_ranges(pattern):
-    if glob.has_magic(path):
-      found += _glob(path)
+  for path in [expanded] if _is_there(expanded) else _expand_ranges(expanded):
+    if glob.has_magic(path) and not _is_there(path):
+      found += _glob(path, suffixes)
     else:
       exact.append(path)
-  with futures.ThreadPoolExecutor(16) as pool:
-    for path, file in zip(exact, pool.map(stat, exact)):
-      if file is None:
-        found += [
-          f
-          for f in _glob(f'{path.rstrip("/")}/*')
-          if f.path.lower().endswith(tuple(suffixes))
-        ]
-      else:
-        found.append(file)
+  for path, file in zip(exact, _stat_all(exact)):
+    found += [file] if file else _listed(path, suffixes)
   if not found:
     raise errors.UserError(
       f'data.path={pattern}: no such file; it may be a path, a folder with '
@@ -85,12 +113,21 @@ def find(pattern: str, suffixes: Sequence[str]) -> list[File]:
   return sorted(set(found), key=lambda f: f.path)
 
 
-def walk(root: str, field: str = 'data.path') -> list[str]:
+def walk(
+  root: str,
+  field: str = 'data.path',
+  found: problems.Problems | None = None,
+) -> list[str]:
   """Returns the paths below a folder, relative to it, in order.
+
+  Each real folder is walked once, hidden and system entries are left out; see
+  `entries.walk`.
 
   Args:
     root: the folder.
     field: what to call it in errors.
+    found: counts the folders below that cannot be listed; where not given
+      they are errors.
 
   Raises:
     UserError: there is no such folder.
@@ -101,14 +138,18 @@ def walk(root: str, field: str = 'data.path') -> list[str]:
       if not filesystem.isdir(path):
         raise NotADirectoryError(errno.ENOTDIR, 'no such folder')
       path = path.rstrip('/') + '/'
-      return sorted(name.removeprefix(path) for name in filesystem.find(path))
+      names = [name.removeprefix(path) for name in filesystem.find(path)]
+      return sorted(name for name in names if not _has_system_part(name))
     if not os.path.isdir(root):
       raise NotADirectoryError(errno.ENOTDIR, 'no such folder')
-  return sorted(
-    os.path.relpath(os.path.join(folder, name), root).replace(os.sep, '/')
-    for folder, _, names in os.walk(root, followlinks=True)
-    for name in names
-  )
+
+  def unlisted(folder, e):
+    if found is None or os.path.samefile(folder, root):
+      with reading(folder, field):
+        raise e
+    found.add(folder, 'unreadable folder')
+
+  return entries.walk(root, unlisted)
 
 
 def folders(pattern: str) -> list[str]:
@@ -117,30 +158,53 @@ def folders(pattern: str) -> list[str]:
     with reading(pattern):
       filesystem, path = _filesystem(pattern)
       infos = filesystem.glob(path, detail=True)
-    return sorted(
+    names = [
       filesystem.unstrip_protocol(name)
       for name, info in infos.items()
       if info['type'] == 'directory'
-    )
-  return sorted(p for p in glob.glob(pattern) if os.path.isdir(p))
+    ]
+  else:
+    names = [p for p in glob.glob(pattern) if os.path.isdir(p)]
+  return sorted(name for name in names if not _has_system_part(name, pattern))
 
 
-def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
-  """Reads some bytes of a file; fewer where it is shorter.
+def read(path: str | File, offset: int = 0, size: int | None = None) -> bytes:
+  """Reads a file or a part of it.
+
+  Args:
+    path: local path or URL, or the file as it was found, which it must still
+      be if it is local.
+    offset: of the first byte.
+    size: how many bytes; without it, all that follow.
 
   Raises:
-    RunError: the file or its storage cannot be read.
+    Unreadable: the file itself cannot be read.
+    RunError: its storage cannot, or the file is another one by now or too
+      short.
   """
+  file = path if isinstance(path, File) else None
+  path = file.path if file else path
   try:
     if is_url(path):
       filesystem, name = _filesystem(path)
       end = None if size is None else offset + size
-      return filesystem.cat_file(name, start=offset, end=end)
-    if size is None:
-      return pathlib.Path(path).read_bytes()
-    return os.pread(_open_shard(path).fileno(), size, offset)
+      content = filesystem.cat_file(name, start=offset or None, end=end)
+    elif file and size is not None:
+      content = open_files.read(path, offset, size, of=(file.size, file.stamp))
+    else:
+      with open(path, 'rb', buffering=0) as f:
+        f.seek(offset)
+        content = f.read() if size is None else f.read(size)
   except OSError as e:
-    raise errors.RunError(f'{path}: cannot be read ({e})') from e
+    text = f'{path}: cannot be read ({e})'
+    if e.errno in _MISSING or isinstance(e, FileNotFoundError):
+      raise Unreadable(text, missing=True) from e
+    if e.errno in _UNREADABLE or isinstance(e, PermissionError):
+      raise Unreadable(text, missing=False) from e
+    raise errors.RunError(text) from e
+  if file and size is not None and len(content) < size:
+    raise errors.RunError(f'{path}: shorter than it was when it was opened')
+  return content
 
 
 def open_file(path: str) -> BinaryIO:
@@ -171,37 +235,10 @@ def reading(path: str, field: str = 'data.path') -> Iterator[None]:
     raise errors.UserError(f'{field}={path}: cannot be read ({reason})') from e
 
 
-def cached(file: File, cache_dir: str, suffix: str) -> pathlib.Path:
-  """The place of what is made of a file, another one once it changes.
-
-  Args:
-    file: local or remote.
-    cache_dir: `data.cache_dir`; '' = mlcd_jax in the user's cache folder.
-    suffix: tells apart what is made of it.
-  """
-  folder = pathlib.Path(
-    cache_dir
-    or pathlib.Path(
-      os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache',
-      'mlcd_jax',
-    )
-  ).expanduser()
-  path = file.path if is_url(file.path) else os.path.abspath(file.path)
-  identity = f'{path} {file.size} {file.stamp}'
-  digest = hashlib.sha256(identity.encode('utf-8', 'replace')).hexdigest()
-  return folder / f'{digest[:32]}{suffix}'
-
-
-def local_copy(file: File, cache_dir: str) -> str:
-  """Returns a path that can be opened without fsspec, downloaded if need be."""
-  if not is_url(file.path):
-    return file.path
-  copy = cached(file, cache_dir, pathlib.PurePosixPath(file.path).suffix)
-  if not copy.exists():
-    with reading(file.path), files.atomic(copy) as temporary:
-      with open_file(file.path) as source, open(temporary, 'wb') as target:
-        shutil.copyfileobj(source, target, 1 << 24)
-  return str(copy)
+def each(path: str, parts: Iterable[Any]) -> Iterator[Any]:
+  """Yields what is read of a file; see `reading`, whoever uses it."""
+  with reading(path):
+    yield from parts
 
 
 def _expand_ranges(pattern: str) -> list[str]:
@@ -218,17 +255,99 @@ def _expand_ranges(pattern: str) -> list[str]:
   ]
 
 
-def _glob(pattern: str) -> list[File]:
+def _is_there(path: str) -> bool:
+  """Whether what could be a glob or a range is a path as it stands."""
+  if not glob.has_magic(path) and not _RANGE.search(path):
+    return False
+  if not is_url(path):
+    return os.path.lexists(path)
+  with reading(path):
+    filesystem, name = _filesystem(path)
+    return filesystem.exists(name)
+
+
+def _glob(pattern: str, suffixes: Sequence[str]) -> list[File]:
+  """The files that a glob stands for; folders in it may have brackets."""
+  parts = pattern.split('/')
+  literal = ''
+  for i in range(1, len(parts)):
+    folder = '/'.join(parts[:i])
+    if glob.has_magic(folder) and not _is_there(folder):
+      break
+    literal = folder
+  rest = pattern.removeprefix(literal)
   if is_url(pattern):
     with reading(pattern):
-      filesystem, path = _filesystem(pattern)
+      filesystem, path = _filesystem(glob.escape(literal) + rest)
       infos = filesystem.glob(path, detail=True)
-    return [
-      _remote_file(filesystem, name, info)
-      for name, info in infos.items()
-      if info['type'] == 'file'
-    ]
-  return [_local_file(p) for p in glob.glob(pattern) if os.path.isfile(p)]
+    return _remote_files(filesystem, infos, suffixes, pattern)
+  names = glob.glob(glob.escape(literal) + rest)
+  return _local_files(names, suffixes, pattern)
+
+
+def _listed(folder: str, suffixes: Sequence[str]) -> list[File]:
+  """The files of a folder that have one of the suffixes."""
+  folder = folder.rstrip('/')
+  with reading(folder):
+    if is_url(folder):
+      filesystem, path = _filesystem(folder)
+      infos = {info['name']: info for info in filesystem.ls(path, detail=True)}
+      return _remote_files(filesystem, infos, suffixes)
+    names = [f'{folder}/{name}' for name in os.listdir(folder or '/')]
+  return _local_files(names, suffixes)
+
+
+def _local_files(
+  names: Sequence[str], suffixes: Sequence[str], pattern: str = ''
+) -> list[File]:
+  return list(filter(None, _stat_all(_chosen(names, suffixes, pattern))))
+
+
+def _remote_files(
+  filesystem,
+  infos: Mapping[str, dict[str, Any]],
+  suffixes: Sequence[str],
+  pattern: str = '',
+) -> list[File]:
+  names = [name for name, info in infos.items() if info['type'] == 'file']
+  return [
+    _remote_file(filesystem, name, infos[name])
+    for name in _chosen(names, suffixes, pattern)
+  ]
+
+
+def _chosen(
+  names: Sequence[str], suffixes: Sequence[str], pattern: str
+) -> list[str]:
+  """Those of a listing that are data.
+
+  Args:
+    names: paths.
+    suffixes: of the files wanted.
+    pattern: the glob that gave them, '' for a folder.
+  """
+  names = [
+    name
+    for name in names
+    if not _has_system_part(name, pattern or posixpath.dirname(name))
+    and not name.endswith(INDEX_SUFFIX)
+  ]
+  chosen = [n for n in names if n.lower().endswith(tuple(suffixes))]
+  if not pattern or chosen:
+    if pattern and len(chosen) < len(names):
+      _log.info(
+        'data: %d files of %s are no %s and are left out',
+        len(names) - len(chosen), pattern, ' or '.join(suffixes),
+      )  # fmt: skip
+    return chosen
+  return names
+
+
+def _has_system_part(path: str, given: str = '') -> bool:
+  """Whether a part of a path is a system entry that the user did not name."""
+  return any(
+    map(entries.is_system, set(path.split('/')) - set(given.split('/')))
+  )
 
 
 def stat(path: str, field: str = 'data.path') -> File | None:
@@ -241,13 +360,20 @@ def stat(path: str, field: str = 'data.path') -> File | None:
         return None
       return _remote_file(filesystem, name, info)
   with reading(path, field):
-    os.stat(path)
-  return None if os.path.isdir(path) else _local_file(path)
+    try:
+      found = os.stat(path)
+    except FileNotFoundError as e:
+      if os.path.islink(path):
+        e.strerror = f'a link to {os.readlink(path)}, which is not there'
+      raise
+  if stat_lib.S_ISDIR(found.st_mode):
+    return None
+  return File(path, found.st_size, str(found.st_mtime_ns))
 
 
-def _local_file(path: str) -> File:
-  stat = os.stat(path)
-  return File(path, stat.st_size, str(stat.st_mtime_ns))
+def _stat_all(names: Sequence[str]) -> list[File | None]:
+  with futures.ThreadPoolExecutor(16) as pool:
+    return list(pool.map(stat, names))
 
 
 def _remote_file(filesystem, name: str, info: dict[str, Any]) -> File:
@@ -258,10 +384,3 @@ def _remote_file(filesystem, name: str, info: dict[str, Any]) -> File:
 @functools.lru_cache(4_096)
 def _filesystem(path: str):
   return fsspec.core.url_to_fs(path)
-
-
-# Files leave the cache while other threads may read them: they are closed
-# when the last reference goes, not before.
-@functools.lru_cache(512)
-def _open_shard(path: str) -> io.FileIO:
-  return open(path, 'rb', buffering=0)

@@ -7,9 +7,12 @@ extracted to disk.
 
 import collections
 from collections.abc import Iterator
+import contextlib
 import dataclasses
+import functools
 import io
 import json
+import logging
 import posixpath
 import tarfile
 from typing import BinaryIO
@@ -17,8 +20,12 @@ from typing import BinaryIO
 import numpy as np
 
 from mlcd_jax import errors
+from mlcd_jax.data import cache
+from mlcd_jax.data import formats
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import storage
+
+_log = logging.getLogger(__name__)
 
 # Why a label is left out.
 NO_NUMBER = 'label that is no number'
@@ -26,7 +33,7 @@ NO_NUMBER = 'label that is no number'
 _VERSION = 3
 _BLOCK = 512
 _CHUNK = 2**20
-_IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'avif')
+_IMAGES = tuple(suffix.removeprefix('.') for suffix in formats.SUFFIXES)
 _NUMBERS = ('offsets', 'sizes', 'caption_offsets', 'caption_sizes', 'labels')
 # GNU's own kinds of members: the names in a folder, and that of the volume.
 _NO_CONTENT = (b'D', b'V')
@@ -118,12 +125,23 @@ def load(file: storage.File, members: Members, cache_dir: str) -> Index:
     made_from=np.array(_made_from(file, members)),
     allow_pickle=False,
   )
-  beside, cached = _places(file, cache_dir)
-  try:
-    storage.write(beside, content.getvalue())
-  except Exception:  # Every storage has errors of its own.
-    storage.write(cached, content.getvalue())
+  for path in _places(file, cache_dir):
+    try:
+      storage.write(path, content.getvalue())
+      return index
+    except Exception as e:  # Every storage has errors of its own.
+      reason = getattr(e, 'strerror', None) or e
+  _warn_not_kept(posixpath.dirname(file.path), cache_dir, str(reason))
   return index
+
+
+@functools.cache
+def _warn_not_kept(folder: str, cache_dir: str, reason: str) -> None:
+  """Says once for all tars of a folder that the next run indexes them anew."""
+  _log.warning(
+    'webdataset: the indices of the tars in %s cannot be kept there, nor in '
+    'data.cache_dir=%s (%s)', folder, cache_dir, reason,
+  )  # fmt: skip
 
 
 def build(file: storage.File, members: Members) -> Index:
@@ -348,9 +366,12 @@ def _check_uncompressed(f: BinaryIO, path: str) -> None:
       )
 
 
-def _places(file: storage.File, cache_dir: str) -> tuple[str, str]:
-  suffix = '.index.npz'
-  return file.path + suffix, str(storage.cached(file, cache_dir, suffix))
+def _places(file: storage.File, cache_dir: str) -> list[str]:
+  """Where an index may lie: beside the tar, or in the cache."""
+  places = [file.path + storage.INDEX_SUFFIX]
+  with contextlib.suppress(errors.UserError):
+    places.append(str(cache.place(file, cache_dir, storage.INDEX_SUFFIX)))
+  return places
 
 
 def _made_from(file: storage.File, members: Members) -> str:

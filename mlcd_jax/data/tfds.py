@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import fcntl
-import pathlib
+import logging
+import os
 from typing import Any
 
 import ml_collections
@@ -13,8 +14,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mlcd_jax import errors
+from mlcd_jax import files
+from mlcd_jax import paths
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
+from mlcd_jax.data import records
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +102,7 @@ def make(
   try:
     builder = tfds.builder(
       data.path,
-      data_dir=data.data_dir or None,
+      data_dir=paths.expand(data.data_dir, 'data.data_dir') or None,
       file_format='array_record',
     )
   except (tfds.core.DatasetNotFoundError, ValueError) as e:
@@ -150,9 +156,7 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
       f'{attributes_key}'
     )
   return TfdsSource(
-    data=builder.as_data_source(
-      split, decoders={image_key: tfds.decode.SkipDecoding()}
-    ),
+    data=_open(builder, split, {image_key: tfds.decode.SkipDecoding()}),
     split=split,
     image_key=image_key,
     label_key='' if label_problem else data.label_key,
@@ -163,6 +167,18 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
     num_attributes=num_attributes,
     ignored_key=ignored_key,
   )
+
+
+def _open(builder, split: str, decoders: dict[str, Any]):
+  """TFDS's data source, with few of its files open at a time."""
+  data = builder.as_data_source(split, decoders=decoders)
+  data.data_source = records.Records(
+    [
+      records.Part(records.found(os.fspath(f.filename)), f.skip, f.take)
+      for f in builder.info.splits[split].file_instructions
+    ]
+  )
+  return data
 
 
 def _class_names(features, label_key: str) -> Sequence[str]:
@@ -237,16 +253,22 @@ def _num_attributes(builder, key: str, field: str) -> int:
 def _prepared_folder(data_dir: str) -> Iterator[str]:
   """Yields TFDS's data folder, held so that one process at a time writes."""
   tfds.disable_progress_bar()
-  folder = pathlib.Path(data_dir or tfds.core.constants.get_default_data_dir())
-  folder = folder.expanduser()
+  folder = paths.local(
+    data_dir or tfds.core.constants.get_default_data_dir(), 'data.data_dir'
+  )
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / '.mlcd_digits.lock', 'w')
-  except OSError as e:
-    raise errors.UserError(
-      f'data.data_dir={folder}: cannot be written ({e.strerror}); name a '
-      'folder that can, here or in TFDS_DATA_DIR'
+    with open(folder / '.mlcd_digits.lock', 'w') as lock:
+      if not files.lock(lock, fcntl.LOCK_EX):  # TFDS renames what is whole.
+        _log.warning('data: the file system of %s has no locks', folder)
+      yield str(folder)
+  except (OSError, RuntimeError) as e:
+    reason = getattr(e, 'strerror', None) or str(e)
+    full = getattr(e, 'errno', 0) in errors.DISK_FULL or 'No space' in reason
+    if isinstance(e, RuntimeError) and not full:
+      raise
+    kind = errors.RunError if full else errors.UserError
+    raise kind(
+      f'data.data_dir={folder}: cannot be written ({reason}); name a folder '
+      'that can, here or in TFDS_DATA_DIR'
     ) from e
-  with lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    yield str(folder)

@@ -31,8 +31,11 @@ _MAX_RESIZED = 16_000_000
 _FILTER_REACH = 3
 
 # Why an image is bad; few and fixed, so that they can be counted.
-REASONS = ('empty', 'not an image', 'undecodable', 'more than 64 Mpixel')
-_EMPTY, _NOT_AN_IMAGE, _UNDECODABLE, _TOO_LARGE = REASONS
+REASONS = (
+  'empty', 'not an image', 'undecodable', 'more than 64 Mpixel', 'missing',
+  'unreadable',
+)  # fmt: skip
+_EMPTY, _NOT_AN_IMAGE, _UNDECODABLE, _TOO_LARGE, MISSING, UNREADABLE = REASONS
 
 _COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 # libjpeg decodes to 1/k of the size in fewer operations. OpenCV's names with
@@ -58,7 +61,7 @@ class BadImage(Exception):
   """The bytes are no image that can be used; the text is one of REASONS."""
 
 
-def decode(image: bytes, *, reduce: int = 1) -> np.ndarray:
+def decode(image: bytes | BadImage, *, reduce: int = 1) -> np.ndarray:
   """Decodes to RGB uint8 [H, W, 3].
 
   Grey is repeated, alpha is composited on white, 16 bits become 8, of an
@@ -66,7 +69,7 @@ def decode(image: bytes, *, reduce: int = 1) -> np.ndarray:
   does.
 
   Args:
-    image: a file of any format that OpenCV reads.
+    image: a file of any format that OpenCV reads, or why there is none.
     reduce: 1, 2, 4 or 8: divides the sides; only for JPEG.
 
   Raises:
@@ -89,12 +92,14 @@ def decode(image: bytes, *, reduce: int = 1) -> np.ndarray:
   return pixels
 
 
-def read_size(image: bytes) -> tuple[int, int]:
+def read_size(image: bytes | BadImage) -> tuple[int, int]:
   """Returns (width, height) as the header has it, without decoding.
 
   Raises:
-    BadImage: empty, or not an image.
+    BadImage: empty, or not an image, or the one that is given.
   """
+  if isinstance(image, BadImage):
+    raise image
   if not image:
     raise BadImage(_EMPTY)
   # Pillow's parsers take 44 us for a JPEG that decodes in 400.
@@ -113,7 +118,7 @@ def read_size(image: bytes) -> tuple[int, int]:
 
 
 def random_resized_crop(
-  image: bytes,
+  image: bytes | BadImage,
   size: int,
   draws: Sequence[float],
   *,
@@ -128,7 +133,7 @@ def random_resized_crop(
   over areas; bilinear interpolation would skip pixels there.
 
   Args:
-    image: encoded.
+    image: encoded, or why there is none.
     size: side of the result in pixels.
     draws: NUM_DRAWS random numbers in [0, 1), that say which crop it is.
     area: smallest and largest share of the image that is kept.

@@ -31,12 +31,14 @@ class TarSource:
 
   class_names = ()
 
-  def __init__(self, paths: list[str], indices: list[tar_index.Index]):
-    """Takes the tars' paths and indices, in the same order."""
-    self._paths = paths
+  def __init__(self, tars: list[storage.File], indices: list[tar_index.Index]):
+    """Takes the tars and their indices, in the same order."""
+    self._tars = tars
     self._ends = np.cumsum([len(index.keys) for index in indices])
     self._keys = files.SharedArray(
-      keys_lib.across([index.keys for index in indices], paths)
+      keys_lib.across(
+        [index.keys for index in indices], [tar.path for tar in tars]
+      )
     )
     self._numbers = files.SharedArray(
       np.concatenate([index.numbers for index in indices], axis=1)
@@ -56,20 +58,19 @@ class TarSource:
       int, self._numbers[:, index]
     )
     shard = int(np.searchsorted(self._ends, index, side='right'))
-    path = self._paths[shard]
     # Members of a sample are mostly neighbours, so that one read gets both.
     first, last = start, start + size
     near = caption_start >= 0 and abs(caption_start - start) <= size + _FAR
     if near:
       first = min(first, caption_start)
       last = max(last, caption_start + caption_size)
-    content = storage.read(path, first, last - first)
+    content = storage.read(self._tars[shard], first, last - first)
     caption = b''
     if near:
       place = caption_start - first
       caption = content[place : place + caption_size]
     elif caption_start >= 0:  # A link, such as one caption of many images.
-      caption = storage.read(path, caption_start, caption_size)
+      caption = storage.read(self._tars[shard], caption_start, caption_size)
     return {
       'key': self._keys[index].decode(),
       'image': content[start - first : start - first + size],
@@ -103,7 +104,7 @@ def make(
         found.add(name, reason)
     for reason, count in index.left_out.items():
       found.leave_out(reason, count)
-  return TarSource([tar.path for tar in tars], indices)
+  return TarSource(tars, indices)
 
 
 def _load_all(

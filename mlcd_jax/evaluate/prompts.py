@@ -7,10 +7,10 @@ is as good: {"NAME": {"classes": [...], "templates": ["a photo of a {c}."]}}.
 from collections.abc import Sequence
 import importlib.resources
 import json
-import pathlib
 import re
 
 from mlcd_jax import errors
+from mlcd_jax import paths
 
 
 def sentences(
@@ -48,7 +48,7 @@ def known() -> list[str]:
 def _content(path: str) -> dict[str, dict[str, list[str]]]:
   """All entries of a file; '' = of prompts.json."""
   own = importlib.resources.files('mlcd_jax') / 'assets/prompts.json'
-  file = pathlib.Path(path).expanduser() if path else own
+  file = paths.local(path) if path else own
   return json.loads(file.read_text())
 
 

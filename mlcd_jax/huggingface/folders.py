@@ -9,6 +9,7 @@ import huggingface_hub
 
 from mlcd_jax import errors
 from mlcd_jax import files
+from mlcd_jax import paths
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def find(path: str, field: str) -> tuple[str, pathlib.Path]:
   Raises:
     UserError: there is no encoder; says what there is.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = paths.local(path, field)
   if _is_run(folder):
     return RUN, folder
   folder = resolve(path, field)
@@ -114,7 +115,7 @@ def resolve(path: str, field: str) -> pathlib.Path:
   Raises:
     UserError: neither a folder nor a name that can be had.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = paths.local(path)
   if folder.is_dir():
     return folder
   if folder.exists():
@@ -148,6 +149,6 @@ def resolve(path: str, field: str) -> pathlib.Path:
 def pinned(path: str, field: str) -> str:
   """Returns the path, or the name with the commit it stands for now."""
   folder = resolve(path, field)
-  if pathlib.Path(path).expanduser().is_dir():
+  if paths.local(path).is_dir():
     return path
   return f'{path.partition("@")[0]}@{folder.name}'

@@ -1,8 +1,9 @@
 """metrics.jsonl as columns for charts."""
 
-import json
 import pathlib
 from typing import Any
+
+from mlcd_jax import files
 
 _MAX_POINTS = 1_000
 
@@ -22,17 +23,14 @@ def read(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / 'metrics.jsonl'
   if not path.exists():
     return {'step': [], 'values': {}}
-  lines = path.read_text().splitlines()
+  lines = path.read_bytes().splitlines()
   every = -(-len(lines) // _MAX_POINTS) or 1
   kept = lines[(len(lines) - 1) % every :: every] if lines else []
-  rows = []
-  for line in kept:
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError:  # A line cut short by a kill.
-      continue
-    if isinstance(row, dict) and 'step' in row:
-      rows.append(row)
+  rows = [
+    row
+    for _, row in files.parse_lines(kept)
+    if isinstance(row, dict) and isinstance(row.get('step'), int)
+  ]
   names = dict.fromkeys(n for row in rows for n in row if n != 'step')
   return {
     'step': [row['step'] for row in rows],

@@ -143,7 +143,7 @@ def bad_data(
     *sorted(workdir.glob('not_finite_*.txt')),
   ):
     if path.exists():
-      keys = path.read_text(errors='replace').splitlines()
+      keys = path.read_text('utf-8-sig', errors='replace').splitlines()
       rows.append([path.name, '', len(keys), ', '.join(keys[:_MAX_SHOWN])])
   return rows
 

@@ -66,8 +66,7 @@ class Page:
     self._left_out = set()
     self._written = -float('inf')
     if distributed.is_main():
-      for path in workdir.glob(f'.{NAME}.*.tmp'):  # Of killed processes.
-        path.unlink(missing_ok=True)
+      files.remove_leftovers(workdir, f'.{NAME}.*.tmp')
       files.remove_leftovers(self._kept)
 
   @contextlib.contextmanager

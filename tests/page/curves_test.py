@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from mlcd_jax.page import curves
 
 
@@ -30,3 +32,19 @@ def test_long_runs_are_thinned_and_keep_their_end(tmp_path):
   assert 800 < len(found['step']) <= 1_000
   assert found['step'][-1] == 2_502
   assert found['values']['a'] == [float(s) for s in found['step']]
+
+
+@pytest.mark.parametrize(
+  'broken',
+  [
+    b'\xff\xfe\x00 caf\xe9',
+    b'{"step": 2, "a": "\xe9"}',
+    b'\0\0\0\0\0',
+    b'{"step": "x"}',
+    b'[1]',
+  ],
+)
+def test_broken_lines_are_left_out(tmp_path, broken):
+  lines = [b'{"step": 1, "a": 2.0}', broken, b'{"step": 3, "a": 4.0}', b'']
+  (tmp_path / 'metrics.jsonl').write_bytes(b'\n'.join(lines))
+  assert curves.read(tmp_path) == {'step': [1, 3], 'values': {'a': [2.0, 4.0]}}
