@@ -3,6 +3,8 @@
 Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
 that is unique in the source, the encoded image's bytes, the class (-1 where
 there is none) and the caption ('' where there is none; several are lines).
+Sources whose class numbers have no names also give all `labels()`, int [N],
+and where the field holds no class numbers, `label_problem` says what it holds.
 TFDS sources with `num_attributes` also give `attributes`, the numbers of
 several labels.
 """
@@ -47,7 +49,6 @@ class Source(Protocol):
 
   num_classes: int  # 0 where there are no labels.
   class_names: Sequence[str]  # Empty where they are not known.
-  label_problem: str  # What is there instead of class numbers, or ''.
 
   def __len__(self) -> int: ...
 
@@ -55,10 +56,6 @@ class Source(Protocol):
 
   def keys(self) -> np.ndarray:
     """Returns the key of every record, in order, as UTF-8 bytes [N]."""
-    ...
-
-  def labels(self) -> np.ndarray:
-    """Returns the label of every record, int [N]; not without classes."""
     ...
 
 

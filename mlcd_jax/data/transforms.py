@@ -19,6 +19,14 @@ NUM_DRAWS = 5
 # Web archives hold images of 169 and 231 Mpixel, 0.7 GB once decoded.
 _MAX_PIXELS = 64_000_000
 
+# Pixels up to which a resized image is made whole and then cropped: one of
+# 40,000 x 1 would become 8,960,000 x 224, and take 8 GB.
+_MAX_RESIZED = 16_000_000
+
+# Of Pillow's filters that of Lanczos reaches furthest, in pixels of the larger
+# of the two images.
+_FILTER_REACH = 3
+
 # Why an image is bad; few and fixed, so that they can be counted.
 REASONS = ('empty', 'not an image', 'undecodable', 'more than 64 Mpixel')
 _EMPTY, _NOT_AN_IMAGE, _UNDECODABLE, _TOO_LARGE = REASONS
@@ -157,11 +165,69 @@ def resize_center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
   scale = size / min(height, width)
   new_w = max(size, round(width * scale))
   new_h = max(size, round(height * scale))
-  resized = np.asarray(
-    Image.fromarray(pixels).resize((new_w, new_h), Image.Resampling.BICUBIC)
-  )
-  top, left = (new_h - size) // 2, (new_w - size) // 2
-  return np.ascontiguousarray(resized[top : top + size, left : left + size])
+  start = (new_h - size) // 2, (new_w - size) // 2
+  return resize_crop(pixels, (new_h, new_w), size, start)
+
+
+def resize_crop(
+  pixels: np.ndarray,
+  shape: tuple[int, int],
+  size: int,
+  start: tuple[int, int],
+  resample: int = Image.Resampling.BICUBIC,
+  *,
+  largest: int = _MAX_RESIZED,
+) -> np.ndarray:
+  """Resizes with antialiasing (Pillow), then crops a square.
+
+  Of an image that would be very large only the crop is made, from the pixels
+  that it needs; these values differ by rounding.
+
+  Args:
+    pixels: uint8 [H, W, 3].
+    shape: (height, width) it is resized to.
+    size: side of the square.
+    start: (top, left) of the square in the resized image.
+    resample: Pillow's number of the filter.
+    largest: pixels up to which the resized image is made whole; an image that
+      is at most eight times as long as wide is in any case.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  if math.prod(shape) <= max(largest, 8 * size**2):
+    image = Image.fromarray(pixels).resize(shape[::-1], resample)
+    resized, (top, left) = np.asarray(image), start
+    return np.ascontiguousarray(resized[top : top + size, left : left + size])
+  window = [
+    _window(begin, size, new, old)
+    for begin, new, old in zip(start, shape, pixels.shape)
+  ]
+  (first_y, last_y, top, bottom), (first_x, last_x, left, right) = window
+  needed = Image.fromarray(pixels[first_y:last_y, first_x:last_x])
+  box = (left, top, right, bottom)
+  return np.asarray(needed.resize((size, size), resample, box))
+
+
+def _window(
+  begin: int, size: int, new: int, old: int
+) -> tuple[int, int, float, float]:
+  """What a part of a resized side is made from.
+
+  Args:
+    begin: first pixel of the part.
+    size: pixels of the part.
+    new: pixels of the resized side.
+    old: pixels of the side.
+
+  Returns:
+    First pixel of the side that is needed and the one after the last, and
+    begin and end of the part within these.
+  """
+  low, high = begin * old / new, min(old, (begin + size) * old / new)
+  reach = math.ceil(_FILTER_REACH * max(1, old / new)) + 1
+  first, last = max(0, int(low) - reach), min(old, math.ceil(high) + reach)
+  return first, last, low - first, high - first
 
 
 def _crop_box(
