@@ -89,11 +89,11 @@ class ArrayRecordSource:
 
   @property
   def label_problem(self) -> str:
-    """See `sources.Source`; reads every record the first time."""
+    """See `sources`; reads every record the first time."""
     return self._classes[1]
 
   def labels(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """See `sources`."""
     return self._classes[0].array
 
   def keys(self) -> np.ndarray:

@@ -88,7 +88,7 @@ class ParquetSource:
     return self._keys.array
 
   def labels(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """See `sources`."""
     tables = [_open_copy(path)['label'].to_numpy() for path in self._paths]
     starts = np.concatenate([[0], self._ends])
     return np.concatenate(

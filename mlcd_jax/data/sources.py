@@ -4,7 +4,9 @@ Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
 that is unique in the source and spelled as `keys.spell` does, the encoded
 image's bytes or the `transforms.BadImage` why they cannot be read, the class
 (-1 where there is none) and the caption ('' where there is none; several are
-lines). Sources with `num_attributes` also give `attributes`, the numbers of
+lines). Sources whose class numbers have no names also give all `labels()`, int
+[N], and where the field holds no class numbers, `label_problem` says what it
+holds. Sources with `num_attributes` also give `attributes`, the numbers of
 several labels, and some give `ignored`, those that may be there or not.
 """
 
@@ -53,7 +55,6 @@ class Source(Protocol):
 
   num_classes: int  # 0 where there are no labels.
   class_names: Sequence[str]  # Empty where they are not known.
-  label_problem: str  # What is there instead of class numbers, or ''.
 
   def __len__(self) -> int: ...
 
@@ -61,10 +62,6 @@ class Source(Protocol):
 
   def keys(self) -> np.ndarray:
     """Returns the key of every record, in order, see `keys.spell`."""
-    ...
-
-  def labels(self) -> np.ndarray:
-    """Returns the label of every record, int [N]; not without classes."""
     ...
 
 

@@ -34,7 +34,7 @@ class TfdsSource:
     label_key: feature with the class; a name of none where there is none.
     caption_key: feature with the caption, ignored likewise.
     class_names: of `label_key`, in the order of their numbers.
-    label_problem: see `sources.Source`.
+    label_problem: see `sources`.
     attributes_key: feature with several labels, '/' between its parts; ''
       where there is none.
     num_attributes: number of classes of `attributes_key`.
@@ -160,9 +160,9 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
     split=split,
     image_key=image_key,
     label_key='' if label_problem else data.label_key,
+    label_problem=label_problem,
     caption_key=data.get('caption_key', ''),
     class_names=_class_names(features, data.label_key),
-    label_problem=label_problem,
     attributes_key=attributes_key,
     num_attributes=num_attributes,
     ignored_key=ignored_key,
@@ -184,7 +184,8 @@ def _open(builder, split: str, decoders: dict[str, Any]):
 def _class_names(features, label_key: str) -> Sequence[str]:
   """Empty where the feature is missing or no class label."""
   feature = features[label_key] if label_key in features else None
-  if not getattr(feature, 'num_classes', None):
+  is_class = isinstance(feature, tfds.features.ClassLabel)
+  if not is_class or not feature.num_classes:
     return ()
   return feature.names or [str(i) for i in range(feature.num_classes)]
 

@@ -83,7 +83,7 @@ class TarSource:
     return self._keys.array
 
   def labels(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """See `sources`."""
     return self._numbers.array[4]
 
 

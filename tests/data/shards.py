@@ -12,7 +12,26 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_generated_pb2
 
+from mlcd_jax import config as config_lib
+from mlcd_jax.data import problems
+from mlcd_jax.data import sources
+
 NUM_CLASSES = 4
+
+
+def data(source, path, **fields):
+  """A config's `data`; what is made of the files is kept beside them."""
+  found = config_lib.default().data
+  found.source, found.path = source, str(path)
+  found.cache_dir = f'{path}.cache'
+  found.update(fields)
+  return found
+
+
+def opened(source, path, **fields):
+  """The source and what was left out of it."""
+  found = problems.Problems('test')
+  return sources.make(data(source, path, **fields), found=found), found
 
 
 def encode(pixels, kind='JPEG', **options):
@@ -99,14 +118,15 @@ def parquet(path, count=80, images=None):
   pq.write_table(table, path, row_group_size=32)
 
 
-def array_record(path, count=80, images=None):
+def array_record(path, count=80, images=None, labels=None):
   """tf.train.Example messages, written without TensorFlow."""
   writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
   for number, image in enumerate(images or map(jpeg, range(count))):
     example = tf_example_generated_pb2.Example()
     feature = example.features.feature
     feature['image'].bytes_list.value.append(image)
-    feature['label'].int64_list.value.append(number % NUM_CLASSES)
+    label = labels[number] if labels else number % NUM_CLASSES
+    feature['label'].int64_list.value.append(label)
     feature['caption'].bytes_list.value.append(caption(number).encode())
     writer.write(example.SerializeToString())
   writer.close()

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import cv2
@@ -309,3 +311,66 @@ def test_resize_center_crop():
   np.testing.assert_array_equal(
     transforms.resize_center_crop(pixels, 20), np.asarray(resized)[:, 10:30]
   )
+
+
+def _resized_then_cropped(pixels, size):
+  """What `resize_center_crop` is to give, made whole before it is cropped."""
+  height, width = pixels.shape[:2]
+  scale = size / min(height, width)
+  new_h, new_w = (max(size, round(side * scale)) for side in (height, width))
+  image = Image.fromarray(pixels).resize((new_w, new_h), Image.BICUBIC)
+  top, left = (new_h - size) // 2, (new_w - size) // 2
+  return np.asarray(image)[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize('shape', [(480, 640), (97, 61), (30, 200), (8, 8)])
+def test_ordinary_pictures_are_resized_and_cropped(shape):
+  pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+  np.testing.assert_array_equal(
+    transforms.resize_center_crop(pixels, 64),
+    _resized_then_cropped(pixels, 64),
+  )
+
+
+@pytest.mark.parametrize('shape', [(1, 9_000), (9_000, 1), (40_001, 5)])
+def test_of_long_pictures_only_the_crop_is_resized(shape):
+  pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+  np.testing.assert_allclose(
+    transforms.resize_center_crop(pixels, 48).astype(int),
+    _resized_then_cropped(pixels, 48),
+    atol=1,
+  )
+
+
+@pytest.mark.parametrize('resample', range(6))
+@pytest.mark.parametrize('shape', [(7, 9_001), (9_001, 7)])
+def test_the_crop_alone_for_every_filter(resample, shape):
+  pixels = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+  scale = 63 / 7
+  new_h, new_w = (round(side * scale) for side in shape)
+  whole = Image.fromarray(pixels).resize((new_w, new_h), resample)
+  top, left = (new_h - 63) // 3, (new_w - 63) // 3
+  expected = np.asarray(whole)[top : top + 63, left : left + 63]
+  for largest in (0, 10**9):
+    cropped = transforms.resize_crop(
+      pixels, (new_h, new_w), 63, (top, left), resample, largest=largest
+    )
+    np.testing.assert_allclose(cropped.astype(int), expected, atol=1)
+
+
+def test_memory_for_long_pictures_is_bounded():
+  """Within a limit under which the resized images would not fit."""
+  code = (
+    'import resource; import numpy as np\n'
+    'from mlcd_jax.data import transforms\n'
+    "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+    'resource.setrlimit(resource.RLIMIT_AS, (used + 10**8,) * 2)\n'
+    'for shape in (1, 40_000), (40_000, 1), (20, 30_000), (1, 10**6):\n'
+    '  pixels = np.zeros((*shape, 3), np.uint8)\n'
+    '  small = transforms.resize_center_crop(pixels, 224)\n'
+    '  assert small.shape == (224, 224, 3)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
