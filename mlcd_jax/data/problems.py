@@ -52,12 +52,19 @@ class Problems:
     """Returns '3 bad (2 empty, 1 undecodable)'."""
     return f'{self.total} bad' + (f' ({self._reasons()})' if self.total else '')
 
-  def check(self, num_images: int, max_bad_fraction: float) -> None:
+  def check(
+    self,
+    num_images: int,
+    max_bad_fraction: float,
+    way_out: str = 'python -m mlcd_jax.check_data lists them all, to be left '
+    'out',
+  ) -> None:
     """Raises UserError with examples where too many of the images are bad.
 
     Args:
       num_images: good and bad.
       max_bad_fraction: data.max_bad_fraction.
+      way_out: what the user can do.
     """
     if self.total <= max_bad_fraction * num_images:
       return
@@ -66,7 +73,7 @@ class Problems:
       f'({self._reasons()}), such as '
       + ', '.join(self.examples)
       + f', more than data.max_bad_fraction={max_bad_fraction} allows. '
-      'python -m mlcd_jax.check_data lists them all, to be left out'
+      + way_out
     )
 
   def _reasons(self) -> str:
