@@ -127,6 +127,8 @@ def _rows(names: Sequence[str]) -> tuple[list[str], list[str]]:
     ('.parquet', ('keys',)),
   ):
     of_type = [name for name in names if name.endswith(suffix)]
+    if suffix == '.parquet' and any(n.endswith('.npy') for n in names):
+      break  # Beside arrays of texts alone it has their keys.
     rows = [name for name in of_type if _kind(name) in kinds]
     if rows:
       return rows, [name for name in of_type if _kind(name) == 'text']

@@ -217,13 +217,16 @@ def _label_rows(
       'same keys'
     )
   if len(missing) or unused:
+    repeated = np.isin(label_keys[is_unused], label_keys[rows[rows >= 0]])
     _log.warning(
       'train: %d of %d images have no labels and weigh nothing; %d of %d '
-      'label rows have no image',
+      'label rows have no image%s',
       len(missing),
       len(keys),
       unused,
       len(label_keys),
+      f', {repeated.sum()} of them since an earlier row has the same key'
+      * bool(repeated.any()),
     )
   return rows
 

@@ -13,6 +13,7 @@ import pytest
 from mlcd_jax import embed
 from mlcd_jax import embeddings
 from mlcd_jax import errors
+from mlcd_jax import held_out
 from mlcd_jax import manifests
 from mlcd_jax import precomputed
 from mlcd_jax import stages
@@ -222,6 +223,74 @@ def test_what_does_not_fit_is_named(tmp_path, spoil, says):
     precomputed.describe(config(tmp_path / 'x'))
 
 
+@pytest.mark.parametrize(
+  'kind', [pa.list_(pa.float32()), pa.large_list(pa.float64()),
+           pa.list_(pa.float16())]
+)  # fmt: skip
+@pytest.mark.parametrize(
+  'broken', [[None], [None, []], [[1.0, 2.0]], [[], None, [1.0, 2.0, 3.0, 4.0]]]
+)
+def test_lists_that_are_no_rows_are_zero_wherever_they_stand(
+  tmp_path, kind, broken
+):
+  good = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]
+  for i, lists in enumerate(
+    ([*broken, *good], [*good, *broken], [None] * 3, [], broken[:1] + good)
+  ):
+    table = pa.table({'x': pa.array(lists, kind)})
+    pq.write_table(table, tmp_path / f'{i}.parquet', row_group_size=2)
+  _, rows = make(tmp_path, tmp_path / 'embeddings')
+  zero = np.zeros((len(broken), 3))
+  expected = [*zero, *good, *good, *zero, *zero[:1], *zero[:1], *zero[:1]]
+  expected += [*zero[:1], *good]
+  np.testing.assert_array_equal(rows[:], expected)
+  assert rows.shard_rows == [3 + len(broken)] * 2 + [3, 0, 4]
+
+
+def test_lists_of_all_lengths_are_no_embeddings(tmp_path):
+  lists = pa.array([[1.0] * n for n in range(9)], pa.list_(pa.float32()))
+  pq.write_table(pa.table({'x': lists}), tmp_path / '0.parquet')
+  with pytest.raises(errors.UserError, match='lists of 1 to 8 numbers in x'):
+    make(tmp_path, tmp_path / 'embeddings')
+
+
+@pytest.mark.parametrize(
+  'empty',
+  [np.zeros((0, DIM), np.float16), np.zeros((0, 3)), np.zeros((0, 0)),
+   np.array([])],
+)  # fmt: skip
+def test_files_of_no_rows_have_any_width(tmp_path, empty):
+  for i, x in enumerate((empty, np.ones((2, DIM)), empty)):
+    np.save(tmp_path / f'{i}.npy', x)
+    keys = pa.array([f'{i}-{row}' for row in range(len(x))], pa.string())
+    pq.write_table(pa.table({'key': keys}), tmp_path / f'{i}.parquet')
+  _, rows = make(tmp_path, tmp_path / 'embeddings')
+  assert rows.shape == (2, DIM) and rows.shard_rows == [0, 2, 0]
+  assert rows[:].dtype == np.float32 and (rows[:] == 1).all()
+  assert rows.keys().tolist() == [b'1-0', b'1-1']
+  assert len(held_out.row_hashes(rows, 0)) == 2
+  np.save(tmp_path / '1.npy', empty)
+  pq.write_table(pa.table({'key': keys}), tmp_path / '1.parquet')
+  with pytest.raises(errors.UserError, match='0.npy: no rows, nor in any'):
+    precomputed.describe(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'caption', [pa.array([['a', 'b'], None]), pa.array([b'a\nb', None])]
+)
+def test_metadata_of_all_types(tmp_path, caption):
+  np.save(tmp_path / '0.npy', np.ones((2, DIM)))
+  keys = pa.array([b'caf\xe9', './é'.encode()], pa.binary())
+  table = pa.table({'key': keys, 'caption': caption})
+  pq.write_table(table, tmp_path / '0.parquet')
+  _, rows = make(tmp_path, tmp_path / 'embeddings')
+  assert rows.metadata(np.arange(2)) == ([r'caf\xe9', 'é'], ['a\nb', ''])
+  table = pa.table({'key': pa.array([[1], [2]])})
+  pq.write_table(table, tmp_path / '0.parquet')
+  with pytest.raises(errors.UserError, match='0.parquet: .*text, bytes or in'):
+    rows.keys()
+
+
 def test_columns_that_are_not_there_are_named(tmp_path):
   datacomp(tmp_path)
   with pytest.raises(errors.UserError, match='embed.column.*l14_img'):
@@ -307,19 +376,23 @@ def test_the_whole_job_by_keys(tiny_config, tmp_path):
   rows[[3, 200]] = [[0], [np.nan]]
   folder = tmp_path / 'elsewhere'
   folder.mkdir()
-  for i, part in enumerate(np.split(np.arange(300), [120])):
+  for i, part in enumerate(np.split(np.arange(300), [120, 120])):
     np.savez(folder / f'{i}.npz', l14_img=rows[part])
     table = pa.table({'uid': pa.array(keys[part], pa.string())})
     pq.write_table(table, folder / f'{i}.parquet')
+  # A repeated key and one that is null: the first counts, the other is none.
+  np.savez(folder / '3.npz', l14_img=rows[:2])
+  table = pa.table({'uid': pa.array([keys[5], None], pa.large_string())})
+  pq.write_table(table, folder / '3.parquet')
 
   tiny_config.embed.embedder = 'precomputed'
   tiny_config.embed.path = str(folder)
   stages.run(tiny_config, tmp_path / 'run')
   clusters = tmp_path / 'run/clusters'
   centers = np.load(clusters / 'centers.npy')
-  labels = [np.load(clusters / f'labels_0000{i}.npy') for i in (0, 1)]
-  assert [len(x) for x in labels] == [120, 180]
-  labels = np.concatenate(labels)
+  labels = [np.load(clusters / f'labels_0000{i}.npy') for i in range(4)]
+  assert [len(x) for x in labels] == [120, 0, 180, 2]
+  labels = np.concatenate(labels)[:300]
   bad = [3, 200]
   assert (labels[bad] == -1).all()
   good = np.delete(np.arange(300), bad)
@@ -329,6 +402,8 @@ def test_the_whole_job_by_keys(tiny_config, tmp_path):
   )
   figures = json.loads((clusters / 'clustering.json').read_text())
   assert figures['skipped_rows'] == 2
+  lines = (tmp_path / 'run/metrics.jsonl').read_text().splitlines()
+  assert json.loads(lines[-1])['train/images_without_labels'] <= 2
   # A trained encoder, and no teacher to compare it with.
   results = json.loads((tmp_path / 'run/results.json').read_text())
   assert {name.partition('/')[0] for name in results} == {
@@ -337,7 +412,7 @@ def test_the_whole_job_by_keys(tiny_config, tmp_path):
 
   # Another run reads both in place; a changed file stops it.
   tiny_config.cluster.path = str(tmp_path / 'run')
-  path = folder / '1.npz'
+  path = folder / '2.npz'
   path.write_bytes(path.read_bytes()[:-1] + b'x')
-  with pytest.raises(errors.UserError, match='1.npz: new, missing or changed'):
+  with pytest.raises(errors.UserError, match='2.npz: new, missing or changed'):
     stages.run(tiny_config, tmp_path / 'shared', ('train',))

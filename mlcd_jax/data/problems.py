@@ -70,12 +70,19 @@ class Problems:
       )
     return ', '.join(parts)
 
-  def check(self, num_images: int, max_bad_fraction: float) -> None:
+  def check(
+    self,
+    num_images: int,
+    max_bad_fraction: float,
+    way_out: str = 'python -m mlcd_jax.check_data lists them all, to be left '
+    'out',
+  ) -> None:
     """Raises UserError with examples where too many of the images are bad.
 
     Args:
       num_images: good and bad.
       max_bad_fraction: data.max_bad_fraction.
+      way_out: what the user can do.
     """
     if self.total <= max_bad_fraction * num_images:
       return
@@ -84,7 +91,7 @@ class Problems:
       f'({_reasons(self.counts)}), such as '
       + ', '.join(self.examples)
       + f', more than data.max_bad_fraction={max_bad_fraction} allows. '
-      'python -m mlcd_jax.check_data lists them all, to be left out'
+      + way_out
     )
 
 

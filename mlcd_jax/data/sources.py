@@ -93,7 +93,11 @@ def make(
   source = _without_bad(source, data.get('bad_keys', ''), found)
   if strict and found.total:
     # A shard that cannot be read at all counts as one image.
-    found.check(len(source) + found.total, data.get('max_bad_fraction', 0.01))
+    found.check(
+      len(source) + found.total,
+      data.get('max_bad_fraction', 0.01),
+      'Mend these files, or raise it to go on without what is left out',
+    )
     _log.warning('data: not used: %s', found.summary())
   elif strict and found.left_out:
     _log.info('data: not used: %s', found.summary())

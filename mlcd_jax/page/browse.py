@@ -62,6 +62,8 @@ def gather(inputs: Inputs) -> dict[str, Any]:
   rng = np.random.default_rng(inputs.seed)
   images = np.sort(_some(rng, shards.num_images, _NUM_IMAGES))
   labels, cosines = shards.at(images)
+  has_label = labels[:, 0] >= 0  # Others were no rows to cluster.
+  images, labels, cosines = (x[has_label] for x in (images, labels, cosines))
   labels, cosines = labels[:, :_NUM_LABELS], cosines[:, :_NUM_LABELS]
   chosen = _union(*groups.values(), [p[:2] for p in pairs], labels)
   nearest = clusters_lib.members(shards, chosen, total, count=_MEMBERS)
@@ -196,12 +198,15 @@ def _quality(
   complete = clusters_lib.members(shards, clusters, total)
   around = complete
   if not whole:
-    around = clusters_lib.members(shards, _union(labels), total, count=_MEMBERS)
+    around = clusters_lib.members(
+      shards, _union(labels[labels >= 0]), total, count=_MEMBERS
+    )
   rows = _union(
     asked, *(m for part in (complete, around) for m, _ in part.values())
   )
   classes = _Records(inputs, rows).classes(rows)
   asked_known = np.array([int(row) in classes for row in asked], bool)
+  asked_known &= labels[:, 0] >= 0
   pairs = [
     (c, classes[r])
     for c, (m, _) in complete.items()

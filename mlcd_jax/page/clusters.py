@@ -78,12 +78,14 @@ class Statistics:
 
 
 def statistics(shards: Shards, num_clusters: int) -> Statistics:
-  """Counts every image once."""
+  """Counts every image once; those whose row was left out have no label."""
   sizes = np.zeros(num_clusters, np.int64)
   sums = np.zeros(num_clusters)
   histogram = np.zeros(len(COSINE_EDGES) - 1, np.int64)
   for _, labels, cosines in shards:
-    first, cosine = labels[:, 0], cosines[:, 0].astype(np.float64)
+    has_label = labels[:, 0] >= 0
+    first = labels[has_label, 0]
+    cosine = cosines[has_label, 0].astype(np.float64)
     sizes += np.bincount(first, minlength=num_clusters)
     sums += np.bincount(first, cosine, minlength=num_clusters)
     # Float16 cosines may be above 1 by their rounding.
@@ -142,7 +144,7 @@ def members(
   slots[clusters] = np.arange(len(clusters))
   best = np.zeros(0, [('slot', 'i4'), ('cosine', 'f4'), ('row', 'i8')])
   for start, labels, cosines in shards:
-    slot = slots[labels[:, 0]]
+    slot = np.where(labels[:, 0] >= 0, slots[labels[:, 0]], -1)
     places = np.flatnonzero(slot >= 0)
     new = np.zeros(len(places), best.dtype)
     new['slot'], new['row'] = slot[places], places + start

@@ -188,7 +188,7 @@ def test_too_much_left_out_stops_with_examples(tmp_path):
   assert str(e.value).startswith(
     'data.path: 4 of 8 images are bad (4 duplicate key), such as 0000 '
     '(duplicate key), 0001 (duplicate key), 0002 (duplicate key), more than '
-    'data.max_bad_fraction=0.4 allows'
+    'data.max_bad_fraction=0.4 allows. Mend these files, or raise it'
   )
 
 
@@ -321,17 +321,19 @@ def test_rows_missing_on_either_side_are_counted(tmp_path, monkeypatch):
   config = config_lib.default()
   config.data = _data(tmp_path)
   source = sources.make(config.data)
-  keys = [f'{i:04d}' for i in (*range(12, 9, -1), *range(7, -1, -1))]
+  keys = [f'{i:04d}' for i in (*range(12, 9, -1), *range(7, -1, -1), 7)]
   made = types.SimpleNamespace(keys=lambda: np.array(keys, 'S'))
   monkeypatch.setattr(train.embeddings, 'open_made', lambda manifest: made)
   rows = train._label_rows(config, source, None)
   np.testing.assert_array_equal(rows, [10, 9, 8, 7, 6, 5, 4, 3, -1, -1])
   assert lines == [
-    'train: 2 of 10 images have no labels and weigh nothing; 3 of 11 label '
-    'rows have no image'
+    'train: 2 of 10 images have no labels and weigh nothing; 4 of 12 label '
+    'rows have no image, 1 of them since an earlier row has the same key'
   ]
   config.data.max_bad_fraction = 0.1
-  with pytest.raises(errors.UserError, match='such as 0008, 0009'):
+  with pytest.raises(
+    errors.UserError, match='such as 0008, 0009.*such as 0012, 0011, 0010'
+  ):
     train._label_rows(config, source, None)
 
 

@@ -235,6 +235,88 @@ def test_img2dataset_parquet_leaves_out_failed_downloads(root, tmp_path):
   assert source.num_classes == 0
 
 
+@pytest.mark.parametrize('source', ['webdataset', 'parquet', 'array_record'])
+def test_files_of_the_same_name_in_two_folders(root, tmp_path, source):
+  """As two runs of img2dataset, which both count from 0."""
+  write = {
+    'webdataset': lambda path, images: shards.tar(
+      path, [(f'{i:09d}.jpg', image) for i, image in enumerate(images)]
+    ),
+    'parquet': lambda path, images: shards.parquet(path, images=images),
+    'array_record': lambda path, images: shards.array_record(
+      path, images=images
+    ),
+  }[source]
+  suffix = 'tar' if source == 'webdataset' else source
+  for number, folder in enumerate(('a', 'b')):
+    (tmp_path / folder).mkdir()
+    write(
+      tmp_path / folder / f'0.{suffix}',
+      [shards.jpeg(i) for i in range(3 * number, 3 * number + 3 - number)],
+    )
+  data = _config(root, source).data
+  data.path = str(tmp_path / 'a')
+  alone = sources.make(data).keys().tolist()
+  data.path = f'{tmp_path}/*/0.{suffix}'
+  both = sources.make(data)
+  # The third has no namesake, and keeps its key.
+  assert both.keys().tolist() == [
+    b'a/0/' + alone[0], b'a/0/' + alone[1], alone[2],
+    b'b/0/' + alone[0], b'b/0/' + alone[1],
+  ]  # fmt: skip
+  for i, key in enumerate(both.keys().tolist()):
+    record = both[i]
+    assert record['image'] == shards.jpeg(i) and record['key'] == key.decode()
+  (tmp_path / 'bad.txt').write_bytes(b'./b/0/' + alone[1] + b'\n')
+  data.bad_keys = str(tmp_path / 'bad.txt')
+  left = sources.make(data)
+  assert left.keys().tolist() == both.keys().tolist()[:4]
+
+
+def test_names_that_are_no_utf8_or_long_have_one_spelling(root, tmp_path):
+  names = [b'caf\xe9', 'e\u0301'.encode(), b'plain', b'x' * 100_000]
+  members = [(os.fsdecode(n) + '.jpg', shards.jpeg(0)) for n in names]
+  shards.tar(tmp_path / '0.tar', members)
+  for name, image in members[:3]:
+    (tmp_path / name).write_bytes(image)
+  table = {'key': names, 'image': [image for _, image in members]}
+  shards.pq.write_table(shards.pa.table(table), tmp_path / '0.parquet')
+  for source, ending in (('webdataset', b''), ('parquet', b''),
+                         ('folder', b'.jpg')):  # fmt: skip
+    data = _config(root, source).data
+    data.path = str(tmp_path)
+    opened = sources.make(data)
+    keys = opened.keys()
+    found = {key.removesuffix(ending) for key in keys.tolist()}
+    assert found >= {rb'caf\xe9', 'é'.encode(), b'plain'}
+    assert len(found) == len(opened) == (3 if source == 'folder' else 4)
+    assert keys.itemsize <= 255
+    for i, key in enumerate(keys):
+      record = opened[i]
+      assert record['key'].encode() == key and record['key'].isprintable()
+      assert record['image'] == shards.jpeg(0)
+
+
+@pytest.mark.parametrize(
+  ('column', 'expected'),
+  [
+    (['./a', None, 'é'], [b'a', b'0-000000001', 'é'.encode()]),
+    ([10, 11, None], [b'10', b'11', b'0-000000002']),
+    (shards.pa.array(['a', 'b', 'c']).dictionary_encode(), [b'a', b'b', b'c']),
+    (shards.pa.array(['a', '', 'c'], shards.pa.large_string()),
+     [b'a', b'0-000000001', b'c']),
+  ],
+)  # fmt: skip
+def test_parquet_keys_of_all_types(root, tmp_path, column, expected):
+  table = {'key': column, 'image': [shards.jpeg(i) for i in range(3)]}
+  shards.pq.write_table(shards.pa.table(table), tmp_path / '0.parquet')
+  data = _config(root, 'parquet').data
+  data.path = str(tmp_path)
+  source = sources.make(data)
+  assert source.keys().tolist() == expected
+  assert [source[i]['key'].encode() for i in range(3)] == expected
+
+
 def test_many_tars_are_indexed_by_processes(root, tmp_path, monkeypatch):
   from mlcd_jax.data import webdataset
 

@@ -57,6 +57,21 @@ def test_cosines_rounded_above_one_are_counted(tmp_path):
   assert found.histogram[-1] == 1
 
 
+def test_rows_without_a_label_are_in_no_cluster(tmp_path):
+  labels = np.array([[11, 2], [-1, -1], [2, 11], [-1, -1]], np.int32)
+  cosines = np.float16([[0.9, 0.5], [0, 0], [0.8, 0.7], [0, 0]])
+  for shard, rows in enumerate((slice(0, 3), slice(3, 3), slice(3, 4))):
+    files.write_npy(tmp_path / f'labels_{shard:05d}.npy', labels[rows])
+    files.write_npy(tmp_path / f'scores_{shard:05d}.npy', cosines[rows])
+  shards = clusters.Shards(tmp_path, (3, 0, 1))
+  found = clusters.statistics(shards, _CLUSTERS)
+  assert found.sizes.sum() == found.histogram.sum() == 2
+  members = clusters.members(shards, np.array([2, 11]), _CLUSTERS)
+  assert {c: rows.tolist() for c, (rows, _) in members.items()} == {
+    2: [2], 11: [0]
+  }  # fmt: skip
+
+
 @pytest.mark.parametrize('count', [3, None])
 def test_members_are_the_nearest(written, count):
   shards, labels, cosines = written

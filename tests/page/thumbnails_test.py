@@ -35,6 +35,8 @@ def test_records_by_key(monkeypatch):
   monkeypatch.setattr(thumbnails, '_CHUNK', 2)
   source = Source(['a', 'bär', 'c', 'd', 'e'])
   assert thumbnails.find(source, ['e', 'bär', 'nobody']) == {'bär': 1, 'e': 4}
+  paths = ['/x/e.jpg', '/x/bär.jpg', '/x/nobody.jpg']
+  assert thumbnails.find(source, paths) == {'/x/bär.jpg': 1, '/x/e.jpg': 4}
 
 
 def test_small_images_keep_every_pixel():
