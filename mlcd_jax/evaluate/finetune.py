@@ -107,8 +107,9 @@ def _train(data: features.Data, config: ml_collections.ConfigDict):
 @functools.cache  # The next encoder of the model is not compiled again.
 def _program(model: Any, steps: int, learning_rate: float, decay: float):
   """Makes params -> state, and (params, state, batch) -> both after a step."""
+  warmup = max(1, round(_WARMUP * steps))
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, max(1, round(_WARMUP * steps)), steps
+    0.0, learning_rate, warmup, max(steps, warmup + 1)
   )
   tx = optax.chain(
     optax.scale_by_adam(),

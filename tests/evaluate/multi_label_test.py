@@ -2,13 +2,18 @@
 
 import numpy as np
 import pytest
+from sklearn import linear_model
 from sklearn import metrics
+import tensorflow_datasets as tfds
 
 from mlcd_jax import sharding
 from mlcd_jax.data import sources
+from mlcd_jax.data import tfds as tfds_source
+from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import linear
+from mlcd_jax.evaluate import logistic
 from mlcd_jax.evaluate import multi_label
 from tests.evaluate import blobs
 
@@ -61,3 +66,70 @@ def test_eleven_point_map_takes_the_attributes(data, tiny_config):
   data.config.metric = 'map_11_point'
   found = linear.run(data, tiny_config)
   assert 0.7 < found['map_11_point'] <= 1
+
+
+def voc(*images):
+  """A source as the preset opens VOC, of (labels, those not difficult)."""
+  keys = datasets.NAMED['voc2007'].keys
+  return tfds_source.TfdsSource(
+    data=[
+      {'image': b'', 'labels': np.array(a), 'labels_no_difficult': np.array(b)}
+      for a, b in images
+    ],
+    split='test',
+    image_key='image',
+    label_key='',
+    caption_key='',
+    class_names=(),
+    attributes_key=keys['attributes_key'],
+    ignored_key=keys['ignored_key'],
+    num_attributes=4,
+  )
+
+
+def test_difficult_objects_are_neither_there_nor_not():
+  # Of class 3: only difficult ones, some difficult, none; and an empty image.
+  source = voc(([0, 3], [0]), ([3, 1], [3, 1]), ([0], [0]), ([], []), ([2], []))
+  split = features.Split(np.zeros((5, 1)), -np.ones(5), np.arange(5), source)
+  np.testing.assert_array_equal(
+    split.hot(),
+    [[1, 0, 0, -1], [0, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, -1, 0]],
+  )
+  assert split.labelled(several=True) is split
+
+
+def test_an_image_without_any_known_attribute_is_left_out():
+  source = voc(([-1], [-1]), ([2, -1], [2, -1]), ([0], [0]))
+  split = features.Split(np.zeros((3, 1)), -np.ones(3), np.arange(3), source)
+  np.testing.assert_array_equal(
+    split.hot(), [[-1] * 4, [0, 0, 1, 0], [1, 0, 0, 0]]
+  )
+  assert split.labelled(several=True).records.tolist() == [0, 1]
+
+
+def test_tfds_has_the_features_of_the_preset(tmp_path):
+  preset = datasets.NAMED['voc2007']
+  builder = tfds.builder(
+    preset.tfds, data_dir=tmp_path, file_format='array_record'
+  )
+  for field in ('attributes_key', 'ignored_key'):
+    key = preset.keys[field]
+    assert tfds_source._num_attributes(builder, key, field) == 20
+
+
+def test_the_probe_of_a_class_does_not_see_what_it_ignores():
+  x, labels = blobs.draw(200, dim=5, noise=2)
+  hot = (labels[:, None] == np.arange(3)).astype(np.int8)
+  hot[np.random.default_rng(0).random(hot.shape) < 0.4] = -1
+  penalty = 0.05
+  weight, bias = logistic.fit(
+    logistic.prepare(x, sharding.make_mesh()), hot, np.ones(200),
+    np.array([penalty]), num_outputs=3, loss='sigmoid', tolerance=1e-7,
+  )  # fmt: skip
+  for c in range(3):
+    known = hot[:, c] >= 0
+    theirs = linear_model.LogisticRegression(
+      C=1 / (penalty * 200), tol=1e-8, max_iter=1_000
+    ).fit(x[known], hot[known, c])
+    np.testing.assert_allclose(weight[0, :, c], theirs.coef_[0], atol=2e-3)
+    np.testing.assert_allclose(bias[0, c], theirs.intercept_[0], atol=2e-3)

@@ -96,3 +96,54 @@ def test_f1(seed):
     2 * p * r / (p + r)
   )
   assert scores.f1(~hot & False, hot, per_class=True) == 0
+
+
+def test_an_ignored_item_by_hand():
+  # From the highest: right, ignored, wrong, right; and one far behind.
+  one = np.array([0.9, 0.8, 0.7, 0.6, 0.1])
+  labels = np.array([1, -1, 0, 1, -1])
+  assert scores.average_precision(one, labels) == pytest.approx((1 + 2 / 3) / 2)
+  # Recalls 0 to 0.5 with precision 1, above it 2 / 3.
+  assert scores.average_precision_11(one, labels) == pytest.approx(
+    (6 + 5 * 2 / 3) / 11
+  )
+  assert scores.roc_auc(one, labels) == 0.5
+  chosen = (one > 0.5)[:, None]  # The second neither helps nor harms.
+  for per_class in (False, True):
+    found = scores.f1(chosen, labels[:, None], per_class=per_class)
+    assert found == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
+  assert np.isnan(scores.average_precision(one, np.minimum(labels, 0)))
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_ignored_items_are_left_out_of_their_class_alone(seed):
+  found, _ = draw(seed)
+  rng = np.random.default_rng(seed)
+  hot = rng.choice([-1, 0, 1], found.shape, p=(0.3, 0.4, 0.3)).astype(np.int8)
+  hot[:, 2] = np.minimum(hot[:, 2], 0)  # No positive: no part of the mean.
+  each = [0, 1, 3, 4, 5]
+  parts = {c: (hot[hot[:, c] >= 0, c], found[hot[:, c] >= 0, c]) for c in each}
+  wanted = [metrics.average_precision_score(*parts[c]) for c in each]
+  assert scores.mean_average_precision(found, hot) == pytest.approx(
+    np.mean(wanted)
+  )
+  for c in each:
+    y, z = parts[c]
+    assert scores.roc_auc(found[:, c], hot[:, c]) == pytest.approx(
+      metrics.roc_auc_score(y, z)
+    )
+    assert scores.average_precision_11(
+      found[:, c], hot[:, c]
+    ) == scores.average_precision_11(z, y)
+  known = hot >= 0
+  y, z = hot[known], found[known]
+  assert scores.f1(found > 2, hot, per_class=False) == pytest.approx(
+    metrics.f1_score(y, z > 2)
+  )
+  p, r = (
+    np.mean([score(y, z > 2, zero_division=0) for y, z in parts.values()])
+    for score in (metrics.precision_score, metrics.recall_score)
+  )
+  assert scores.f1(found > 2, hot, per_class=True) == pytest.approx(
+    2 * p * r / (p + r)
+  )

@@ -4,7 +4,10 @@ import json
 import pathlib
 import re
 import shutil
+import types
 
+from flax import linen as nn
+import jax
 import numpy as np
 import pytest
 
@@ -128,6 +131,50 @@ def test_scored_inside_training_after_it_and_from_elsewhere(
   stages.run(tiny_config, other, ('evaluate',))
   elsewhere = json.loads((other / 'results.json').read_text())
   assert elsewhere['trained/digits/knn/accuracy'] == scored[12]
+
+
+@pytest.fixture(name='traced')
+def fixture_traced():
+  """The functions that JAX traces from here on."""
+  names = []
+
+  def listen(event, seconds, fun_name='', **kwargs):
+    if event == '/jax/core/compile/jaxpr_trace_duration':
+      names.append(fun_name)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield names
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+class Tiny(nn.Module):
+  """The least that can be scored and tuned."""
+
+  image_size: int = 28
+  depth: int = 1
+
+  @nn.compact
+  def __call__(self, images):
+    return {'pooled': nn.Dense(4)(images.mean((1, 2)))}
+
+
+def test_inside_training_nothing_is_compiled_twice(tiny_config, traced):
+  tiny_config.evaluate.tasks = ('knn', 'finetune', 'zero_shot')
+  tiny_config.evaluate.finetune_epochs = 0.1  # One step.
+  tiny_config.lit.update(steps=2, width=8, depth=1, context=8)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  evaluate = stage.inside_training(tiny_config)
+  for number in range(2):
+    # As at another step of a run, and in another run of the same process.
+    program = types.SimpleNamespace(model=Tiny(), mesh=mesh)
+    images = np.zeros((1, 28, 28, 3))
+    params = Tiny().init(jax.random.key(number), images)['params']
+    params = sharding.put(mesh, sharding.REPLICATED, jax.device_get(params))
+    inside = len(traced)
+    found = evaluate(program, params)
+    assert bool(traced[inside:]) == (number == 0), traced[inside:]
+    assert found['evaluate/digits/finetune/accuracy_count'] == 100
+    assert found['evaluate/digits/zero_shot/accuracy_count'] == 100
 
 
 def test_undefined_is_null(tiny_config, tmp_path, monkeypatch):
