@@ -289,7 +289,9 @@ def _members(
     f.seek(start)
     tar = None
     try:
-      tar = tarfile.TarFile(fileobj=f, encoding='utf-8', errors='replace')
+      tar = tarfile.TarFile(
+        fileobj=f, encoding='utf-8', errors='backslashreplace'
+      )
       end = start
       while (member := tar.next()) is not None:
         tar.members.clear()  # It keeps them all.
