@@ -307,3 +307,18 @@ def test_labels_of_many_digits_and_of_none(tmp_path):
   labels = [source[i]['label'] for i in range(len(ids))]
   assert labels == [7308324466020115, 12, -1, -1, -1, -1, -1]
   assert found.left_out == {'label that is no number': 3}
+
+
+def test_names_that_are_no_utf8_stay_different(tmp_path):
+  with tarfile.open(
+    tmp_path / 'a.tar', 'w', format=tarfile.GNU_FORMAT, encoding='latin-1'
+  ) as f:
+    for i, name in enumerate(['caf\u00e9', 'caf\u00e8']):
+      _add(f, f'{name}.jpg', shards.jpeg(i))
+  source, found = shards.opened('webdataset', tmp_path / 'a.tar')
+  assert len(source) == 2
+  assert [source[i]['image'] for i in (0, 1)] == [
+    shards.jpeg(0),
+    shards.jpeg(1),
+  ]
+  assert not found.counts
