@@ -184,7 +184,7 @@ def test_by_name_it_is_a_data_set_of_several_labels(root, tmp_path):
   config = config_lib.default()
   config.evaluate.update(named=('coco',), data_dir=str(tmp_path))
   config.evaluate.update(tasks=('multi_label', 'knn'), batch_size=8)
-  numbers = range(100, 140)
+  numbers = range(100, 130)
   config = datasets.with_named(config)
   with pytest.raises(
     errors.UserError,

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from mlcd_jax import files
+from mlcd_jax.page import browse
+from mlcd_jax.page import clusters
 from mlcd_jax.page import quality
 
 
@@ -56,3 +59,49 @@ def test_nothing_to_rescue():
     np.array([[0]]), np.array([1]), {0: {3: 1}}, np.array([10])
   )
   assert found['rescued'] is None
+
+
+class Rows:
+  """Embedded images and their source, which says the class of some."""
+
+  num_classes = 3
+
+  def __init__(self, classes):
+    self.classes = classes
+
+  def __getitem__(self, row):
+    return {'label': int(self.classes[row])}
+
+  def keys(self):
+    return np.array([f'{row:03d}'.encode() for row in range(len(self.classes))])
+
+  def metadata(self, rows):
+    return [f'{row:03d}' for row in rows], [''] * len(rows)
+
+
+@pytest.mark.parametrize('missing', ['half', 'a class', 'all but one'])
+def test_images_without_a_class_count_for_nothing(missing, tmp_path):
+  rng = np.random.default_rng(0)
+  classes = rng.integers(0, 3, 60)
+  labels = np.stack([(classes + rng.integers(0, 2, 60)) % 4, (classes + 2) % 4])
+  labels = labels.T.astype(np.int32)
+  known = {
+    'half': np.arange(60) % 2 == 0,
+    'a class': classes != 2,
+    'all but one': classes == 1,
+  }[missing]
+
+  def found(folder, labels, classes):
+    files.write_npy(folder / 'labels_00000.npy', labels)
+    files.write_npy(folder / 'scores_00000.npy', np.ones(labels.shape, 'f2'))
+    shards, rows = clusters.Shards(folder, [len(labels)]), Rows(classes)
+    inputs = browse.Inputs(rows, rows, shards, np.eye(4), 2, 0)
+    statistics = clusters.statistics(shards, 4)
+    return browse._quality(inputs, statistics, np.arange(len(labels)))
+
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+  partly = found(tmp_path / 'a', labels, np.where(known, classes, -1))
+  alone = found(tmp_path / 'b', labels[known], classes[known])
+  assert partly == alone
+  assert partly['counted'] == partly['images'] == known.sum()
