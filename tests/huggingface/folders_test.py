@@ -4,11 +4,15 @@ import json
 import pathlib
 import shutil
 
+import flax
 import numpy as np
 import pytest
 
+from mlcd_jax import config as config_lib
+from mlcd_jax import convert
 from mlcd_jax import encoders
 from mlcd_jax import errors
+from mlcd_jax import models
 from mlcd_jax import sharding
 from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.huggingface import configs
@@ -175,6 +179,19 @@ def test_other_folders_are_described(make, says, tmp_path):
       use(folder)
     assert '\n' not in str(e.value) and folder in str(e.value)
   assert not (tmp_path / 'b').exists()
+
+
+def test_resnets_are_kept_and_loaded_too(tmp_path):
+  config = config_lib.default().model
+  config.update(variant='resnet_nano', image_size=32, pooling='average')
+  model = models.make(config)
+  shapes = convert.shapes(model)
+  parameters = ((path, np.ones(shape, 'f4')) for path, shape in shapes.items())
+  encoders.save(tmp_path, model, parameters, source='a run')
+  again, variables, _ = encoders.load(str(tmp_path), 'x')
+  assert again == model
+  found = flax.traverse_util.flatten_dict(variables['params'], sep='/')
+  assert {path: x.shape for path, x in found.items()} == shapes
 
 
 def test_downloads_may_lie_in_a_folder_called_checkpoints(tmp_path):
