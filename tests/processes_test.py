@@ -88,8 +88,8 @@ def check(*names, devices=2, timeout=300, folder=''):
     assert out.split() == list(names)
 
 
-def test_rows_stay_beside_their_labels_where_processes_interleave(tmp_path):
-  check('order', 'batches', 'views', folder=tmp_path)
+def test_rows_keep_their_order_and_process_0_decides_what_files_say(tmp_path):
+  check('order', 'batches', 'views', 'checkpoints', folder=tmp_path)
 
 
 @pytest.mark.slow

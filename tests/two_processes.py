@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlcd_jax import checkpoint
 from mlcd_jax import config as config_lib
 from mlcd_jax import distributed
 from mlcd_jax import errors
@@ -144,6 +145,32 @@ def views(folder):
   else:
     with pytest.raises(errors.RunError, match='data.path: not the same on '):
       sources.check_same(_Grey(10), 'data.path')
+
+
+def checkpoints(folder):
+  """All skip a checkpoint that process 0 finds damaged."""
+  mesh = sharding.make_mesh()
+  folder = folder / 'checkpoints'
+  state = {'x': sharding.put(mesh, sharding.BATCH, np.arange(8.0))}
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    state,
+  )
+  checkpointer = checkpoint.Checkpointer(folder, keep=3)
+  checkpointer.save(1, state)
+  checkpointer.save(2, state)
+  checkpointer.close()
+  if distributed.is_main():
+    files = [p for p in (folder / '2/default').rglob('*') if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b'?')
+  distributed.barrier('damaged')
+  checkpointer = checkpoint.Checkpointer(folder, keep=3)
+  found, step = checkpointer.restore_latest(abstract)
+  checkpointer.close()
+  assert step == 1
+  np.testing.assert_array_equal(sharding.to_host(found['x']), np.arange(8.0))
+  assert (folder / 'damaged/2').exists()
 
 
 def tuning(folder):
