@@ -114,7 +114,7 @@ def test_partial_fc_keeps_more_positives_than_the_rate_has_room_for():
   assert set(range(1_000)) <= set(classes(jax.random.key(0)).tolist())
 
 
-@pytest.mark.parametrize('parts', [8, 6, 80, 1_000])
+@pytest.mark.parametrize('parts', [8, 6, 24])
 @pytest.mark.parametrize('negatives', sampling.MODES)
 def test_devices_draw_their_part_of_the_same_classes(negatives, parts):
   num_classes = 3_000
@@ -123,16 +123,6 @@ def test_devices_draw_their_part_of_the_same_classes(negatives, parts):
   classes = make_draw(num_classes, 300, rows=rows, negatives=negatives)
   key = jax.random.key(5)
   blocks = layout.rows_over(parts) // parts // layout.rows_per_block
-  firsts = {*range(0, parts, max(1, parts // 80)), parts - 1}
-  if parts > 80:  # Some, and the last ones, which own no class.
-    whole = set(classes(key).tolist())
-    for i in firsts:
-      rows = np.arange(i * blocks, (i + 1) * blocks) * layout.rows_per_block
-      rows = rows[:, None] + np.arange(layout.rows_per_block)
-      mine = set(np.asarray(layout.class_of(rows)).flat)
-      drawn = classes(key, i * blocks, blocks).tolist()
-      assert sorted(drawn) == sorted(mine & whole)
-    return
   found = [classes(key, i * blocks, blocks) for i in range(parts)]
   np.testing.assert_array_equal(np.concatenate(found), classes(key))
 
@@ -142,6 +132,9 @@ def test_layout_spreads_classes_evenly():
   rows = np.asarray(layout.row_of(jnp.arange(1_500)))
   np.testing.assert_array_equal(layout.class_of(rows), np.arange(1_500))
   assert layout.row_of(jnp.array(-1)) == -1
+  # Blocks that only fill up the devices' shares have no class.
+  more = np.arange(layout.rows, layout.rows_over(80))
+  assert len(more) and np.all(layout.class_of(more) >= 1_500)
   first_eighty = np.bincount(rows[:80] // (layout.rows // 1_024))
   assert first_eighty.max() == 1  # Neighbours lie in different blocks.
 
