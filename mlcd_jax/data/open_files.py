@@ -59,9 +59,9 @@ def read(path: str, offset: int, size: int, *, of: tuple[int, str]) -> bytes:
     RunError: it is another one by now.
   """
   file = _open(path, of)
-  content = os.pread(file.fileno(), size, offset)
+  content = _read(file, offset, size)
   now = os.fstat(file.fileno())
-  if (now.st_size, str(now.st_mtime_ns)) != of:
+  if len(content) == size and (now.st_size, str(now.st_mtime_ns)) != of:
     raise changed(path)
   return content
 
@@ -72,6 +72,16 @@ def changed(path: str) -> errors.RunError:
     f'{path}: changed since this run opened it; run the same command again, or '
     'put back what was there'
   )
+
+
+def _read(file: io.FileIO, offset: int, size: int) -> bytes:
+  content = os.pread(file.fileno(), size, offset)
+  while len(content) < size:  # Linux reads no more than 2 GiB at once.
+    more = os.pread(file.fileno(), size - len(content), offset + len(content))
+    if not more:
+      break
+    content += more
+  return content
 
 
 @kept

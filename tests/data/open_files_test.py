@@ -139,7 +139,8 @@ def _overwritten(path):
   [
     (_replaced, 'changed since this run opened it'),
     (_overwritten, 'changed since this run opened it'),
-    (lambda path: os.truncate(path, 4), 'changed since this run opened it'),
+    (lambda path: os.truncate(path, 6), 'shorter than it was'),
+    (lambda path: os.truncate(path, 9), 'changed since this run opened it'),
     (os.unlink, 'cannot be read .*No such file'),
   ],
 )
