@@ -27,7 +27,7 @@ from mlcd_jax import nearest
 from mlcd_jax import sharding
 from mlcd_jax.evaluate import newton
 
-MAX_ITERATIONS = 1_000  # As CLIP's (A.3).
+MAX_ITERATIONS = 10_000
 # Of the objective: the decrease that is left when the last step is taken. What
 # is left after it is a tenth of that or less.
 TOLERANCE = 1e-7
@@ -165,7 +165,7 @@ def _tile_shape(num_rows, num_outputs, mesh):
 def fit(
   rows: Rows,
   y: np.ndarray,
-  weight: np.ndarray,
+  weight_N: np.ndarray,
   penalty: float,
   *,
   loss: str = 'softmax',
@@ -177,9 +177,9 @@ def fit(
 
   Args:
     rows: of `prepare`.
-    y: int [N] classes for loss='softmax', 0 or 1 [N, C] for 'sigmoid'.
-    weight: [N], of every row; 0 leaves it out without a change of shape. Or,
-      for 'sigmoid', [N, C]: 0 leaves a row out of one output.
+    y: int [N] classes for loss='softmax', 0 or 1 [N, C] for 'sigmoid'; what is
+      below 0 is left out: the row, or with 'sigmoid' that output of it.
+    weight_N: of every row; 0 leaves it out without a change of shape.
     penalty: see the top of the file.
     loss: softmax: one class a row; sigmoid: outputs apart, losses added up.
     start: a model of the same rows and another penalty or weight; it saves
@@ -187,8 +187,11 @@ def fit(
     tolerance: of the objective; see TOLERANCE.
     max_iterations: passes over the rows at which to stop all the same.
   """
-  weight = np.asarray(weight, np.float32).reshape(rows.num_rows, -1)
-  start_AC, free_C, total = _start(rows, y, weight, loss)
+  weight_NX = np.asarray(weight_N, np.float32)[:, None]
+  known_NX = np.reshape(y, (rows.num_rows, -1)) >= 0
+  if not known_NX.all():
+    weight_NX = weight_NX * known_NX
+  start_AC, free_C, total = _start(rows, y, weight_NX, loss)
   along_AC = start_AC if start is None else start.along_AC
   shape = rows.x_KTA.shape[:2]
 
@@ -201,7 +204,7 @@ def fit(
   point, iterations, converged = _fit(
     rows.x_KTA,
     tiles(y, np.int32),
-    tiles(weight, np.float32),
+    tiles(weight_NX, np.float32),
     start_AC,
     along_AC,
     free_C,
@@ -235,7 +238,7 @@ def _start(rows, y, weight_NX, loss):
   num_outputs = rows.num_outputs
   if loss == 'softmax':
     total = weight_NX.sum(dtype=np.float64)
-    there_C = np.bincount(y, weight_NX[:, 0], minlength=num_outputs)
+    there_C = np.bincount(np.maximum(y, 0), weight_NX[:, 0], num_outputs)
     other_C = np.full(num_outputs, total)
     free_C = there_C > 0
   else:
