@@ -169,9 +169,7 @@ def predict(
     for exponent in sorted(exponents, reverse=True):
       models[exponent] = fit(exponent, ~held_N)
     return [
-      metric(
-        x_ND[held_N] @ models[e].weight_DC + models[e].bias_C, y[held_N]
-      )
+      metric(x_ND[held_N] @ models[e].weight_DC + models[e].bias_C, y[held_N])
       for e in exponents
     ]
 

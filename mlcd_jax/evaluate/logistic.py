@@ -6,7 +6,8 @@ of rows, which changes no minimum.
 
 The features are centered and turned to their principal axes, which changes
 neither the minimum nor the penalty, and makes the Hessian's diagonal a good
-stand-in for the Hessian. Axis 0 is the bias: ones, without a penalty.
+stand-in for the Hessian. Where axes are few its blocks, one an output, cost
+little more and take a tenth of the iterations. Axis 0 is the bias: ones, without a penalty.
 
 Shapes: N rows, D features, A axes, C outputs; K tiles of T rows; X is C or 1.
 """
@@ -35,6 +36,7 @@ TOLERANCE = 1e-7
 # axes that grey images leave empty.
 _NO_VARIANCE = 1e-24
 _AXES_STEP = 64  # Axes are padded to a multiple, to share compiled code.
+_MAX_BLOCK = 128  # Axes; a block costs a third as many passes over the rows.
 _HOST_ROWS = 8_192  # In float64 at a time.
 
 _TILES = PartitionSpec(None, sharding.AXES)
@@ -305,17 +307,25 @@ def _fit(
     add = lambda carry, tile: (jax.tree.map(jnp.add, carry, of(*tile)), None)
     return jax.tree.map(lambda x: x / total, lax.scan(add, zeros, tiles)[0])
 
+  blocks = x_KTA.shape[2] <= _MAX_BLOCK
+
+  def hessian(x_TA, curvature_TC):
+    if not blocks:
+      return jnp.square(x_TA).T @ curvature_TC
+    block = lambda curvature_T: (x_TA * curvature_T[:, None]).T @ x_TA
+    return lax.map(block, curvature_TC.T)
+
   def evaluate(w_AC):
     def of(x_TA, y_T, weight_TX):
       loss, slope_TC, curvature_TC = of_tile(x_TA @ w_AC, y_T, weight_TX)
-      return loss, x_TA.T @ slope_TC, jnp.square(x_TA).T @ curvature_TC
+      return loss, x_TA.T @ slope_TC, hessian(x_TA, curvature_TC)
 
-    value, slope_AC, curvature_AC = sums(of)
+    value, slope_AC, curvature = sums(of)
     return newton.Point(
       w_AC,
       value + jnp.sum(penalty_A1 * jnp.square(w_AC)) / 2,
       slope_AC + penalty_A1 * w_AC,
-      curvature_AC + penalty_A1,
+      curvature + (jnp.diag(penalty_A1[:, 0])[None] if blocks else penalty_A1),
     )
 
   def product(w_AC, v_AC):
@@ -329,9 +339,7 @@ def _fit(
   known_C = free_C & (jnp.abs(along_AC[0]) < -_NEVER)
   weight_AC = jnp.where(known_C[None] & ~bias_A1, along_AC, 0)
   if loss == 'softmax':
-    mean_A1 = jnp.mean(
-      weight_AC, axis=1, keepdims=True, where=free_C[None]
-    )
+    mean_A1 = jnp.mean(weight_AC, axis=1, keepdims=True, where=free_C[None])
     weight_AC = jnp.where(free_C[None], weight_AC - mean_A1, 0)
   bias_AC = jnp.where(known_C[None], along_AC, start_AC)
   return newton.minimise(

@@ -55,19 +55,26 @@ def scaled(x, y):
   return x * scale + 3 * scale, y
 
 
+# Of one shape on the devices, so that they share a compiled solver.
 _DATA = {
-  'blobs': blobs.draw(240),
-  'off center': (lambda x, y: (3 * x + 500, y))(*blobs.draw(240)),
+  'blobs': blobs.draw(120),
+  'off center': (lambda x, y: (3 * x + 500, y))(*blobs.draw(120)),
   'separable': blobs.draw(120, noise=0.3),
-  'fewer rows than features': blobs.draw(40, dim=60),
-  'of all scales': scaled(*blobs.draw(150)),
+  'of all scales': scaled(*blobs.draw(120)),
   'repeated': (lambda x, y: (np.tile(x, (2, 3)), np.tile(y, 2)))(
-    *blobs.draw(100)
+    *blobs.draw(60)
   ),
   'constant': (lambda x, y: (np.pad(x, [(0, 0), (0, 3)]) + 7, y))(
-    *blobs.draw(100)
+    *blobs.draw(120)
   ),
-  'no signal': (blobs.draw(200)[0], np.arange(200) % 4),
+  'no signal': (blobs.draw(120)[0], np.arange(120) % 4),
+  'rare': (
+    blobs.draw(120)[0],
+    np.where(np.arange(120) % 20, 0, 1 + np.arange(120) // 20 % 3),
+  ),
+  'fewer rows than features': blobs.draw(
+    150, dim=300
+  ),  # Too many axes for blocks.
 }
 
 
@@ -150,9 +157,7 @@ def test_a_penalty_does_not_depend_on_the_mesh(monkeypatch):
 
 def test_repeated_features_cost_nothing():
   x, y = blobs.draw(300, dim=100)
-  grey = logistic.prepare(
-    np.tile(x, 3), sharding.make_mesh(), num_outputs=4
-  )
+  grey = logistic.prepare(np.tile(x, 3), sharding.make_mesh(), num_outputs=4)
   assert grey.x_KTA.shape[2] == 128
   model = logistic.fit(grey, y, np.ones(300), 300.0)
   once = fit(x, y, 100.0)
@@ -177,9 +182,7 @@ def test_a_class_comes_and_goes_between_fits():
   for weight in (without, np.ones(120), without):
     model = logistic.fit(rows, y, weight, 1e-2, start=model)
     used = weight > 0
-    found = objective(
-      model.weight_DC, model.bias_C, x[used], y[used], 1e-2
-    )
+    found = objective(model.weight_DC, model.bias_C, x[used], y[used], 1e-2)
     wanted = objective(*theirs(x[used], y[used], 1e-2), x[used], y[used], 1e-2)
     assert model.converged and found <= wanted * (1 + 1e-6)
     assert np.isfinite(model.weight_DC).all()
