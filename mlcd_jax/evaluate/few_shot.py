@@ -30,7 +30,7 @@ def run(
         for c in np.unique(data.train.labels)
       ]
     )
-    found = linear.predict(
+    found, _ = linear.predict(
       data.train.features[rows],
       data.train.labels[rows],
       linear.hold_out(len(rows), config.seed),

@@ -1,14 +1,15 @@
-"""Logistic regression by L-BFGS, for several penalties at once.
+"""Logistic regression to convergence, as scikit-learn's LogisticRegression.
 
-Minimises the mean loss plus penalty / 2 times the squared weights, the bias
-free: scikit-learn's LogisticRegression with C = 1 / (penalty * rows).
+Minimises the summed loss plus penalty / 2 times the squared weights, the bias
+free; the penalty is 1 / C of scikit-learn. All sums are divided by the number
+of rows, which changes no minimum.
 
 The features are centered and turned to their principal axes, which changes
-neither the minimum nor the penalty, and the weight of each axis is scaled by
-an estimate of the objective's curvature along it. On features as encoders make
-them L-BFGS then takes about a tenth of the iterations.
+neither the minimum nor the penalty, and makes the Hessian's diagonal a good
+stand-in for the Hessian. Where axes are few its blocks, one an output, cost
+little more and take a tenth of the iterations. Axis 0 is the bias: ones, without a penalty.
 
-Shapes: N rows, D features, A axes, C outputs, P penalties; T rows a tile.
+Shapes: N rows, D features, A axes, C outputs; K tiles of T rows; X is C or 1.
 """
 
 import dataclasses
@@ -16,31 +17,35 @@ import functools
 
 import jax
 from jax import lax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
-import optax
 
 from mlcd_jax import nearest
 from mlcd_jax import sharding
+from mlcd_jax.evaluate import newton
 
-MAX_ITERATIONS = 1_000
-# Of the largest gradient in the features' own coordinates; scikit-learn's, and
-# so that of CLIP's probe.
-TOLERANCE = 1e-4
-# Of the largest variance: below it is rounding, as along the axes that grey
-# images leave empty.
-_NO_VARIANCE = 1e-11
-_AXES_STEP = 64
-_PATIENCE = 10  # Iterations in a row without progress.
+MAX_ITERATIONS = 10_000
+# Of the objective: the decrease that is left when the last step is taken. What
+# is left after it is a tenth of that or less.
+TOLERANCE = 1e-7
+# Of the largest variance: below it is the rounding of float64, as along the
+# axes that grey images leave empty.
+_NO_VARIANCE = 1e-24
+_AXES_STEP = 64  # Axes are padded to a multiple, to share compiled code.
+_MAX_BLOCK = 128  # Axes; a block costs a third as many passes over the rows.
+_HOST_ROWS = 8_192  # In float64 at a time.
 
 _TILES = PartitionSpec(None, sharding.AXES)
 # Features (64 MiB) below which sums over devices cost more than they save.
 _MIN_SPLIT = 2**24
 # Of a tile's logits, over all devices. Small ones stay in a CPU's cache.
-_CPU_LOGITS, _ACCELERATOR_LOGITS = 2**20, 2**26
+_CPU_LOGITS, _ACCELERATOR_LOGITS = 2**18, 2**26
+
+# The bias of a class that no row has; its minimum is at minus infinity.
+_NEVER = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,262 +53,300 @@ class Rows:
   """Features on the devices, ready to be fitted.
 
   Attributes:
-    x_NA: float32, centered, along the principal axes; split over the mesh.
-    variance_A: of each axis.
-    basis_DA: orthonormal; the rest of the features is zero on all rows.
-    mean_D: what was subtracted.
+    x_KTA: float32, ones and then principal axes; split over the mesh.
+    basis_DA: float64, orthonormal; the rest of the features is zero on all
+      rows.
+    mean_D: float64, what was subtracted.
     num_rows: N without padding.
+    num_outputs: C.
     mesh: of all devices.
   """
 
-  x_NA: jax.Array
-  variance_A: jax.Array
-  basis_DA: jax.Array
-  mean_D: jax.Array
+  x_KTA: jax.Array
+  basis_DA: np.ndarray
+  mean_D: np.ndarray
   num_rows: int
+  num_outputs: int
   mesh: Mesh
 
 
-def prepare(x_ND: np.ndarray, mesh: Mesh) -> Rows:
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What was fitted.
+
+  Attributes:
+    weight_DC: float32, for features as they came.
+    bias_C: float32.
+    objective: at the minimum: mean loss, plus penalty / (2 rows) times the
+      squared weights.
+    iterations: passes over the rows.
+    converged: False where MAX_ITERATIONS came first.
+    along_AC: bias and weights along the axes, for `start`.
+  """
+
+  weight_DC: np.ndarray
+  bias_C: np.ndarray
+  objective: float
+  iterations: int
+  converged: bool
+  along_AC: np.ndarray
+
+
+def prepare(x_ND: np.ndarray, mesh: Mesh, *, num_outputs: int) -> Rows:
   """Puts features on the devices: split over all, or if few on one.
 
   Several processes then fit the same, each on a device of its own.
   """
-  num_rows, dim = x_ND.shape
-  if x_ND.size < _MIN_SPLIT:
+  num_rows = len(x_ND)
+  split = x_ND.size >= _MIN_SPLIT
+  if not split:
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-  missing = -num_rows % mesh.size
-  padded = np.pad(np.asarray(x_ND, np.float32), ((0, missing), (0, 0)))
-  by_rows = NamedSharding(mesh, PartitionSpec(sharding.AXES))
-  x_ND = jax.make_array_from_callback(
-    padded.shape, by_rows, lambda index: padded[index]
+  mean_D, basis_DA = _axes(x_ND)
+  if split and jax.process_count() > 1:
+    # Axes of equal variance are arbitrary: all rows need the same ones. Float64
+    # travels as bytes.
+    mean_D, basis_DA = (
+      multihost_utils.broadcast_one_to_all(part.view(np.uint8)).view(np.float64)
+      for part in (mean_D, basis_DA)
+    )
+  x_NA = _turn(x_ND, mean_D, basis_DA)
+  variance_A = np.mean(np.square(x_NA), axis=0, dtype=np.float64)
+  kept_A = variance_A > _NO_VARIANCE * variance_A.max()
+  count, tile = _tile_shape(num_rows, num_outputs, mesh)
+  x_KTA = np.zeros(
+    (count * tile, -(-(1 + kept_A.sum()) // _AXES_STEP) * _AXES_STEP),
+    np.float32,
   )
-  valid = (np.arange(len(padded)) < num_rows).astype(np.float32)
-  valid = jax.make_array_from_callback(
-    valid.shape, by_rows, lambda index: valid[index]
-  )
-  x_NA, variance_A, basis_DA, mean_D = _rotate(x_ND, valid, few=num_rows < dim)
-  kept = _axes(nearest.to_host(variance_A))
+  x_KTA[:num_rows, 0] = 1
+  x_KTA[:num_rows, 1 : 1 + kept_A.sum()] = x_NA[:, kept_A]
   return Rows(
-    x_NA[:, kept], variance_A[kept], basis_DA[:, kept], mean_D, num_rows, mesh
+    sharding.put(mesh, _TILES, x_KTA.reshape(count, tile, -1)),
+    basis_DA[:, kept_A],
+    mean_D,
+    num_rows,
+    num_outputs,
+    mesh,
   )
 
 
-def _axes(variance_A: np.ndarray) -> np.ndarray:
-  """The axes along which rows differ, in steps of _AXES_STEP to share code."""
-  there = np.sum(variance_A > _NO_VARIANCE * variance_A.max())
-  count = -(-max(there, 1) // _AXES_STEP) * _AXES_STEP
-  return np.sort(np.argsort(-variance_A)[:count])
+def _axes(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The mean and the principal axes, as many as there are rows or features.
+
+  In float64 on the host: features of very different scales need it, and it
+  takes less time than one fit.
+  """
+  num_rows, dim = x_ND.shape
+  mean_D = x_ND.mean(axis=0, dtype=np.float64)
+  if num_rows < dim:
+    basis_DA = np.linalg.svd(x_ND - mean_D[None], full_matrices=False)[2].T
+    return mean_D, np.ascontiguousarray(basis_DA)
+  sums_DD = np.zeros((dim, dim))
+  for begin in range(0, num_rows, _HOST_ROWS):
+    part_ND = x_ND[begin : begin + _HOST_ROWS] - mean_D[None]
+    sums_DD += part_ND.T @ part_ND
+  return mean_D, np.ascontiguousarray(np.linalg.eigh(sums_DD)[1])
 
 
-@functools.partial(jax.jit, static_argnames='few')
-@jax.default_matmul_precision('highest')
-def _rotate(x_ND, valid_N, *, few):
-  """Principal axes: all D, or as many as there are rows if those are fewer."""
-  valid_N1 = valid_N[:, None]
-  mean_D = jnp.sum(x_ND * valid_N1, axis=0) / jnp.sum(valid_N)
-  x_ND = (x_ND - mean_D[None]) * valid_N1
-  if few:
-    basis_DA = jnp.linalg.svd(x_ND, full_matrices=False)[2].T
-  else:
-    basis_DA = jnp.linalg.eigh(x_ND.T @ x_ND)[1]
-  x_NA = x_ND @ basis_DA
-  variance_A = jnp.sum(jnp.square(x_NA), axis=0) / jnp.sum(valid_N)
-  return x_NA, variance_A, basis_DA, mean_D
+def _turn(x_ND, mean_D, basis_DA):
+  x_NA = np.empty((len(x_ND), basis_DA.shape[1]), np.float32)
+  for begin in range(0, len(x_ND), _HOST_ROWS):
+    rows = slice(begin, begin + _HOST_ROWS)
+    x_NA[rows] = (x_ND[rows] - mean_D[None]) @ basis_DA
+  return x_NA
+
+
+def _tile_shape(num_rows, num_outputs, mesh):
+  """Cuts the rows so that a tile's logits stay small."""
+  limit = _CPU_LOGITS if nearest.on_cpu(mesh) else _ACCELERATOR_LOGITS
+  count = max(1, round(num_rows / max(limit // num_outputs, 256)))
+  tile = -(-num_rows // (count * mesh.size)) * mesh.size
+  return count, tile
 
 
 def fit(
   rows: Rows,
   y: np.ndarray,
   weight_N: np.ndarray,
-  penalties_P: np.ndarray,
+  penalty: float,
   *,
-  num_outputs: int,
   loss: str = 'softmax',
+  start: Model | None = None,
   tolerance: float = TOLERANCE,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Fits one model a penalty.
+  max_iterations: int = MAX_ITERATIONS,
+) -> Model:
+  """Fits a model.
 
   Args:
     rows: of `prepare`.
-    y: int [N] classes for loss='softmax', 0 or 1 [N, C] for 'sigmoid', or -1
-      where neither is known.
+    y: int [N] classes for loss='softmax', 0 or 1 [N, C] for 'sigmoid'; what is
+      below 0 is left out: the row, or with 'sigmoid' that output of it.
     weight_N: of every row; 0 leaves it out without a change of shape.
-    penalties_P: see the top of the file.
-    num_outputs: C.
+    penalty: see the top of the file.
     loss: softmax: one class a row; sigmoid: outputs apart, losses added up.
-    tolerance: largest absolute value of the gradient at which to stop.
-
-  Returns:
-    weights float32 [P, D, C] and biases [P, C], for features as they came.
+    start: a model of the same rows and another penalty or weight; it saves
+      iterations.
+    tolerance: of the objective; see TOLERANCE.
+    max_iterations: passes over the rows at which to stop all the same.
   """
-  x_KTA, y, weight_KT = _tiles(
-    rows, y, weight_N, len(penalties_P) * num_outputs
-  )
-  weight_PDC, bias_PC = _fit(
-    x_KTA,
-    y,
-    weight_KT,
-    rows.variance_A,
-    rows.basis_DA,
-    rows.mean_D,
-    jnp.asarray(penalties_P, jnp.float32),
-    jnp.float32(tolerance),
-    num_outputs=num_outputs,
+  weight_NX = np.asarray(weight_N, np.float32)[:, None]
+  known_NX = np.reshape(y, (rows.num_rows, -1)) >= 0
+  if not known_NX.all():
+    weight_NX = weight_NX * known_NX
+  start_AC, free_C, total = _start(rows, y, weight_NX, loss)
+  along_AC = start_AC if start is None else start.along_AC
+  shape = rows.x_KTA.shape[:2]
+
+  def tiles(x, dtype):
+    x = np.asarray(x, dtype)
+    missing = shape[0] * shape[1] - len(x)
+    x = np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+    return sharding.put(rows.mesh, _TILES, x.reshape(*shape, *x.shape[1:]))
+
+  point, iterations, converged = _fit(
+    rows.x_KTA,
+    tiles(y, np.int32),
+    tiles(weight_NX, np.float32),
+    start_AC,
+    along_AC,
+    free_C,
+    np.float32(penalty / total),
+    np.float32(total),
+    np.float32(tolerance),
+    np.int32(max_iterations),
     loss=loss,
   )
-  return nearest.to_host(weight_PDC), nearest.to_host(bias_PC)
-
-
-def _tiles(rows, y, weight_N, columns):
-  """Cuts the rows so that a tile's logits stay small."""
-  mesh = rows.mesh
-  cpu = mesh.devices.flat[0].platform == 'cpu'
-  wanted = (_CPU_LOGITS if cpu else _ACCELERATOR_LOGITS) // columns
-  padded = len(rows.x_NA)
-  count = max(1, round(padded / max(wanted, 256)))
-  tile = -(-padded // (count * mesh.size)) * mesh.size
-
-  def pad(x, dtype):
-    x = np.asarray(x, dtype)
-    return np.pad(x, [(0, padded - len(x))] + [(0, 0)] * (x.ndim - 1))
-
-  return _cut(
-    (rows.x_NA, pad(y, np.int32), pad(weight_N, np.float32)),
-    count=count,
-    tile=tile,
-    sharding=NamedSharding(mesh, _TILES),
+  along_AC = nearest.to_host(point.x_AC)
+  weight_DC = rows.basis_DA @ along_AC[1 : 1 + rows.basis_DA.shape[1]]
+  weight_DC = weight_DC.astype(np.float32)
+  # Of the weights as they are rounded, which matters to features off center.
+  bias_C = along_AC[0] - rows.mean_D @ weight_DC
+  return Model(
+    weight_DC,
+    bias_C.astype(np.float32),
+    float(nearest.to_host(point.value)),
+    int(iterations),
+    bool(converged),
+    along_AC,
   )
 
 
-@functools.partial(jax.jit, static_argnames=('count', 'tile', 'sharding'))
-def _cut(arrays, *, count, tile, sharding):
-  def cut(x):
-    padding = [(0, count * tile - len(x))] + [(0, 0)] * (x.ndim - 1)
-    x = jnp.pad(x, padding).reshape(count, tile, *x.shape[1:])
-    return lax.with_sharding_constraint(x, sharding)
+def _start(rows, y, weight_NX, loss):
+  """The model without features, which outputs to fit, and how many rows.
 
-  return tuple(map(cut, arrays))
+  Its biases are the classes' log probabilities or an output's log odds; those
+  with no minimum, of a class that is always or never there, are not fitted.
+  """
+  num_outputs = rows.num_outputs
+  if loss == 'softmax':
+    total = weight_NX.sum(dtype=np.float64)
+    there_C = np.bincount(np.maximum(y, 0), weight_NX[:, 0], num_outputs)
+    other_C = np.full(num_outputs, total)
+    free_C = there_C > 0
+  else:
+    weight_NC = np.broadcast_to(weight_NX, y.shape)
+    total = weight_NC.sum(dtype=np.float64) / num_outputs
+    there_C = np.sum(weight_NC * (y > 0), axis=0, dtype=np.float64)
+    other_C = np.sum(weight_NC * (y <= 0), axis=0, dtype=np.float64)
+    free_C = (there_C > 0) & (other_C > 0)
+  with np.errstate(divide='ignore', invalid='ignore'):
+    bias_C = np.nan_to_num(np.log(there_C) - np.log(other_C), nan=0)
+  start_AC = np.zeros((rows.x_KTA.shape[2], num_outputs), np.float32)
+  start_AC[0] = np.clip(bias_C, _NEVER, -_NEVER)
+  return start_AC, free_C, total
 
 
-def _softmax(z_TC, y_T):
-  """Losses [T] and their gradients by the logits.
+def _softmax(z_TC, y_T, weight_T1):
+  """The summed loss, and slopes and curvatures by the logits.
 
   What the target lacks to 1 is summed from the others, since it vanishes in
   float32 where features separate the classes.
   """
   z_TC = z_TC - jnp.max(z_TC, axis=1, keepdims=True)
   hot_TC = y_T[:, None] == jnp.arange(z_TC.shape[1])[None]
-  target_T = jnp.sum(jnp.where(hot_TC, z_TC, 0), axis=1)
+  target_T1 = jnp.sum(jnp.where(hot_TC, z_TC, 0), axis=1, keepdims=True)
   e_TC = jnp.exp(z_TC)
-  sum_T = jnp.sum(e_TC, axis=1)
-  rest_T = jnp.sum(jnp.where(hot_TC, 0, e_TC), axis=1)
-  loss_T = jnp.where(
-    target_T == 0, jnp.log1p(rest_T), jnp.log(sum_T) - target_T
+  sum_T1 = jnp.sum(e_TC, axis=1, keepdims=True)
+  rest_T1 = jnp.sum(jnp.where(hot_TC, 0, e_TC), axis=1, keepdims=True)
+  loss_T1 = jnp.where(
+    target_T1 == 0, jnp.log1p(rest_T1), jnp.log(sum_T1) - target_T1
   )
-  slope_TC = jnp.where(hot_TC, -rest_T[:, None], e_TC) / sum_T[:, None]
-  return loss_T, slope_TC
+  slope_TC = jnp.where(hot_TC, -rest_T1, e_TC) / sum_T1 * weight_T1
+  p_TC = e_TC / sum_T1
+  curvature_TC = jnp.where(hot_TC, -p_TC, 1 - p_TC) * slope_TC
+  return jnp.sum(loss_T1 * weight_T1), slope_TC, curvature_TC
 
 
-def _sigmoid(z_TC, y_TC):
-  """As `_softmax`, of independent outputs; those of a -1 are left out."""
-  known_TC = y_TC >= 0
-  loss_TC = jax.nn.softplus(z_TC) - y_TC * z_TC
-  loss_T = jnp.sum(jnp.where(known_TC, loss_TC, 0), axis=1)
-  return loss_T, jnp.where(known_TC, jax.nn.sigmoid(z_TC) - y_TC, 0)
+def _sigmoid(z_TC, y_TC, weight_TX):
+  """As `_softmax`, of independent outputs."""
+  sign_TC = jnp.where(y_TC > 0, -1.0, 1.0)
+  wrong_TC = jax.nn.sigmoid(sign_TC * z_TC) * weight_TX
+  loss = jnp.sum(jax.nn.softplus(sign_TC * z_TC) * weight_TX)
+  right_TC = jax.nn.sigmoid(-sign_TC * z_TC)
+  return loss, sign_TC * wrong_TC, wrong_TC * right_TC
 
 
 _LOSSES = {'softmax': _softmax, 'sigmoid': _sigmoid}
 
 
-@functools.partial(jax.jit, static_argnames=('num_outputs', 'loss'))
+@functools.partial(jax.jit, static_argnames='loss')
 @jax.default_matmul_precision('highest')
 def _fit(
-  x_KTA, y, weight_KT, variance_A, basis_DA, mean_D, penalties_P, tolerance,
-  *, num_outputs, loss,
+  x_KTA, y, weight_KTX, start_AC, along_AC, free_C, penalty, total, tolerance,
+  max_iterations, *, loss,
 ):  # fmt: skip
-  # Of p (1 - p): at the start of a softmax, and well inside a sigmoid.
-  curvature = 1 / num_outputs if loss == 'softmax' else 0.1
+  of_tile = _LOSSES[loss]
+  bias_A1 = jnp.arange(x_KTA.shape[2])[:, None] == 0
+  penalty_A1 = jnp.where(bias_A1, 0, penalty)
 
-  def one(penalty):
-    scale_A1 = lax.rsqrt(curvature * variance_A + penalty)[:, None]
-    objective = _objective(
-      x_KTA, y, weight_KT, penalty, scale_A1, curvature**-0.5, _LOSSES[loss]
+  def sums(of):
+    """Adds up what `of` makes of the tiles, over the number of rows."""
+    tiles = x_KTA, y, weight_KTX
+    shapes = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], tiles))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    add = lambda carry, tile: (jax.tree.map(jnp.add, carry, of(*tile)), None)
+    return jax.tree.map(lambda x: x / total, lax.scan(add, zeros, tiles)[0])
+
+  blocks = x_KTA.shape[2] <= _MAX_BLOCK
+
+  def hessian(x_TA, curvature_TC):
+    if not blocks:
+      return jnp.square(x_TA).T @ curvature_TC
+    block = lambda curvature_T: (x_TA * curvature_T[:, None]).T @ x_TA
+    return lax.map(block, curvature_TC.T)
+
+  def evaluate(w_AC):
+    def of(x_TA, y_T, weight_TX):
+      loss, slope_TC, curvature_TC = of_tile(x_TA @ w_AC, y_T, weight_TX)
+      return loss, x_TA.T @ slope_TC, hessian(x_TA, curvature_TC)
+
+    value, slope_AC, curvature = sums(of)
+    return newton.Point(
+      w_AC,
+      value + jnp.sum(penalty_A1 * jnp.square(w_AC)) / 2,
+      slope_AC + penalty_A1 * w_AC,
+      curvature + (jnp.diag(penalty_A1[:, 0])[None] if blocks else penalty_A1),
     )
 
-    def gradient_size(gradient):
-      weight_DC = basis_DA @ (gradient['weight'] / scale_A1)
-      bias_C = gradient['bias'] * curvature**0.5
-      return jnp.maximum(jnp.max(jnp.abs(weight_DC)), jnp.max(jnp.abs(bias_C)))
+  def product(w_AC, v_AC):
+    def of(x_TA, y_T, weight_TX):
+      slope = lambda z_TC: of_tile(z_TC, y_T, weight_TX)[1]
+      return x_TA.T @ jax.jvp(slope, (x_TA @ w_AC,), (x_TA @ v_AC,))[1]
 
-    start = {
-      'weight': jnp.zeros((x_KTA.shape[2], num_outputs)),
-      'bias': jnp.zeros(num_outputs),
-    }
-    model = _minimise(objective, start, gradient_size, tolerance)
-    weight_DC = basis_DA @ (model['weight'] * scale_A1)
-    return weight_DC, model['bias'] * curvature**-0.5 - mean_D @ weight_DC
+    return sums(of) + penalty_A1 * v_AC
 
-  return jax.vmap(one)(penalties_P)
-
-
-def _objective(x_KTA, y, weight_KT, penalty, scale_A1, bias_scale, loss):
-  """Makes model -> objective; its gradient comes with it in the same pass."""
-  total = jnp.sum(weight_KT)
-
-  def value_and_gradient(model):
-    weight_AC = model['weight'] * scale_A1
-    bias_C = model['bias'] * bias_scale
-
-    def add(carry, tile):
-      x_TA, y_T, weight_T = tile
-      loss_T, slope_TC = loss(x_TA @ weight_AC + bias_C[None], y_T)
-      slope_TC = slope_TC * weight_T[:, None]
-      parts = jnp.sum(loss_T * weight_T), x_TA.T @ slope_TC, slope_TC.sum(0)
-      return jax.tree.map(jnp.add, carry, parts), None
-
-    zeros = jnp.zeros(()), jnp.zeros_like(weight_AC), jnp.zeros_like(bias_C)
-    sums = lax.scan(add, zeros, (x_KTA, y, weight_KT))[0]
-    value, slope_AC, slope_C = jax.tree.map(lambda x: x / total, sums)
-    value += penalty / 2 * jnp.sum(jnp.square(weight_AC))
-    return value, {
-      'weight': (slope_AC + penalty * weight_AC) * scale_A1,
-      'bias': slope_C * bias_scale,
-    }
-
-  @jax.custom_vjp
-  def objective(model):
-    return value_and_gradient(model)[0]
-
-  objective.defvjp(
-    value_and_gradient,
-    lambda gradient, g: (jax.tree.map(lambda x: x * g, gradient),),
+  # Where another fit ended, but for classes that it or this one lacks.
+  known_C = free_C & (jnp.abs(along_AC[0]) < -_NEVER)
+  weight_AC = jnp.where(known_C[None] & ~bias_A1, along_AC, 0)
+  if loss == 'softmax':
+    mean_A1 = jnp.mean(weight_AC, axis=1, keepdims=True, where=free_C[None])
+    weight_AC = jnp.where(free_C[None], weight_AC - mean_A1, 0)
+  bias_AC = jnp.where(known_C[None], along_AC, start_AC)
+  return newton.minimise(
+    evaluate,
+    product,
+    jnp.where(bias_A1, bias_AC, weight_AC),
+    free_C,
+    zero_sum=loss == 'softmax',
+    tolerance=tolerance,
+    max_passes=max_iterations,
   )
-  return objective
-
-
-def _minimise(objective, model, gradient_size, tolerance):
-  """L-BFGS until gradient or progress vanish, or the iterations run out."""
-  optimizer = optax.lbfgs()
-  value_and_grad = optax.value_and_grad_from_state(objective)
-
-  def step(carry):
-    model, state, _, stuck = carry
-    value, gradient = value_and_grad(model, state=state)
-    updates, state = optimizer.update(
-      gradient, state, model, value=value, grad=gradient, value_fn=objective
-    )
-    new = optax.tree.get(state, 'value')
-    # What float32 cannot tell from no progress.
-    still = value - new <= jnp.finfo(jnp.float32).eps * jnp.abs(new)
-    size = gradient_size(optax.tree.get(state, 'grad'))
-    stuck = jnp.where(still, stuck + 1, 0)
-    return optax.apply_updates(model, updates), state, size, stuck
-
-  def going(carry):
-    _, state, size, stuck = carry
-    count = optax.tree.get(state, 'count')
-    return (count < MAX_ITERATIONS) & (size > tolerance) & (stuck < _PATIENCE)
-
-  carry = model, optimizer.init(model), jnp.float32(jnp.inf), jnp.int32(0)
-  return lax.while_loop(going, step, carry)[0]

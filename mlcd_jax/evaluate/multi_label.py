@@ -18,11 +18,14 @@ from mlcd_jax.evaluate import statistics
 def run(
   data: features.Data, config: ml_collections.ConfigDict
 ) -> dict[str, float]:
-  """Returns mAP, CF1 and OF1; nothing where images have one label only."""
+  """Returns mAP, CF1 and OF1, and what `linear.predict` says of the fit.
+
+  Nothing where images have one label only.
+  """
   y, held, test_y = linear.targets(data, config.seed, several=True)
   if y is None:
     return {}
-  found = linear.predict(
+  found, fitted = linear.predict(
     linear.training_rows(data),
     y,
     held,
@@ -32,7 +35,7 @@ def run(
     loss='sigmoid',
     mesh=data.mesh,
   )
-  out = {}
+  out = dict(fitted)
   for name, metric in {
     'mAP': scores.mean_average_precision,
     'CF1': functools.partial(_f1, per_class=True),
