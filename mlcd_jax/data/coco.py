@@ -10,7 +10,6 @@ makes the 2014 split of the multi-label benchmark.
 from collections.abc import Sequence
 import dataclasses
 import json
-import logging
 import posixpath
 from typing import Any
 
@@ -20,10 +19,10 @@ import numpy as np
 from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import paths
+from mlcd_jax.data import folder as folder_lib
+from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import problems
 from mlcd_jax.data import storage
-
-_log = logging.getLogger(__name__)
 
 _URL = 'http://images.cocodataset.org'
 _PUBLISHED = ('train2014', 'val2014', 'train2017', 'val2017')
@@ -56,8 +55,9 @@ class CocoSource:
   def __init__(self, folder: str, found: Annotations, images: np.ndarray):
     """Takes the images' folder, and which images are taken."""
     self._folder = folder
+    self._names = found.names
     self._keys = files.SharedArray(
-      np.array([found.names[i].encode() for i in images], np.bytes_)
+      keys_lib.spell([found.names[i] for i in images])
     )
     self._images = files.SharedArray(images)
     self._starts = files.SharedArray(found.starts)
@@ -68,12 +68,13 @@ class CocoSource:
     return len(self._keys)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    key = self._keys[index].decode()
     image = self._images[index]
     first, last = self._starts[image], self._starts[image + 1]
     return {
-      'key': key,
-      'image': storage.read(posixpath.join(self._folder, key)),
+      'key': self._keys[index].decode(),
+      'image': folder_lib.read_image(
+        posixpath.join(self._folder, self._names[image])
+      ),
       'label': -1,
       'caption': '',
       'attributes': np.unique(self._category[first:last]),
@@ -97,10 +98,7 @@ def make(
   except errors.UserError as e:
     raise errors.UserError(f'{e}; {_way_out(data.path, split)}') from e
   annotated = np.flatnonzero(np.diff(annotations.starts))
-  _log.info(
-    'data: %s: %d of %d images have no annotation and are left out',
-    path, len(annotations.names) - len(annotated), len(annotations.names),
-  )  # fmt: skip
+  found.leave_out('no annotation', len(annotations.names) - len(annotated))
   taken = []
   for image in annotated:
     if annotations.names[image] in there:

@@ -51,7 +51,7 @@ class FolderSource:
     path = path.decode('utf-8', 'surrogateescape')
     return {
       'key': self._keys[index].decode(),
-      'image': _image(posixpath.join(self._root, path)),
+      'image': read_image(posixpath.join(self._root, path)),
       'label': int(self._labels[index]),
       'caption': '',
     }
@@ -88,8 +88,8 @@ def make(
   return FolderSource(root, images, sorted(classes))
 
 
-def _image(path: str) -> bytes | transforms.BadImage:
-  """A file's bytes; of one that cannot be read why."""
+def read_image(path: str) -> bytes | transforms.BadImage:
+  """Returns a file's bytes; of one that cannot be read why."""
   try:
     return storage.read(path)
   except storage.Unreadable as e:
