@@ -135,3 +135,12 @@ def test_the_digits_without_a_home(no_home, monkeypatch):
   )
   with pytest.raises(errors.UserError, match='^data.data_dir=~.*no home'):
     sources.make(config_lib.default().data)
+
+
+def test_copies_are_mapped_and_no_file_stays_open(tmp_path):
+  for i in range(9):
+    shards.parquet(tmp_path / f'{i}.parquet', 2)
+  before = len(os.listdir('/proc/self/fd'))
+  source = sources.make(data('parquet', tmp_path, tmp_path / 'cache'))
+  assert source[17]['image'] == shards.jpeg(1)
+  assert len(os.listdir('/proc/self/fd')) == before
