@@ -1,11 +1,14 @@
 """Images without a label: left out of every task, counted, never guessed."""
 
+import io
 import logging
+import tarfile
 
 import blobs
 from flax import linen as nn
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from mlcd_jax import config as config_lib
@@ -20,10 +23,15 @@ from mlcd_jax.evaluate import retrieval
 from mlcd_jax.evaluate import scores
 from mlcd_jax.evaluate import stage
 from mlcd_jax.page import quality
-from tests.data import shards
 
 _WORDS = ('ash', 'bay', 'oak')
 _OF_CLASSES = ('linear', 'knn', 'few_shot', 'zero_shot', 'retrieval')
+
+
+def png(pixels):
+  out = io.BytesIO()
+  Image.fromarray(pixels.astype(np.uint8)).save(out, 'PNG')
+  return out.getvalue()
 
 
 class Trees:
@@ -47,7 +55,7 @@ class Trees:
     without = self.missing(number)
     return {
       'key': f'{number:04d}',
-      'image': shards.encode(pixels.astype(np.uint8), 'PNG'),
+      'image': png(pixels),
       'label': -1 if without else label,
       'caption': f'{_WORDS[label]}\nsome {_WORDS[label]}',
       'attributes': np.array(
@@ -230,10 +238,13 @@ def test_a_split_without_any_label_is_refused(split):
 
 def test_a_tar_without_any_label_is_refused_first(tmp_path):
   for split, suffix in (('train', 'cls'), ('test', 'txt')):
-    members = []
-    for i in range(4):
-      members += [(f'{i}.jpg', shards.jpeg(i)), (f'{i}.{suffix}', b'%d' % i)]
-    shards.tar(tmp_path / f'{split}.tar', members)
+    with tarfile.open(tmp_path / f'{split}.tar', 'w') as tar:
+      for i in range(4):
+        image = png(np.zeros((8, 8, 3)))
+        for name, content in (('png', image), (suffix, b'%d' % i)):
+          info = tarfile.TarInfo(f'{i}.{name}')
+          info.size = len(content)
+          tar.addfile(info, io.BytesIO(content))
   config = config_lib.default()
   config.data.source, config.data.path = (
     'webdataset',
