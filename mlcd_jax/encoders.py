@@ -22,6 +22,7 @@ from mlcd_jax import errors
 from mlcd_jax import files
 from mlcd_jax import models
 from mlcd_jax import paths
+from mlcd_jax.evaluate import table
 from mlcd_jax.huggingface import configs
 from mlcd_jax.huggingface import folders
 from mlcd_jax.huggingface import layouts
@@ -360,7 +361,9 @@ def _recipe(workdir: pathlib.Path, found: Mapping[str, Any]) -> str:
     trained = {
       k: round(v, 4)
       for k, v in files.read_json(results).items()
-      if k.startswith('trained/') and isinstance(v, float)
+      if k.startswith('trained/')
+      and isinstance(v, float)
+      and k.split('/')[-1] not in table.OF_FITS
     }
     scores = (
       '\n\nResults:\n\n```json\n' + json.dumps(trained, indent=2) + '\n```'

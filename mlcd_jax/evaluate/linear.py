@@ -52,7 +52,8 @@ def run(
 ) -> dict[str, float]:
   """Returns the data set's metric on the test split, with its interval.
 
-  Beside them what `predict` says of the fit. Nothing where the images do not have the labels of that metric.
+  Beside them what `predict` says of the fit. Nothing where the images do not
+  have the labels of that metric.
   """
   name = data.config.get('metric', 'accuracy')
   several = name == 'map_11_point'

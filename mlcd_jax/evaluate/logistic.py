@@ -7,7 +7,8 @@ of rows, which changes no minimum.
 The features are centered and turned to their principal axes, which changes
 neither the minimum nor the penalty, and makes the Hessian's diagonal a good
 stand-in for the Hessian. Where axes are few its blocks, one an output, cost
-little more and take a tenth of the iterations. Axis 0 is the bias: ones, without a penalty.
+little more and take a tenth of the iterations. Axis 0 is the bias: ones,
+without a penalty.
 
 Shapes: N rows, D features, A axes, C outputs; K tiles of T rows; X is C or 1.
 """
@@ -295,58 +296,71 @@ def _fit(
   max_iterations, *, loss,
 ):  # fmt: skip
   of_tile = _LOSSES[loss]
-  bias_A1 = jnp.arange(x_KTA.shape[2])[:, None] == 0
-  penalty_A1 = jnp.where(bias_A1, 0, penalty)
+  penalty_A1 = jnp.where(jnp.arange(x_KTA.shape[2])[:, None] == 0, 0, penalty)
+  blocks = x_KTA.shape[2] <= _MAX_BLOCK
 
   def sums(of):
     """Adds up what `of` makes of the tiles, over the number of rows."""
     tiles = x_KTA, y, weight_KTX
     shapes = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], tiles))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    add = lambda carry, tile: (jax.tree.map(jnp.add, carry, of(*tile)), None)
+
+    def add(carry, tile):
+      return jax.tree.map(jnp.add, carry, of(*tile)), None
+
     return jax.tree.map(lambda x: x / total, lax.scan(add, zeros, tiles)[0])
-
-  blocks = x_KTA.shape[2] <= _MAX_BLOCK
-
-  def hessian(x_TA, curvature_TC):
-    if not blocks:
-      return jnp.square(x_TA).T @ curvature_TC
-    block = lambda curvature_T: (x_TA * curvature_T[:, None]).T @ x_TA
-    return lax.map(block, curvature_TC.T)
 
   def evaluate(w_AC):
     def of(x_TA, y_T, weight_TX):
       loss, slope_TC, curvature_TC = of_tile(x_TA @ w_AC, y_T, weight_TX)
+      hessian = _blocks if blocks else _diagonal
       return loss, x_TA.T @ slope_TC, hessian(x_TA, curvature_TC)
 
-    value, slope_AC, curvature = sums(of)
+    value, slope_AC, hessian = sums(of)
     return newton.Point(
       w_AC,
       value + jnp.sum(penalty_A1 * jnp.square(w_AC)) / 2,
       slope_AC + penalty_A1 * w_AC,
-      curvature + (jnp.diag(penalty_A1[:, 0])[None] if blocks else penalty_A1),
+      hessian + (jnp.diag(penalty_A1[:, 0])[None] if blocks else penalty_A1),
     )
 
   def product(w_AC, v_AC):
     def of(x_TA, y_T, weight_TX):
-      slope = lambda z_TC: of_tile(z_TC, y_T, weight_TX)[1]
+      def slope(z_TC):
+        return of_tile(z_TC, y_T, weight_TX)[1]
+
       return x_TA.T @ jax.jvp(slope, (x_TA @ w_AC,), (x_TA @ v_AC,))[1]
 
     return sums(of) + penalty_A1 * v_AC
 
-  # Where another fit ended, but for classes that it or this one lacks.
-  known_C = free_C & (jnp.abs(along_AC[0]) < -_NEVER)
-  weight_AC = jnp.where(known_C[None] & ~bias_A1, along_AC, 0)
-  if loss == 'softmax':
-    mean_A1 = jnp.mean(weight_AC, axis=1, keepdims=True, where=free_C[None])
-    weight_AC = jnp.where(free_C[None], weight_AC - mean_A1, 0)
-  bias_AC = jnp.where(known_C[None], along_AC, start_AC)
   return newton.minimise(
     evaluate,
     product,
-    jnp.where(bias_A1, bias_AC, weight_AC),
+    _begin(start_AC, along_AC, free_C, loss),
     free_C,
     zero_sum=loss == 'softmax',
     tolerance=tolerance,
     max_passes=max_iterations,
   )
+
+
+def _diagonal(x_TA, curvature_TC):
+  return jnp.square(x_TA).T @ curvature_TC
+
+
+def _blocks(x_TA, curvature_TC):
+  def block(curvature_T):
+    return (x_TA * curvature_T[:, None]).T @ x_TA
+
+  return lax.map(block, curvature_TC.T)
+
+
+def _begin(start_AC, along_AC, free_C, loss):
+  """Where another fit ended, but for classes that it or this one lacks."""
+  known_C = free_C & (jnp.abs(along_AC[0]) < -_NEVER)
+  weight_AC = jnp.where(known_C[None], along_AC, 0)
+  if loss == 'softmax':
+    mean_A1 = jnp.mean(weight_AC, axis=1, keepdims=True, where=free_C[None])
+    weight_AC = jnp.where(free_C[None], weight_AC - mean_A1, 0)
+  bias_C = jnp.where(known_C, along_AC[0], start_AC[0])
+  return weight_AC.at[0].set(bias_C)

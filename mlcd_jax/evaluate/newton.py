@@ -1,10 +1,10 @@
 """Truncated Newton's method for convex functions of a matrix [A, C].
 
 The Newton step is found by conjugate gradients, preconditioned by the Hessian's
-diagonal or its blocks [A, A] (Nocedal & Wright 2006, section 7.1). Float32 is enough for a
-value within 1e-6 of the minimum, since no decision near the minimum hangs on a
-difference of two values: the step is judged by the slope along it, and the
-distance to the minimum by the Newton decrement.
+diagonal or its blocks [A, A] (Nocedal & Wright 2006, section 7.1). Float32 is
+enough for a value within 1e-6 of the minimum, since no decision near the
+minimum hangs on a difference of two values: the step is judged by the slope
+along it, and the distance to the minimum by the Newton decrement.
 """
 
 from collections.abc import Callable
@@ -186,10 +186,14 @@ def _by_blocks(blocks_CAA, free_C, zero_sum):
 
   def precondition(x_AC):
     x_CA = project(x_AC).T * scale_CA
-    solve = lambda factor_AA, x_A: linalg.cho_solve((factor_AA, True), x_A)
-    return project((jax.vmap(solve)(factor_CAA, x_CA) * scale_CA).T)
+    x_CA = jax.vmap(_solve)(factor_CAA, x_CA) * scale_CA
+    return project(x_CA.T)
 
   return precondition
+
+
+def _solve(factor_AA, x_A):
+  return linalg.cho_solve((factor_AA, True), x_A)
 
 
 class _Searching(NamedTuple):

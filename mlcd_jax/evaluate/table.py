@@ -9,7 +9,7 @@ _HEADINGS = ('features', 'data', 'task', 'metric', 'value', '95 %', 'count')
 _ENCODERS = ('trained', 'embedder', 'random', 'raw')
 _PARTS = ('_low', '_high', '_count')
 # What a probe says of its fit, which is no metric.
-_OF_FITS = ('penalty', 'objective', 'iterations', 'converged')
+OF_FITS = ('penalty', 'objective', 'iterations', 'converged')
 
 
 def table(results: Mapping[str, float | None]) -> str:
@@ -24,7 +24,7 @@ def table(results: Mapping[str, float | None]) -> str:
   rows = []
   for name, value in results.items():
     encoder, dataset, task, metric = name.split('/')
-    if name.endswith(_PARTS) or metric in _OF_FITS:
+    if name.endswith(_PARTS) or metric in OF_FITS:
       continue
     low, high, count = (results.get(name + end) for end in _PARTS)
     interval = '' if low is None else f'{low:.4f} to {high:.4f}'

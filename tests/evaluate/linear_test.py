@@ -1,5 +1,7 @@
 """The probe against scikit-learn's, and at its edges."""
 
+import functools
+
 import ml_collections
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from mlcd_jax import errors
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import few_shot
 from mlcd_jax.evaluate import linear
+from mlcd_jax.evaluate import logistic
 from tests.evaluate import blobs
 
 
@@ -51,8 +54,43 @@ def test_search_ends_at_an_eighth_of_a_decade():
   assert linear.search(values) == 1.375
   assert len(asked) == 15
   # Of equals the greatest; NaN never.
-  assert linear.search(lambda e: [1.0] * len(e)) > 6
-  assert linear.search(lambda e: [float('nan')] * len(e)) > 6
+  assert linear.search(lambda e: [1.0] * len(e)) == 6
+  assert linear.search(lambda e: [float('nan')] * len(e)) == 6
+
+
+@pytest.mark.parametrize('sign', [-1, 1])
+def test_search_stays_in_the_range(sign):
+  asked = []
+
+  def values(exponents):
+    asked.extend(exponents)
+    return [sign * e for e in exponents]
+
+  assert linear.search(values) == sign * 6
+  assert np.max(np.abs(asked)) == 6
+
+
+def test_says_how_it_was_fitted():
+  x, y = blobs.draw(300)
+  found = blobs.run(linear, (x, y), (x, y))
+  theirs = LogisticRegression(
+    C=1 / found['penalty'], solver='newton-cholesky', tol=1e-10
+  ).fit(x.astype(np.float64), y)
+  z = theirs.predict_log_proba(x.astype(np.float64))
+  half = found['penalty'] / 2 * np.square(theirs.coef_).sum()
+  wanted = (half - z[np.arange(300), y].sum()) / 300
+  assert found['objective'] == pytest.approx(wanted, rel=1e-6)
+  assert found['converged'] == 1 and found['iterations'] > 1
+
+
+def test_warns_once_when_fits_do_not_converge(monkeypatch, caplog):
+  x, y = blobs.draw(100)
+  fit = functools.partial(logistic.fit, max_iterations=3)
+  monkeypatch.setattr(logistic, 'fit', fit)
+  found = blobs.run(linear, (x, y), (x, y))
+  assert found['converged'] == 0
+  assert len(caplog.records) == 1
+  assert 'before they converged' in caplog.text
 
 
 def test_more_classes_than_rows_and_missing_ones():

@@ -197,6 +197,10 @@ def test_table_has_a_line_a_metric():
       'trained/digits/linear/accuracy_low': 0.7,
       'trained/digits/linear/accuracy_high': 0.8,
       'trained/digits/linear/accuracy_count': 100,
+      'trained/digits/linear/penalty': 10.0,
+      'trained/digits/linear/objective': 0.25,
+      'trained/digits/linear/iterations': 30,
+      'trained/digits/linear/converged': 1,
       'trained/digits/knn/accuracy': None,
     }
   ).splitlines()
