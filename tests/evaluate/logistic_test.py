@@ -119,23 +119,22 @@ def test_independent_outputs_equal_one_fit_each(data):
 
 
 def test_what_is_below_zero_is_left_out_of_its_output():
-  x, y = blobs.draw(240)
-  hot = np.stack([y % 2, y > 1, y == 3], 1).astype(int)
-  hot[:100, 0] = hot[50:90, 2] = -1
-  model = fit(x, hot, 1.0, num_outputs=3, loss='sigmoid')
-  for c in range(3):
+  x, y = blobs.draw(120)
+  hot = np.stack([y % 2, y > 1, y == 3, y == 0], 1).astype(int)
+  hot[:50, 0] = hot[30:70, 2] = -1
+  model = fit(x, hot, 1.0, loss='sigmoid')
+  for c in range(4):
     known = hot[:, c] >= 0
     weight, bias = theirs(x[known], hot[known, c], 1.0)
-    np.testing.assert_allclose(model.weight_DC[:, c], weight[:, 0], atol=1e-4)
-    np.testing.assert_allclose(model.bias_C[c], bias[0], atol=1e-4)
-  unknown = np.where(np.arange(240) < 100, -1, y)
-  model = fit(x, unknown, 1.0)
-  weight, _ = theirs(x[100:], y[100:], 1.0)
-  np.testing.assert_allclose(model.weight_DC, weight, atol=1e-4)
+    np.testing.assert_allclose(model.weight_DC[:, c], weight[:, 0], atol=1e-3)
+    np.testing.assert_allclose(model.bias_C[c], bias[0], atol=1e-3)
+  model = fit(x, np.where(np.arange(120) < 40, -1, y), 1.0)
+  weight, _ = theirs(x[40:], y[40:], 1.0)
+  np.testing.assert_allclose(model.weight_DC, weight, atol=1e-3)
 
 
 def test_says_when_the_iterations_run_out():
-  x, y = blobs.draw(200, noise=0.3)
+  x, y = blobs.draw(120, noise=0.3)
   model = fit(x, y, 1e-6, max_iterations=9)
   assert not model.converged and 9 <= model.iterations < 30
   start = objective(np.zeros((12, 4)), np.zeros(4), x, y, 1e-6)
@@ -143,40 +142,40 @@ def test_says_when_the_iterations_run_out():
 
 
 def test_a_penalty_does_not_depend_on_the_mesh(monkeypatch):
-  x, y = blobs.draw(200)
+  x, y = blobs.draw(120)
   monkeypatch.setattr(logistic, '_MIN_SPLIT', 0)
 
   def weight(**mesh):
     rows = logistic.prepare(x, sharding.make_mesh(**mesh), num_outputs=4)
     assert len(rows.x_KTA.sharding.device_set) == (1 if mesh else 8)
-    return logistic.fit(rows, y, np.ones(200), 200.0).weight_DC
+    return logistic.fit(rows, y, np.ones(120), 120.0).weight_DC
 
   one = weight(devices=jax.devices()[:1])
   np.testing.assert_allclose(one, weight(), atol=1e-4)
 
 
 def test_repeated_features_cost_nothing():
-  x, y = blobs.draw(300, dim=100)
+  x, y = blobs.draw(120, dim=100)
   grey = logistic.prepare(np.tile(x, 3), sharding.make_mesh(), num_outputs=4)
   assert grey.x_KTA.shape[2] == 128
-  model = logistic.fit(grey, y, np.ones(300), 300.0)
-  once = fit(x, y, 100.0)
+  model = logistic.fit(grey, y, np.ones(120), 120.0)
+  once = fit(x, y, 40.0)
   np.testing.assert_allclose(
     model.weight_DC.reshape(3, 100, 4).sum(0), once.weight_DC, atol=1e-4
   )
 
 
 def test_tiles_do_not_change_the_fit(monkeypatch):
-  x, y = blobs.draw(1_000)
-  whole = fit(x, y, 1_000.0)
+  x, y = blobs.draw(600)
+  whole = fit(x, y, 600.0)
   monkeypatch.setattr(logistic, '_CPU_LOGITS', 1)
-  tiles = fit(x, y, 1_000.0)
+  tiles = fit(x, y, 600.0)
   np.testing.assert_allclose(tiles.weight_DC, whole.weight_DC, atol=1e-4)
 
 
 def test_a_class_comes_and_goes_between_fits():
   x, y = blobs.draw(120)
-  rows = logistic.prepare(x, sharding.make_mesh(), num_outputs=5)
+  rows = logistic.prepare(x, sharding.make_mesh(), num_outputs=4)
   without = (y != 3).astype(float)
   model = None
   for weight in (without, np.ones(120), without):
@@ -190,9 +189,9 @@ def test_a_class_comes_and_goes_between_fits():
 
 
 def test_an_output_that_is_always_or_never_there():
-  x, y = blobs.draw(100)
-  hot = np.stack([y > -1, y < 0, y == 1], 1).astype(int)
-  model = fit(x, hot, 1e-2, num_outputs=3, loss='sigmoid')
+  x, y = blobs.draw(120)
+  hot = np.stack([y > -1, y < 0, y == 1, y == 2], 1).astype(int)
+  model = fit(x, hot, 1e-2, loss='sigmoid')
   z = x @ model.weight_DC + model.bias_C
   assert np.isfinite(z).all() and model.converged
   assert (z[:, 0] > 0).all() and (z[:, 1] < 0).all()
