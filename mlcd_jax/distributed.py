@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import os
-import pathlib
 import re
 import socket
 import tempfile
@@ -234,7 +233,7 @@ def launched_together(env) -> bool:
     or int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
     or ('JOBSET_NAME' in env and 'JOB_COMPLETION_INDEX' in env)
     or 'MEGASCALE_COORDINATOR_ADDRESS' in env
-    or _on_cloud_tpu()
+    or _on_cloud_tpu(env)
   )
 
 
@@ -320,8 +319,12 @@ def _look_up(store: Any, key: str) -> str:
         raise
 
 
-def _on_cloud_tpu() -> bool:
-  """Whether this is a Cloud TPU VM, where jax asks the metadata server."""
-  return any(pathlib.Path('/dev').glob('accel[0-9]*')) or (
-    pathlib.Path('/dev/vfio/0').exists() and 'TPU_NAME' in os.environ
-  )
+def _on_cloud_tpu(env) -> bool:
+  """Whether jax found TPUs here that other hosts may have a part of.
+
+  Alone are hosts that say so, as Colab's do; elsewhere jax asks the metadata
+  server. The chips are of `vfio` on v5e, v5p and v6e, of `accel` before.
+  """
+  hosts = env.get('TPU_WORKER_HOSTNAMES', '').split(',')
+  alone = len(hosts) == 1 and hosts[0] != ''
+  return jax._src.cloud_tpu_init.running_in_cloud_tpu_vm and not alone

@@ -1,5 +1,6 @@
 """Launchers that started several processes are recognised."""
 
+import jax
 import pytest
 
 from mlcd_jax import distributed
@@ -20,6 +21,19 @@ from mlcd_jax import errors
   ],
 )
 def test_launched_together(env, expected):
+  assert distributed.launched_together(env) == expected
+
+
+@pytest.mark.parametrize(
+  ('env', 'expected'),
+  [
+    ({}, True),  # A Cloud TPU VM, of one host or several.
+    ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
+    ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True),
+  ],
+)
+def test_tpus_are_found_as_jax_finds_them(monkeypatch, env, expected):
+  monkeypatch.setattr(jax._src.cloud_tpu_init, 'running_in_cloud_tpu_vm', True)
   assert distributed.launched_together(env) == expected
 
 
