@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlcd_jax import checkpoint
+from mlcd_jax.evaluate import table as results_table
 from tests import commands
 
 _TIMEOUT = 8  # Seconds until a silent process counts as lost.
@@ -173,6 +174,8 @@ def test_two_processes_do_what_one_does(tmp_path):
   ]
   assert results[0].keys() == results[1].keys()
   for name, value in results[0].items():
+    if name.split('/')[-1] in results_table.OF_FITS:
+      continue  # What is within rounding of the minimum takes other ways.
     # Of 100 images some few may fall on the other side.
     assert results[1][name] == pytest.approx(value, abs=0.05), name
 
