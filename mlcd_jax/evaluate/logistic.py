@@ -215,6 +215,7 @@ def fit(
     np.float32(tolerance),
     np.int32(max_iterations),
     loss=loss,
+    mesh=rows.mesh,
   )
   along_AC = nearest.to_host(point.x_AC)
   weight_DC = rows.basis_DA @ along_AC[1 : 1 + rows.basis_DA.shape[1]]
@@ -289,34 +290,50 @@ def _sigmoid(z_TC, y_TC, weight_TX):
 _LOSSES = {'softmax': _softmax, 'sigmoid': _sigmoid}
 
 
-@functools.partial(jax.jit, static_argnames='loss')
+@functools.partial(jax.jit, static_argnames=('loss', 'mesh'))
 @jax.default_matmul_precision('highest')
 def _fit(
   x_KTA, y, weight_KTX, start_AC, along_AC, free_C, penalty, total, tolerance,
-  max_iterations, *, loss,
+  max_iterations, *, loss, mesh,
 ):  # fmt: skip
   of_tile = _LOSSES[loss]
   penalty_A1 = jnp.where(jnp.arange(x_KTA.shape[2])[:, None] == 0, 0, penalty)
-  blocks = x_KTA.shape[2] <= _MAX_BLOCK
+  # Several CPU devices wait for ever in a Cholesky factorization in a loop.
+  blocks = x_KTA.shape[2] <= _MAX_BLOCK and not (
+    mesh.size > 1 and nearest.on_cpu(mesh)
+  )
 
-  def sums(of):
-    """Adds up what `of` makes of the tiles, over the number of rows."""
+  def sums(of, *models):
+    """Adds up what `of` makes of models and tiles, over the number of rows."""
     tiles = x_KTA, y, weight_KTX
-    shapes = jax.eval_shape(of, *jax.tree.map(lambda x: x[0], tiles))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def add(carry, tile):
-      return jax.tree.map(jnp.add, carry, of(*tile)), None
+    def local(models, tiles):
+      shapes = jax.eval_shape(of, *models, *jax.tree.map(lambda x: x[0], tiles))
+      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    return jax.tree.map(lambda x: x / total, lax.scan(add, zeros, tiles)[0])
+      def add(carry, tile):
+        return jax.tree.map(jnp.add, carry, of(*models, *tile)), None
+
+      # The devices meet once a pass. Left to the compiler they would at every
+      # block, and could wait for each other at different ones.
+      return lax.psum(lax.scan(add, zeros, tiles)[0], sharding.AXES)
+
+    found = jax.shard_map(
+      local,
+      mesh=mesh,
+      in_specs=(sharding.REPLICATED, _TILES),
+      out_specs=sharding.REPLICATED,
+      check_vma=False,
+    )(models, tiles)
+    return jax.tree.map(lambda x: x / total, found)
 
   def evaluate(w_AC):
-    def of(x_TA, y_T, weight_TX):
+    def of(w_AC, x_TA, y_T, weight_TX):
       loss, slope_TC, curvature_TC = of_tile(x_TA @ w_AC, y_T, weight_TX)
       hessian = _blocks if blocks else _diagonal
       return loss, x_TA.T @ slope_TC, hessian(x_TA, curvature_TC)
 
-    value, slope_AC, hessian = sums(of)
+    value, slope_AC, hessian = sums(of, w_AC)
     return newton.Point(
       w_AC,
       value + jnp.sum(penalty_A1 * jnp.square(w_AC)) / 2,
@@ -325,13 +342,13 @@ def _fit(
     )
 
   def product(w_AC, v_AC):
-    def of(x_TA, y_T, weight_TX):
+    def of(w_AC, v_AC, x_TA, y_T, weight_TX):
       def slope(z_TC):
         return of_tile(z_TC, y_T, weight_TX)[1]
 
       return x_TA.T @ jax.jvp(slope, (x_TA @ w_AC,), (x_TA @ v_AC,))[1]
 
-    return sums(of) + penalty_A1 * v_AC
+    return sums(of, w_AC, v_AC) + penalty_A1 * v_AC
 
   return newton.minimise(
     evaluate,
