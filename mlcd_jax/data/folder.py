@@ -108,4 +108,4 @@ def _report_others(
     if not suffix and os.path.islink(path) and not os.path.exists(path):
       found.add(name, transforms.MISSING)
     else:
-      found.leave_out('other file')
+      found.leave_out(suffix or 'without suffix')

@@ -178,10 +178,10 @@ def test_every_format_is_taken_and_decoded(tmp_path, suffix):
 
 def test_what_is_no_image_by_its_name_is_said(tmp_path, caplog):
   put(tmp_path, 'a.jpg', 'b.heic', 'c.HEIC', 'd.txt', 'README')
-  with caplog.at_level(logging.INFO, 'mlcd_jax.data.folder'):
+  with caplog.at_level(logging.INFO, 'mlcd_jax.data.sources'):
     sources.make(data(tmp_path))
-  (line,) = [m for m in caplog.messages if m.startswith('folder:')]
-  assert '4 files' in line and '2 .heic, 1 ' in line
+  (line,) = [m for m in caplog.messages if m.startswith('data: not used')]
+  assert '0 bad, 4 left out (2 .heic, 1 ' in line
 
 
 @pytest.mark.parametrize(

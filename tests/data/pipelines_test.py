@@ -209,7 +209,7 @@ if __name__ == '__main__':
 def test_worker_processes_give_the_same_batches(source, tmp_path):
   script = tmp_path / 'script.py'
   script.write_text(_WORKERS)
-  folder = source._paths[0].rpartition('/')[0]
+  folder = source._tars[0].path.rpartition('/')[0]
   done = subprocess.run(
     [sys.executable, script, folder],
     capture_output=True,
