@@ -80,6 +80,7 @@ def test_hosts_share_the_shards_and_write_the_same(
 ):
   folder = tmp_path / 'two_hosts'
   monkeypatch.setattr(embed.distributed, 'barrier', lambda name: None)
+  monkeypatch.setattr(embed.distributed, 'decide', lambda name, value: value())
   monkeypatch.setattr(embed, '_summary', lambda *args: {})
   monkeypatch.setattr(embed.jax, 'process_count', lambda: 2)
   for host in (0, 1):

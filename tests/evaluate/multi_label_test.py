@@ -123,7 +123,7 @@ def test_the_probe_of_a_class_does_not_see_what_it_ignores(monkeypatch):
   hot = (labels[:, None] == np.arange(3)).astype(np.int8)
   hot[np.random.default_rng(0).random(hot.shape) < 0.4] = -1
   monkeypatch.setattr(linear, 'search', lambda values: 1.0)
-  found = linear.predict(
+  found, _ = linear.predict(
     x, hot, linear.hold_out(200, 0), x,
     metric=scores.mean_average_precision, num_outputs=3, loss='sigmoid',
     mesh=sharding.make_mesh(),
