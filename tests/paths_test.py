@@ -49,7 +49,7 @@ def test_other_fields(home, tiny_config):
   assert folders.resolve('~/run', 'x') == home / 'run'
   with pytest.raises(errors.UserError, match=f'^embed.path={home}/run: no emb'):
     precomputed.describe(_embed('~/run'))
-  with pytest.raises(errors.UserError, match=f'{home}/run/checkpoints'):
+  with pytest.raises(errors.UserError, match='^WORKDIR=~/run: an empty folder'):
     encoders.export('~/run', home / 'out')
 
 

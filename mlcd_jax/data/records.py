@@ -84,10 +84,19 @@ def _reader(file: storage.File) -> array_record_module.ArrayRecordReader:
   if found(file.path) != file:
     raise open_files.changed(file.path)
   try:
-    return array_record_module.ArrayRecordReader(
-      file.path, options=_OPTIONS, file_reader_buffer_size=_BUFFER
-    )
+    reader = _read_index(file)
+    if not reader.num_records() and not storage.is_url(file.path):
+      # The reader finds none where too many files are open, too.
+      open(file.path, 'rb').close()
+      reader = _read_index(file)
+    return reader
   except RuntimeError as e:
     if not storage.is_url(file.path):
       open(file.path, 'rb').close()  # Says it if that is why.
     raise errors.RunError(f'{file.path}: cannot be read ({e})') from e
+
+
+def _read_index(file: storage.File) -> array_record_module.ArrayRecordReader:
+  return array_record_module.ArrayRecordReader(
+    file.path, options=_OPTIONS, file_reader_buffer_size=_BUFFER
+  )
