@@ -46,14 +46,17 @@ def test_writes_the_bad_keys_and_a_run_leaves_them_out(tmp_path):
     _picture(images, f'{i:02d}.png')
   _picture(images, '05.png', b'')
   _picture(images, 'b\u00f6se.jpg', b'<html>')
+  (images / 'annexed.jpg').symlink_to('../.git/annex/objects/x.jpg')
   done = _check_data('--config.data.path=images', cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   found = workdir / 'bad_keys.txt'
   assert done.stdout == (
-    '2 bad (1 empty, 1 not an image); 2 keys written to '
+    '3 bad (1 empty, 1 missing, 1 not an image); 3 keys written to '
     'runs/quickstart/bad_keys.txt\n'
   )
-  assert found.read_text().splitlines() == ['05.png', 'b\u00f6se.jpg']
+  assert found.read_text().splitlines() == [
+    '05.png', 'annexed.jpg', 'b\u00f6se.jpg'
+  ]  # fmt: skip
   assert 'check_data: b\u00f6se.jpg: not an image' in done.stderr
 
   config = config_lib.default()
