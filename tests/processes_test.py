@@ -19,29 +19,11 @@ from tests import commands
 _TIMEOUT = 8  # Seconds until a silent process counts as lost.
 
 
-# The run and all tasks, with a text tower that is tuned.
-ALL_TASKS = (
-  '--config=configs/quickstart.py:lit',
-  *commands.TINY[1:],
-  '--config.mesh.data=4',
-  '--config.mesh.fsdp=2',
-  '--config.train.steps=8',
-  '--config.evaluate.tasks=all',
-  '--config.evaluate.every_steps=4',
-  '--config.evaluate.finetune_epochs=0.5',
-  '--config.evaluate.finetune_batch_size=64',
-  '--config.lit.steps=3',
-  '--config.lit.batch_size=32',
-)
-
-
-def start(
-  workdir, *arguments, indices=(0, 1), count=2, devices=4, run=commands.TINY
-):
+def start(workdir, *arguments, indices=(0, 1), count=2, devices=4):
   port = commands.free_port()
   return [
     commands.start(
-      *run,
+      *commands.TINY,
       f'--workdir={workdir}',
       f'--coordinator_address=127.0.0.1:{port}',
       f'--num_processes={count}',
@@ -94,11 +76,10 @@ def test_rows_keep_their_order_and_process_0_decides_what_files_say(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('devices', [1, 2, 4])
-def test_a_text_tower_is_tuned_twenty_times(devices):
+def test_a_text_tower_is_tuned_twenty_times():
   busy = subprocess.Popen(['sh', '-c', 'while :; do :; done'])
   try:
-    check('tuning', devices=devices, timeout=1_200)
+    check('tuning', timeout=600)
   finally:
     busy.kill()
     busy.wait()
@@ -142,9 +123,9 @@ def test_one_task_a_node_gets_all_of_its_gpus(tasks_per_node, visible):
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
-  processes = start(two, run=ALL_TASKS)
+  processes = start(two)
   code, out_of_one, err = commands.run(
-    *ALL_TASKS, f'--workdir={one}', devices=8
+    *commands.TINY, f'--workdir={one}', devices=8
   )
   assert code == 0, err
   table = [line for line in out_of_one.splitlines() if line.startswith('|')]
@@ -165,7 +146,7 @@ def test_two_processes_do_what_one_does(tmp_path):
   np.testing.assert_allclose(load(one, name), load(two, name), atol=1e-6)
   for workdir in (one, two):
     assert '"patches":[{' in (workdir / 'report.html').read_text()
-  assert list(losses(one)) == list(losses(two)) == list(range(1, 9))
+  assert list(losses(one)) == list(losses(two)) == list(range(1, 13))
   np.testing.assert_allclose(
     list(losses(two).values()), list(losses(one).values()), rtol=1e-5
   )
