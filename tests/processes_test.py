@@ -68,9 +68,8 @@ def check(*names, devices=2, timeout=300, folder=''):
   for process in processes:
     code, out, err = commands.finish(process, timeout)
     assert code == 0, err[-3000:]
-    # Gloo greets on stdout.
-    said = [line for line in out.splitlines() if not line.startswith('[Gloo]')]
-    assert said == list(names)
+    # Gloo greets on stdout, in the middle of lines.
+    assert [word for word in out.split() if word in names] == list(names)
 
 
 def test_rows_keep_their_order_and_process_0_decides_what_files_say(tmp_path):
