@@ -22,14 +22,14 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import embed
 from mlcd_jax import sharding
 from mlcd_jax.data import sources
+from mlcd_jax.embed import embedders
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
-from mlcd_jax.evaluate import linear
-from mlcd_jax.evaluate import retrieval
-from mlcd_jax.evaluate import statistics
+from mlcd_jax.evaluate import intervals
+from mlcd_jax.evaluate.tasks import linear
+from mlcd_jax.evaluate.tasks import retrieval
 
 _TRAIN = 0.7
 _HOG_SIZE = 56  # Pixels.
@@ -52,7 +52,7 @@ def baselines() -> dict[str, encoders.Encoder]:
   """Raw pixels, and histograms of oriented gradients."""
   return {
     'raw': encoders.raw_pixels(),
-    'hog': encoders.from_embedder(embed.Hog(_HOG_SIZE)),
+    'hog': encoders.from_embedder(embedders.Hog(_HOG_SIZE)),
   }
 
 
@@ -114,7 +114,7 @@ def _twins(
   return {
     f'twin_{name}{suffix}': value
     for name, hits in found.items()
-    for suffix, value in statistics.bootstrap(hits, seed=0).items()
+    for suffix, value in intervals.bootstrap(hits, seed=0).items()
   }
 
 

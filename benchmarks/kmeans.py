@@ -38,8 +38,8 @@ import sklearn.cluster
 import superkmeans
 import threadpoolctl
 
-from mlcd_jax import embed
 from mlcd_jax import kmeans
+from mlcd_jax.embed import embedders
 
 # Rows, dimensions, centers: and iterations.
 _SHAPES = {
@@ -147,12 +147,12 @@ def digits() -> np.ndarray:
   from mlcd_jax.data import transforms
 
   source = sources.make(config_lib.default().data)
-  prepare = embed.Hog(28).prepare
+  prepare = embedders.Hog(28).prepare
   images = np.stack(
     [prepare(transforms.decode(source[i]['image'])) for i in range(len(source))]
   )
-  features = embed.Hog(28).features(images)
-  return embed.Hog(28, features.mean(0))(images)
+  features = embedders.Hog(28).features(images)
+  return embedders.Hog(28, features.mean(0))(images)
 
 
 def _print_machine() -> None:

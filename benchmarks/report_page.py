@@ -23,10 +23,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import numpy as np
 from PIL import Image
 
-from mlcd_jax import files
-from mlcd_jax.page import browse
+from mlcd_jax.page import browser as browser_lib
 from mlcd_jax.page import clusters
 from mlcd_jax.page import render
+from mlcd_jax.runtime import files
 
 _DRAWN = """() => new Promise(
   (done) => requestAnimationFrame(() => requestAnimationFrame(done)))"""
@@ -78,7 +78,9 @@ def write_page(folder: pathlib.Path, *, num_clusters: int) -> pathlib.Path:
   centers /= np.linalg.norm(centers, axis=1, keepdims=True)
   photos = Photos(num_images)
   shards = clusters.Shards(folder, [num_images])
-  found = browse.gather(browse.Inputs(photos, photos, shards, centers, 8, 0))
+  found = browser_lib.gather(
+    browser_lib.Inputs(photos, photos, shards, centers, 8, 0)
+  )
   steps = list(range(1_000))
   path = folder / 'report.html'
   path.write_text(

@@ -21,8 +21,8 @@ from absl import flags
 from benchmarks import studies
 from benchmarks import study_runs
 from benchmarks import study_tables
-from mlcd_jax import cli
-from mlcd_jax import errors
+from mlcd_jax.runtime import cli
+from mlcd_jax.runtime import errors
 
 _STUDY = flags.DEFINE_list(
   'study', list(studies.STUDIES), 'Some of studies.py; all if not given.'

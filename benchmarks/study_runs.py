@@ -17,10 +17,10 @@ import ml_collections
 from benchmarks import emoji
 from benchmarks import studies
 from mlcd_jax import config as config_lib
-from mlcd_jax import files
 from mlcd_jax import sharding
 from mlcd_jax import stages
 from mlcd_jax.evaluate import encoders
+from mlcd_jax.runtime import files
 
 _log = logging.getLogger('mlcd_jax.study')
 

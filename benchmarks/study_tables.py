@@ -27,10 +27,10 @@ from matplotlib import pyplot as plt
 import numpy as np
 
 from benchmarks import studies
-from mlcd_jax import errors
-from mlcd_jax import files
-from mlcd_jax.evaluate import statistics
+from mlcd_jax.evaluate import intervals
 from mlcd_jax.evaluate import table as evaluate_table
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
 
 _NAMES = {
   'trained': 'trained encoder',
@@ -133,7 +133,7 @@ def _cell(runs, against, metric: str) -> str:
 def _interval(values: Sequence[float], form: str, to: str) -> str:
   if len(values) == 1:
     return form.format(values[0])
-  found = statistics.over_draws(np.asarray(values))
+  found = intervals.over_draws(np.asarray(values))
   low, high = (form.format(found[k]) for k in ('_low', '_high'))
   return f'{form.format(found[""])} ({low}{to}{high})'
 
@@ -204,7 +204,7 @@ def _mean_and_half(scores: Sequence[float]) -> tuple[float, float]:
   """The mean and half of its interval, 0 for a single score."""
   if len(scores) == 1:
     return scores[0], 0.0
-  found = statistics.over_draws(np.asarray(scores))
+  found = intervals.over_draws(np.asarray(scores))
   return found[''], found['_high'] - found['']
 
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from mlcd_jax import presets
 from mlcd_jax import sharding
-from mlcd_jax import train_step
+from mlcd_jax.train import step as step_lib
 
 _SCALE, _MARGIN = 64.0, 0.3
 
@@ -121,7 +121,7 @@ def torch_step(args, images, labels):
 
 
 def jax_step(args, images, labels):
-  """As `torch_step`, of mlcd_jax.train_step as it is."""
+  """As `torch_step`, of mlcd_jax.train.step as it is."""
   config = presets.make('laion400m', variant='B/32', embedding_dim=512)
   config.model.dtype = args.dtype
   config.model.scan_layers = args.scan
@@ -129,7 +129,7 @@ def jax_step(args, images, labels):
   config.loss.sample_rate = args.rate
   config.optimizer.learning_rate = 1e-4
   config.optimizer.warmup_steps = 0
-  program = train_step.Program(
+  program = step_lib.Program(
     config=config,
     num_classes=args.classes,
     steps=1_000,

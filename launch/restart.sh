@@ -35,7 +35,7 @@ if [ -z "$workdir" ]; then
     echo 'error: launch/restart.sh needs --config=FILE or --workdir=DIR in the command' >&2
     exit 2
   fi
-  # As `workdir` of mlcd_jax/cli.py.
+  # As `workdir` of mlcd_jax/runtime/cli.py.
   name=$(basename "${config%%:*}" .py)
   case "$config" in *:?*) name=${name}_${config#*:} ;; esac
   workdir=runs/${name//[^A-Za-z0-9._-]/_}

@@ -15,8 +15,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from mlcd_jax import cli
-from mlcd_jax import errors
+from mlcd_jax.runtime import cli
+from mlcd_jax.runtime import errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
 flags.DEFINE_string(
@@ -32,7 +32,7 @@ def main(rest: list[str]) -> None:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
   path = cli.workdir() / 'bad_keys.txt'
   from mlcd_jax import config_check
-  from mlcd_jax import files
+  from mlcd_jax.runtime import files
 
   config_check.check(_CONFIG.value)
   try:  # Before hours of reading.
@@ -57,16 +57,16 @@ def find_bad(data) -> tuple[list[bytes], Any]:
     The keys of the images that cannot be decoded, in order, and the
     `problems.Problems`, with what the source leaves out in any case.
   """
-  from mlcd_jax import metrics
-  from mlcd_jax.data import problems
   from mlcd_jax.data import sources
   from mlcd_jax.data import transforms
+  from mlcd_jax.runtime import problems
+  from mlcd_jax.runtime import progress as progress_lib
 
   data = data.copy_and_resolve_references()
   data.bad_keys = ''
   found = problems.Problems('check_data')
   source = sources.make(data, found=found)
-  progress = metrics.Progress('check_data', len(source), unit='images')
+  progress = progress_lib.Progress('check_data', len(source), unit='images')
 
   def check(index):
     try:

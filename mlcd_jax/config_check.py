@@ -6,8 +6,8 @@ from typing import Any
 import ml_collections
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
-from mlcd_jax import paths
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import paths
 
 
 def check(

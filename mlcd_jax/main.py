@@ -11,8 +11,8 @@ writes to runs/vit_b16_laion400m. Run the same command again to continue.
 from absl import flags
 from ml_collections import config_flags
 
-from mlcd_jax import cli
-from mlcd_jax import errors
+from mlcd_jax.runtime import cli
+from mlcd_jax.runtime import errors
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
 flags.DEFINE_string(
@@ -40,8 +40,8 @@ def main(rest: list[str]) -> None:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
   workdir = cli.workdir()
   # Imported late, so that --help and mistakes answer at once.
-  from mlcd_jax import distributed
   from mlcd_jax import stages
+  from mlcd_jax.runtime import distributed
 
   distributed.initialize(
     coordinator_address=_COORDINATOR.value,

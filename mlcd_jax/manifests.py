@@ -6,9 +6,9 @@ import json
 import pathlib
 from typing import Any
 
-from mlcd_jax import distributed
-from mlcd_jax import errors
-from mlcd_jax import files
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
 
 NAME = 'manifest.json'
 
@@ -171,3 +171,16 @@ def check_same(
         f'has {value!r}; use another --workdir, or set it back with '
         f'--config.{field}'
       )
+
+
+def places(workdir: pathlib.Path, folders: Mapping[str, pathlib.Path]) -> str:
+  """Returns a line for each thing that the run left, and where it lies."""
+  found = {
+    **folders,
+    'curves': workdir / 'metrics.jsonl',
+    'results': workdir / 'results.json',
+    'page': workdir / 'report.html',
+  }
+  return '\n'.join(
+    f'  {name:<9} {path}' for name, path in found.items() if path.exists()
+  )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from mlcd_jax import errors
+from mlcd_jax.runtime import errors
 
 SCHEDULES = ('cosine', 'polynomial', 'constant')
 HEAD_UPDATES = ('dense', 'sparse')

@@ -31,8 +31,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from mlcd_jax import cli
-from mlcd_jax import errors
+from mlcd_jax.runtime import chips as chips_lib
+from mlcd_jax.runtime import cli
+from mlcd_jax.runtime import errors
+from mlcd_jax.train import flops as flops_lib
 
 # Run as a command this module is __main__.
 _log = logging.getLogger('mlcd_jax.plan')
@@ -121,23 +123,22 @@ def _devices(topology: str, slices: int) -> list[Any]:
 
 def _embed(config, devices, utilisation) -> dict[str, Any]:
   """A batch of the embedder; nothing where its architecture is not known."""
-  from mlcd_jax import convert
-  from mlcd_jax import hardware
-  from mlcd_jax import model_embedder
   from mlcd_jax import models
   from mlcd_jax import presets
+  from mlcd_jax.embed import encoder
+  from mlcd_jax.weights import huggingface
 
   fields = presets.embedder(config)
   if fields is None:
     return {}
   batch_size = config.embed.batch_size
   model = models.make(fields)
-  params = convert.abstract_params(model)
+  params = huggingface.abstract_params(model)
   out = _compile(
     'embed',
-    *model_embedder.abstract_call(model, params, devices, batch_size),
+    *encoder.abstract_call(model, params, devices, batch_size),
   )
-  flops = batch_size * hardware.encoder_flops(fields)
+  flops = batch_size * flops_lib.encoder_flops(fields)
   out |= _bounds(out, flops, _chip(devices), utilisation)
   num_images = presets.num_images(config)
   steps = num_images and -(-num_images // (batch_size * len(devices)))
@@ -190,23 +191,22 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
 
 def _train(config, devices, utilisation) -> dict[str, Any]:
   """The train step."""
-  from mlcd_jax import hardware
   from mlcd_jax import presets
   from mlcd_jax import sharding
-  from mlcd_jax import train_step
+  from mlcd_jax.train import step
 
   mesh = sharding.from_config(config, devices=devices)
   num_images = presets.num_images(config)
   steps = config.train.steps
   if not steps and num_images:
     steps = round(config.train.epochs * num_images / config.train.batch_size)
-  program = train_step.Program(
+  program = step.Program(
     config=config,
     num_classes=config.cluster.num_centers,
     steps=steps or 1,
     mesh=mesh,
   )
-  parts = hardware.train_flops(config, program.num_classes)
+  parts = flops_lib.train_flops(config, program.num_classes)
   images = config.train.batch_size / len(devices)
   flops = images * sum(parts.values())
   if config.model.remat == 'full':
@@ -228,7 +228,7 @@ def _train(config, devices, utilisation) -> dict[str, Any]:
 
 def _compile(name: str, function, arguments) -> dict[str, Any]:
   """Compiles for the arguments' devices and reads what that needs."""
-  from mlcd_jax import hlo
+  from mlcd_jax.runtime import hlo
 
   _log.info('plan: compiling %s', name)
   start = time.monotonic()
@@ -269,12 +269,10 @@ def _compile(name: str, function, arguments) -> dict[str, Any]:
 
 def _chip(devices):
   """A device's share of what its chip can do."""
-  from mlcd_jax import hardware
-
   per_chip = max(
     collections.Counter(tuple(d.coords) for d in _first(devices)).values()
   )
-  chip = hardware.find(devices[0].device_kind, devices_per_chip=per_chip)
+  chip = chips_lib.find(devices[0].device_kind, devices_per_chip=per_chip)
   if chip is None:
     raise errors.UserError(
       f'--topology: nothing is known of {devices[0].device_kind}'

@@ -9,7 +9,7 @@ and UNICOM arXiv 2304.05884.
 import ml_collections
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
+from mlcd_jax.runtime import errors
 
 NAMES = ('embedded', 'laion400m', 'coyo700m', 'imagenet1k', 'webdataset')
 

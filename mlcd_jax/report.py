@@ -6,11 +6,11 @@ python -m mlcd_jax.report runs/quickstart runs/quickstart_1label
 from collections.abc import Sequence
 import pathlib
 
-from mlcd_jax import cli
-from mlcd_jax import errors
-from mlcd_jax import files
-from mlcd_jax import paths
 from mlcd_jax.evaluate import table as evaluate_table
+from mlcd_jax.runtime import cli
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import paths
 
 _HEADINGS = {
   'linear': 'linear probe',

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
+from mlcd_jax.runtime import errors
 
 AXES = ('data', 'fsdp')
 REPLICATED = PartitionSpec()
@@ -237,3 +237,13 @@ def _check(
         f'{name} {list(shape)}: {size} does not divide over the {parts} '
         f'devices of mesh axes {axes}'
       )
+
+
+def describe(mesh: Mesh) -> str:
+  """Returns such as '8 TPU v5 lite, mesh data 4 x fsdp 2, 2 processes'."""
+  processes = jax.process_count()
+  return (
+    f'{mesh.size} {mesh.devices.flat[0].device_kind}, mesh '
+    + ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
+    + f', {processes} process{"es" * (processes > 1)}'
+  )

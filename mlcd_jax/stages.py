@@ -14,29 +14,30 @@ from typing import Any
 from jax.sharding import Mesh
 import ml_collections
 
-from mlcd_jax import checkpoint
 from mlcd_jax import config as config_lib
 from mlcd_jax import config_check
-from mlcd_jax import distributed
-from mlcd_jax import embed
-from mlcd_jax import errors
-from mlcd_jax import files
-from mlcd_jax import labels
 from mlcd_jax import manifests
 from mlcd_jax import models
-from mlcd_jax import paths
 from mlcd_jax import sharding
-from mlcd_jax import summary
-from mlcd_jax import terminal
-from mlcd_jax import train
-from mlcd_jax import train_step
+from mlcd_jax.cluster import labels
+from mlcd_jax.cluster import stage as cluster_lib
 from mlcd_jax.data import sources
+from mlcd_jax.embed import embedders
+from mlcd_jax.embed import stage as embed
 from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.evaluate import stage as evaluate
 from mlcd_jax.evaluate import table
 from mlcd_jax.models import resnet
 from mlcd_jax.page import writer
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import paths
+from mlcd_jax.runtime import terminal
+from mlcd_jax.train import stage as train
+from mlcd_jax.train import step as step_lib
+from mlcd_jax.weights import checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def run(
     run_.check_order(stages)
     if main:
       files.write_json(workdir / 'config.json', config_lib.to_dict(config))
-    _log.info('devices: %s', summary.devices(mesh))
+    _log.info('devices: %s', sharding.describe(mesh))
     for stage in STAGES:
       if stage in stages:
         getattr(run_, stage)()
@@ -239,7 +240,7 @@ class _Run:
     """Leaves a page of all that is there, and says where it lies."""
     if distributed.is_main():
       self._page.finish()
-      places = summary.places(self._workdir, self._folders)
+      places = manifests.places(self._workdir, self._folders)
       _log.info('all lies in\n%s', places)
 
   @property
@@ -265,7 +266,7 @@ class _Run:
     manifest = self._open('cluster', {'embeddings': made.fingerprint()})
     if not manifest.complete:
       with self._page.stage('cluster'):
-        labels.run(
+        cluster_lib.run(
           self._config,
           manifest,
           embedded=made,
@@ -312,13 +313,13 @@ class _Run:
     if manifest.complete:
       return
     source = sources.make(self._config.data)
-    program = train_step.Program(
+    program = step_lib.Program(
       config=self._config,
       num_classes=self._done('cluster').result['num_centers'],
       steps=train.num_steps(self._config, len(source)),
       mesh=self._mesh,
     )
-    embedder = embed.load_embedder(
+    embedder = embedders.load_embedder(
       self._done('embed'), batch_size=self._config.embed.batch_size
     )
     scored = evaluate.of_run(program, checkpoints, step, embedder)

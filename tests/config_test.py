@@ -5,8 +5,8 @@ import pytest
 
 from mlcd_jax import config as config_lib
 from mlcd_jax import config_check
-from mlcd_jax import errors
 from mlcd_jax import models
+from mlcd_jax.runtime import errors
 
 
 @pytest.mark.parametrize(

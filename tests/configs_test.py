@@ -10,9 +10,9 @@ import pytest
 
 from mlcd_jax import config as config_lib
 from mlcd_jax import config_check
-from mlcd_jax import errors
 from mlcd_jax import models
 from mlcd_jax import presets
+from mlcd_jax.runtime import errors
 
 _CONFIGS = sorted(
   (pathlib.Path(__file__).parent.parent / 'configs').glob('*.py')

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mlcd_jax import checkpoint
+from mlcd_jax.weights import checkpoint
 from tests import commands
 
 pytestmark = pytest.mark.slow

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax import optimizer
+from mlcd_jax.runtime import errors
 
 
 def config(**fields):

@@ -10,10 +10,11 @@ import sys
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import hardware
-from mlcd_jax import hlo
 from mlcd_jax import plan
 from mlcd_jax import presets
+from mlcd_jax.runtime import chips
+from mlcd_jax.runtime import hlo
+from mlcd_jax.train import flops
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -52,7 +53,7 @@ def test_flops_of_known_models():
     ('L/14', 81, 768),
   ):
     config = presets.make('laion400m', variant=variant, embedding_dim=dim)
-    found = hardware.encoder_flops(config.model) / 2e9
+    found = flops.encoder_flops(config.model) / 2e9
     assert found == pytest.approx(giga, rel=0.02)
 
 
@@ -60,13 +61,13 @@ def test_flops_of_a_resnet():
   config = config_lib.default().model
   config.update(variant='resnet50', pooling='average', image_size=224)
   config.embedding_dim = 1_000  # torchvision's head; its table has 4.09.
-  found = hardware.encoder_flops(config) / 2e9
+  found = flops.encoder_flops(config) / 2e9
   assert found == pytest.approx(4.09, abs=0.005)
 
 
 def test_classifier_is_a_small_part_of_the_step():
   config = presets.make('laion400m', variant='B/16', embedding_dim=512)
-  parts = hardware.train_flops(config, 1_000_000)
+  parts = flops.train_flops(config, 1_000_000)
   assert parts['classifier'] < 0.05 * sum(parts.values())
 
 
@@ -84,10 +85,10 @@ def test_only_embedders_of_a_known_architecture_are_planned():
 
 
 def test_chips_by_name():
-  assert hardware.find('TPU v5 lite').flops == 197e12
-  assert hardware.find('TPU v5').flops == 459e12
-  assert hardware.find('cpu') is None
-  assert hardware.find('TPU7x', devices_per_chip=2).memory == 96 * 2**30
+  assert chips.find('TPU v5 lite').flops == 197e12
+  assert chips.find('TPU v5').flops == 459e12
+  assert chips.find('cpu') is None
+  assert chips.find('TPU7x', devices_per_chip=2).memory == 96 * 2**30
 
 
 class _Full:
@@ -122,13 +123,13 @@ def test_says_what_would_make_it_fit(fields, advice):
   assert not out['fits']
   assert out['bytes_per_chip'] == 20.5 * 2**30
   out['mesh'] = {'data': 256, 'fsdp': 1}
-  found = plan._advice(config, out, hardware.find('TPU v5 lite'))
+  found = plan._advice(config, out, chips.find('TPU v5 lite'))
   assert found.startswith(advice)
 
 
 def test_a_state_that_fills_the_memory_is_to_be_split():
   config = presets.make('laion400m', variant='B/16', embedding_dim=512)
-  chip = hardware.find('TPU v5 lite')
+  chip = chips.find('TPU v5 lite')
   found = plan._advice(config, {'arguments': 0.6 * chip.memory}, chip)
   assert found.startswith('raise mesh.fsdp=1')
 

@@ -12,8 +12,8 @@ import sys
 import numpy as np
 import pytest
 
-from mlcd_jax import checkpoint
 from mlcd_jax.evaluate import table as results_table
+from mlcd_jax.weights import checkpoint
 from tests import commands
 
 _TIMEOUT = 8  # Seconds until a silent process counts as lost.

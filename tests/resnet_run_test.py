@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from mlcd_jax import checkpoint
-from mlcd_jax import convert
-from mlcd_jax import encoders
-from mlcd_jax import errors
-from mlcd_jax import initial
 from mlcd_jax import models
 from mlcd_jax import sharding
 from mlcd_jax import stages
-from mlcd_jax import train_step
+from mlcd_jax.runtime import errors
+from mlcd_jax.train import init
+from mlcd_jax.train import step as step_lib
+from mlcd_jax.weights import checkpoint
+from mlcd_jax.weights import export
+from mlcd_jax.weights import huggingface
 
 QUICK = {'xla_backend_optimization_level': 0}
 STEPS = 4
@@ -36,7 +36,7 @@ def fixture_config(tiny_config):
 
 def make_program(config, *shape):
   devices = jax.devices()[: np.prod(shape)]
-  return train_step.Program(
+  return step_lib.Program(
     config=config,
     num_classes=config.cluster.num_centers,
     steps=STEPS,
@@ -106,14 +106,14 @@ def test_averages_are_of_the_whole_batch_and_survive_a_stop(config, tmp_path):
 def test_exports_to_transformers_only(config, tmp_path):
   model = models.make(config.model)
   params = make_program(config, 1, 1).init_encoder()
-  encoders.to_huggingface(tmp_path / 'a', model, {'params': params})
+  export.to_huggingface(tmp_path / 'a', model, {'params': params})
   tensors = safetensors_numpy.load_file(tmp_path / 'a/model.safetensors')
   exported = [name for name in tensors if not name.endswith('tracked')]
   assert len(exported) == len(flatten(params)) - 1  # It has no projection.
   assert 'ResNetModel' in (tmp_path / 'a/README.md').read_text()
   for layout in ('timm', 'open_clip'):
     with pytest.raises(errors.UserError, match='is written for ViTs only'):
-      encoders.to_huggingface(
+      export.to_huggingface(
         tmp_path / layout, model, {'params': params}, layout=layout
       )
 
@@ -135,7 +135,7 @@ def test_whole_run(config, tmp_path):
   for steps in (STEPS // 2, 0):
     config.train.stop_after_steps = steps
     stages.run(config, parts, ('train',))
-  params = convert.abstract_params(models.make(config.model))
+  params = huggingface.abstract_params(models.make(config.model))
   wanted = {'params': {'encoder': params}, 'ema': params}
   found, expected = (
     checkpoint.restore_part(workdir / 'checkpoints', STEPS, wanted)
@@ -143,7 +143,7 @@ def test_whole_run(config, tmp_path):
   )
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 
-  encoders.export(str(whole), tmp_path / 'exported')
+  export.export(str(whole), tmp_path / 'exported')
   tensors = safetensors_numpy.load_file(tmp_path / 'exported/model.safetensors')
   np.testing.assert_array_equal(
     tensors['embedder.embedder.normalization.running_var'],
@@ -151,10 +151,10 @@ def test_whole_run(config, tmp_path):
   )
 
   config.model.init_from, config.model.image_size = str(whole), 64
-  state = initial.make(make_program(config, 1, 1), clusters=whole / 'clusters')
+  state = init.make(make_program(config, 1, 1), clusters=whole / 'clusters')
   jax.tree.map(
     np.testing.assert_array_equal, state.params['encoder'], expected['ema']
   )
   config.model.variant = 'Nano/16'
   with pytest.raises(errors.UserError, match='its width is 16.*model.variant'):
-    initial.make(make_program(config, 1, 1), clusters=whole / 'clusters')
+    init.make(make_program(config, 1, 1), clusters=whole / 'clusters')

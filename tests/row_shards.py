@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlcd_jax import row_files
+from mlcd_jax.embed import row_files
 
 DIM = 8
 

@@ -5,8 +5,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from mlcd_jax import errors
 from mlcd_jax import sharding
+from mlcd_jax.runtime import errors
 
 
 def test_the_rest_goes_to_the_axis_left_open():

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from mlcd_jax import embeddings
-from mlcd_jax import encoders
-from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax import report
 from mlcd_jax import stages
+from mlcd_jax.embed import shards
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.weights import export
 
 
 @pytest.fixture(scope='module', name='folder')
@@ -48,7 +48,7 @@ def snapshot(folder):
 def test_artefacts(done, tiny_config):
   config = json.loads((done / 'config.json').read_text())
   assert config['cluster']['num_centers'] == 64
-  rows = embeddings.Embeddings(done / 'embeddings', 3)
+  rows = shards.Embeddings(done / 'embeddings', 3)
   assert rows.shape == (300, 324)
 
   centers = np.load(done / 'clusters/centers.npy')
@@ -420,7 +420,7 @@ def test_released_weights_embed_and_start_training(tiny_config, tmp_path):
   tiny_config.model.pooling = 'class_token'
   model = models.make(tiny_config.model)
   images = np.zeros((1, 28, 28, 3), np.uint8)
-  encoders.to_huggingface(start, model, model.init(jax.random.key(0), images))
+  export.to_huggingface(start, model, model.init(jax.random.key(0), images))
   tiny_config.embed.embedder = 'huggingface'
   tiny_config.embed.path = str(clip)
   tiny_config.embed.batch_size = 4

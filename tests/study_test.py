@@ -9,8 +9,8 @@ import scipy.stats
 from benchmarks import studies
 from benchmarks import study_runs
 from benchmarks import study_tables
-from mlcd_jax import files
 from mlcd_jax import stages
+from mlcd_jax.runtime import files
 from tests import commands
 
 ROOT = pathlib.Path(__file__).parent.parent

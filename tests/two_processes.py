@@ -13,10 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlcd_jax import checkpoint
 from mlcd_jax import config as config_lib
-from mlcd_jax import distributed
-from mlcd_jax import errors
 from mlcd_jax import manifests
 from mlcd_jax import sharding
 from mlcd_jax import stages
@@ -26,6 +23,9 @@ from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import lit
 from mlcd_jax.models import text
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.weights import checkpoint
 from tests.data import shards
 
 _SIZE = 32

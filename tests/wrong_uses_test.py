@@ -8,10 +8,10 @@ from absl import flags
 import numpy as np
 import pytest
 
-from mlcd_jax import cli
-from mlcd_jax import errors
 from mlcd_jax import main
 from mlcd_jax import stages
+from mlcd_jax.runtime import cli
+from mlcd_jax.runtime import errors
 from tests import commands
 
 _BASE = ('--config=configs/quickstart.py', '--workdir=x')

@@ -21,13 +21,13 @@ import ml_collections
 import numpy as np
 from tensorflow_datasets.proto import tf_example_generated_pb2
 
-from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax.data import cache
 from mlcd_jax.data import keys as keys_lib
-from mlcd_jax.data import problems
 from mlcd_jax.data import records
-from mlcd_jax.data import storage
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import problems
+from mlcd_jax.runtime import storage
 
 # Records that may be damaged before a file counts as one of something else.
 _LOOKED_AT = 100

@@ -6,10 +6,10 @@ import hashlib
 import os
 import pathlib
 
-from mlcd_jax import errors
-from mlcd_jax import files
-from mlcd_jax import paths
-from mlcd_jax.data import storage
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import paths
+from mlcd_jax.runtime import storage
 
 
 def place(file: storage.File, cache_dir: str, suffix: str) -> pathlib.Path:

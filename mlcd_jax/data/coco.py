@@ -16,13 +16,13 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from mlcd_jax import errors
-from mlcd_jax import files
-from mlcd_jax import paths
 from mlcd_jax.data import folder as folder_lib
 from mlcd_jax.data import keys as keys_lib
-from mlcd_jax.data import problems
-from mlcd_jax.data import storage
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import paths
+from mlcd_jax.runtime import problems
+from mlcd_jax.runtime import storage
 
 _URL = 'http://images.cocodataset.org'
 _PUBLISHED = ('train2014', 'val2014', 'train2017', 'val2017')

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlcd_jax import paths
 from mlcd_jax.data import keys as keys_lib
+from mlcd_jax.runtime import paths
 
 _log = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax.data import cache
 from mlcd_jax.data import keys as keys_lib
-from mlcd_jax.data import problems
-from mlcd_jax.data import storage
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import problems
+from mlcd_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from typing import Protocol
 import grain
 import numpy as np
 
-from mlcd_jax import files
-from mlcd_jax.data import problems
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import problems
 
 # Images that a thread or process makes at once: work enough to be handed out,
 # little enough that memory stays small where a batch has thousands.

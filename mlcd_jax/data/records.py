@@ -10,9 +10,9 @@ from typing import NamedTuple
 from array_record.python import array_record_module
 import numpy as np
 
-from mlcd_jax import errors
-from mlcd_jax.data import open_files
-from mlcd_jax.data import storage
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import open_files
+from mlcd_jax.runtime import storage
 
 # As the library's data source, for random access.
 _OPTIONS = 'readahead_buffer_size:0'

@@ -23,13 +23,13 @@ from typing import Protocol
 import ml_collections
 import numpy as np
 
-from mlcd_jax import distributed
-from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax import manifests
-from mlcd_jax import paths
 from mlcd_jax.data import keys as keys_lib
-from mlcd_jax.data import problems
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import paths
+from mlcd_jax.runtime import problems
 
 _log = logging.getLogger(__name__)
 

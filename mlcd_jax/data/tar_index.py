@@ -19,11 +19,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mlcd_jax import errors
 from mlcd_jax.data import cache
 from mlcd_jax.data import formats
 from mlcd_jax.data import keys as keys_lib
-from mlcd_jax.data import storage
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 
-from mlcd_jax import errors
-from mlcd_jax import files
-from mlcd_jax import paths
 from mlcd_jax.data import keys as keys_lib
-from mlcd_jax.data import problems
 from mlcd_jax.data import records
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import paths
+from mlcd_jax.runtime import problems
 
 _log = logging.getLogger(__name__)
 

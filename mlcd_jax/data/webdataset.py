@@ -11,11 +11,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from mlcd_jax import files
 from mlcd_jax.data import keys as keys_lib
-from mlcd_jax.data import problems
-from mlcd_jax.data import storage
 from mlcd_jax.data import tar_index
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import problems
+from mlcd_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import os
 import ml_collections
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax.evaluate import prompts
+from mlcd_jax.runtime import errors
 
 _log = logging.getLogger(__name__)
 

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
-from mlcd_jax import distributed
-from mlcd_jax import embed
-from mlcd_jax import encoders
 from mlcd_jax import manifests
 from mlcd_jax import sharding
-from mlcd_jax.huggingface import embedder as huggingface
-from mlcd_jax.huggingface import folders
-from mlcd_jax.huggingface import text as huggingface_text
+from mlcd_jax.embed import embedders
+from mlcd_jax.embed import huggingface
+from mlcd_jax.runtime import distributed
+from mlcd_jax.weights import hub
+from mlcd_jax.weights import load as load_lib
+from mlcd_jax.weights import text as huggingface_text
 
 _FIELD = 'evaluate.encoder'
 
@@ -89,7 +89,7 @@ def _pooled(params, images, *, model, mesh):
   )
 
 
-def from_embedder(embedder: embed.Embedder) -> Encoder:
+def from_embedder(embedder: embedders.Embedder) -> Encoder:
   """The features that were clustered."""
   mesh = sharding.make_mesh()
   return Encoder(
@@ -122,25 +122,25 @@ def load(path: str, mesh: Mesh) -> Encoder:
   Raises:
     UserError: there is no encoder, or not a whole one.
   """
-  path = folders.pinned(path, _FIELD)
-  model, variables, _ = encoders.load(path, _FIELD)
+  path = hub.pinned(path, _FIELD)
+  model, variables, _ = load_lib.load(path, _FIELD)
   params = jax.device_put(
     variables['params'], NamedSharding(mesh, sharding.REPLICATED)
   )
-  prepare = encoders.load_preprocessing(path, _FIELD)
+  prepare = load_lib.load_preprocessing(path, _FIELD)
   size = prepare.image_size if prepare else 0
   encoder = from_model(model, params, mesh, prepare=prepare, image_size=size)
-  kind, folder = folders.find(path, _FIELD)
-  if kind == folders.RELEASED and huggingface_text.is_there(folder):
+  kind, folder = hub.find(path, _FIELD)
+  if kind == hub.RELEASED and huggingface_text.is_there(folder):
     return dataclasses.replace(encoder, text_path=path)
   return encoder
 
 
 def identity(path: str) -> dict[str, Any]:
   """What says which weights `evaluate.encoder` stands for now."""
-  kind, folder = folders.find(path, _FIELD)
-  if kind != folders.RUN:
+  kind, folder = hub.find(path, _FIELD)
+  if kind != hub.RUN:
     return distributed.decide('encoder', lambda: huggingface.pin(path, _FIELD))
-  checkpoints, step = encoders.checkpoint_of(folder)
+  checkpoints, step = load_lib.checkpoint_of(folder)
   made = manifests.load(checkpoints)
   return {'step': step, 'train': made and made.fingerprint()}

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from mlcd_jax import distributed
-from mlcd_jax import files
-from mlcd_jax import metrics
 from mlcd_jax import sharding
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import encoders
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import progress as progress_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Extractor:
     sources.check_same(source, f'evaluate.datasets ({name})')
     path = self._path(name)
     keys = _digest(source)
-    progress = metrics.Progress(
+    progress = progress_lib.Progress(
       f'features {self.name} {name}', len(source), unit='images'
     )
     rows, values = [], []

@@ -12,10 +12,10 @@ import logging
 import ml_collections
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import features
-from mlcd_jax.evaluate import zero_shot
+from mlcd_jax.evaluate.tasks import zero_shot
+from mlcd_jax.runtime import errors
 
 _log = logging.getLogger(__name__)
 

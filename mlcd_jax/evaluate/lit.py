@@ -24,19 +24,19 @@ import ml_collections
 import numpy as np
 import optax
 
-from mlcd_jax import contrastive
-from mlcd_jax import errors
-from mlcd_jax import metrics
 from mlcd_jax import nearest
 from mlcd_jax import optimizer
 from mlcd_jax import points
 from mlcd_jax import sharding
-from mlcd_jax import tokenizer
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
+from mlcd_jax.evaluate import contrastive
 from mlcd_jax.evaluate import features as features_lib
-from mlcd_jax.huggingface import text as huggingface_text
 from mlcd_jax.models import text
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import progress as progress_lib
+from mlcd_jax.weights import text as huggingface_text
+from mlcd_jax.weights import tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ def train(
   params = sharding.put(mesh, sharding.REPLICATED, jax.device_get(params))
   step, state = _make_step(model, params, config, mesh)
   own = sharding.own_rows(mesh, config.lit.batch_size)
-  progress = metrics.Progress('text tower', config.lit.steps, unit='steps')
+  progress = progress_lib.Progress('text tower', config.lit.steps, unit='steps')
   for i in range(config.lit.steps):
     rows = _rows_of(i, len(images_ND), config)[own]
     rng = np.random.default_rng((config.seed, i))

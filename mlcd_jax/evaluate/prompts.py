@@ -9,8 +9,8 @@ import importlib.resources
 import json
 import re
 
-from mlcd_jax import errors
-from mlcd_jax import paths
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import paths
 
 
 def sentences(

@@ -15,27 +15,27 @@ from typing import Any
 from jax.sharding import Mesh
 import ml_collections
 
-from mlcd_jax import checkpoint
 from mlcd_jax import config as config_lib
-from mlcd_jax import distributed
-from mlcd_jax import embed
-from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax import manifests
-from mlcd_jax import train_step
 from mlcd_jax.data import sources
+from mlcd_jax.embed import embedders
 from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
-from mlcd_jax.evaluate import few_shot
-from mlcd_jax.evaluate import finetune
-from mlcd_jax.evaluate import knn
 from mlcd_jax.evaluate import labelled
-from mlcd_jax.evaluate import linear
 from mlcd_jax.evaluate import lit
-from mlcd_jax.evaluate import multi_label
-from mlcd_jax.evaluate import retrieval
-from mlcd_jax.evaluate import zero_shot
+from mlcd_jax.evaluate.tasks import few_shot
+from mlcd_jax.evaluate.tasks import finetune
+from mlcd_jax.evaluate.tasks import knn
+from mlcd_jax.evaluate.tasks import linear
+from mlcd_jax.evaluate.tasks import multi_label
+from mlcd_jax.evaluate.tasks import retrieval
+from mlcd_jax.evaluate.tasks import zero_shot
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.train import step as step_lib
+from mlcd_jax.weights import checkpoint
 
 _TASKS = {
   'linear': linear.run,
@@ -144,7 +144,7 @@ def _applies(task: str, data: features.Data) -> bool:
 
 def inside_training(
   config: ml_collections.ConfigDict,
-) -> Callable[[train_step.Program, Any], dict[str, float | None]]:
+) -> Callable[[step_lib.Program, Any], dict[str, float | None]]:
   """What train.run calls every `evaluate.every_steps`.
 
   Returns:
@@ -199,10 +199,10 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
 
 
 def of_run(
-  program: train_step.Program,
+  program: step_lib.Program,
   checkpoints: pathlib.Path,
   step: int,
-  embedder: embed.Embedder | None,
+  embedder: embedders.Embedder | None,
 ) -> dict[str, encoders.Encoder]:
   """A run's encoder and its baselines, by their names in results.json."""
   checkpointer = checkpoint.Checkpointer(checkpoints)

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import ml_collections
 
-from mlcd_jax import errors
 from mlcd_jax.models import resnet
 from mlcd_jax.models import vit
+from mlcd_jax.runtime import errors
 
 Encoder = vit.ViT | resnet.ResNet
 

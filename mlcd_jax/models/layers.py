@@ -8,7 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from mlcd_jax import products
+from mlcd_jax.models import matmul
 from mlcd_jax.models import positions
 
 normal = nn.initializers.truncated_normal(0.02)
@@ -251,5 +251,5 @@ def _flat_matmul(
   The gradient of the kernel then sums over one axis, not over several, which
   XLA's CPU back end is slow at.
   """
-  out = products.matmul(x.reshape(-1, x.shape[-1]), kernel, dtype)
+  out = matmul.matmul(x.reshape(-1, x.shape[-1]), kernel, dtype)
   return out.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -13,8 +13,8 @@ import pathlib
 
 import numpy as np
 
-from mlcd_jax import files
-from mlcd_jax import labels as labels_lib
+from mlcd_jax.cluster import labels as labels_lib
+from mlcd_jax.runtime import files
 
 _PER_GROUP = 16  # Clusters shown of each kind.
 # Above this many centers, near duplicates are sought of so many of them.

@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from mlcd_jax import files
+from mlcd_jax.runtime import files
 
 _MAX_POINTS = 1_000
 

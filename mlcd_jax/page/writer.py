@@ -13,17 +13,17 @@ from jax.sharding import Mesh
 import ml_collections
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import distributed
-from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax import manifests
 from mlcd_jax import report
-from mlcd_jax import summary
+from mlcd_jax import sharding
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.page import curves
-from mlcd_jax.page import gather
 from mlcd_jax.page import render
+from mlcd_jax.page import sections
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Page:
       encoder: of the run.
       source: of the images.
     """
-    found = self._part(gather.patch_colours, encoder, source)
+    found = self._part(sections.patch_colours, encoder, source)
     if found and distributed.is_main():
       files.write_json(self._kept / _PATCHES, found)
 
@@ -149,7 +149,7 @@ class Page:
       if clustering.exists()
       else None,
       'clusters': self._part(
-        gather.browsers,
+        sections.browsers,
         c,
         self._kept / 'browsers.json',
         embedded=embedded,
@@ -158,11 +158,11 @@ class Page:
       'results': files.read_json(results) if results.exists() else {},
       'encoders': report.ENCODERS,
       'patches': files.read_json(patches) if patches.exists() else [],
-      'bad': gather.bad_data(
+      'bad': sections.bad_data(
         self._workdir, embedded=embedded, clustered=clustered
       ),
       'preset': self._preset[0],
-      'config': gather.config_fields(c, self._preset[1]),
+      'config': sections.config_fields(c, self._preset[1]),
     }
 
   def _part(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +181,7 @@ class Page:
     seconds = self._seconds()
     out = []
     for name, folder in self._folders.items():
-      found = gather.manifest(folder)
+      found = sections.manifest(folder)
       state = 'done' if found.get('complete') else 'begun' if found else ''
       if name == self._running:
         state = 'running'
@@ -206,7 +206,7 @@ class Page:
 
   def _summary(self, read: Mapping[str, Any]) -> list[list[Any]]:
     c = self._config
-    made = gather.manifest(self._folders['embed']).get('result', {})
+    made = sections.manifest(self._folders['embed']).get('result', {})
     rows = [
       ['model', f'{c.model.variant}, {c.model.image_size} pixels'],
       ['data', f'{c.data.source} {c.data.path} {c.data.split}'],
@@ -216,7 +216,7 @@ class Page:
       ['labels an image', c.loss.num_positives],
       ['loss', c.loss.name],
       ['batch size', c.train.batch_size],
-      ['devices', summary.devices(self._mesh)],
+      ['devices', sharding.describe(self._mesh)],
     ]
     if read['step']:
       rows.append(['last step logged', read['step'][-1]])

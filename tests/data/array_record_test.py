@@ -1,10 +1,10 @@
 """Records that are no examples, and features of other types."""
 
 import pytest
-import shards
 
-from mlcd_jax import errors
 from mlcd_jax.data import sources
+from mlcd_jax.runtime import errors
+from tests.data import shards
 
 
 def _example(image=None, label=None, caption=b''):

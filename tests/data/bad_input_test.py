@@ -4,18 +4,18 @@ import types
 
 import numpy as np
 import pytest
-import shards
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import embed
-from mlcd_jax import embeddings
-from mlcd_jax import errors
 from mlcd_jax import manifests
-from mlcd_jax import train
 from mlcd_jax.data import matching
 from mlcd_jax.data import pipelines
-from mlcd_jax.data import problems
 from mlcd_jax.data import sources
+from mlcd_jax.embed import shards as shards_lib
+from mlcd_jax.embed import stage as embed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import problems
+from mlcd_jax.train import stage as train
+from tests.data import shards
 
 
 def _data(path, source='webdataset', **fields):
@@ -286,7 +286,7 @@ def test_embedding_has_no_row_for_a_bad_image(tmp_path):
   )
   embed.run(config, manifest)
   good = [f'{i:04d}' for i in range(40) if i not in _BAD]
-  made = embeddings.open_made(manifests.load(tmp_path / 'embeddings'))
+  made = shards_lib.open_made(manifests.load(tmp_path / 'embeddings'))
   assert made.keys().astype(str).tolist() == good
   assert manifest.result['bad'] == {r: 1 for _, r in _BAD.values()}
   assert sum(manifest.result['shard_rows']) == 37

@@ -8,13 +8,13 @@ import resource
 
 import fsspec
 import pytest
-import shards
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
-from mlcd_jax import files
 from mlcd_jax.data import sources
 from mlcd_jax.data import tar_index
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from tests.data import shards
 
 
 def data(source, path, cache_dir=''):

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import shards
 
 from mlcd_jax import config as config_lib
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import stage
+from tests.data import shards
 
 _SPARSE = {
   'of 64 bits': ([7308324466020115, 7308324466020116, 5], [1, 2, 0]),

@@ -4,17 +4,17 @@ import json
 
 import jax
 import pytest
-import shards
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax import sharding
 from mlcd_jax.data import coco
-from mlcd_jax.data import problems
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import stage
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import problems
+from tests.data import shards
 
 _OUTLINE = [[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]]
 _CROWD = {'counts': [4, 5, 7], 'size': [4, 4]}

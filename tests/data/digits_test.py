@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
+from mlcd_jax.runtime import errors
 
 
 @pytest.fixture(scope='module', name='train')

@@ -7,15 +7,15 @@ import os
 import numpy as np
 from PIL import Image
 import pytest
-import shards
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax.data import formats
 from mlcd_jax.data import pipelines
-from mlcd_jax.data import problems
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import problems
+from tests.data import shards
 
 
 def data(path, **fields):
@@ -73,7 +73,7 @@ def _broken_disk(path, monkeypatch):
 
 def _fails(path, monkeypatch, error):
   """Reading fails, as it does not for root."""
-  from mlcd_jax.data import storage
+  from mlcd_jax.runtime import storage
 
   def open_(name, *args, **kwargs):
     if name == str(path):

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import shards
 
-from mlcd_jax import errors
 from mlcd_jax.data import parquet
+from mlcd_jax.runtime import errors
+from tests.data import shards
 
 _IMAGES = [shards.jpeg(i) for i in range(3)]
 

@@ -9,15 +9,15 @@ import time
 
 import numpy as np
 import pytest
-import shards
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import files
-from mlcd_jax import labels
 from mlcd_jax import manifests
+from mlcd_jax.cluster import labels
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
+from mlcd_jax.runtime import files
+from tests.data import shards
 
 _ROOT = pathlib.Path(__file__).parents[2]
 

@@ -7,9 +7,9 @@ import resource
 from array_record.python import array_record_module
 import pytest
 
-from mlcd_jax import errors
 from mlcd_jax.data import records
-from mlcd_jax.data import storage
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import storage
 
 
 def write(path, texts):

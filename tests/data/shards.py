@@ -13,8 +13,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_generated_pb2
 
 from mlcd_jax import config as config_lib
-from mlcd_jax.data import problems
 from mlcd_jax.data import sources
+from mlcd_jax.runtime import problems
 
 NUM_CLASSES = 4
 

@@ -6,13 +6,13 @@ import os
 import fsspec
 import numpy as np
 import pytest
-import shards
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax import stages
 from mlcd_jax.data import sources
 from mlcd_jax.data import tar_index
+from mlcd_jax.runtime import errors
+from tests.data import shards
 
 _PATHS = {
   'tfds': 'mlcd_test_pictures',

@@ -6,10 +6,10 @@ import subprocess
 import tarfile
 
 import pytest
-import shards
 
-from mlcd_jax import errors
 from mlcd_jax.data import sources
+from mlcd_jax.runtime import errors
+from tests.data import shards
 
 _GNU_TAR = shutil.which('tar') and b'GNU' in (
   subprocess.run(['tar', '--version'], capture_output=True).stdout

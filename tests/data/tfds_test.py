@@ -4,12 +4,12 @@ import io
 
 import numpy as np
 import pytest
-import shards
 import tensorflow_datasets as tfds
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax.evaluate import stage
+from mlcd_jax.runtime import errors
+from tests.data import shards
 
 _IMAGE = tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg')
 _CLASS = tfds.features.ClassLabel(num_classes=4)

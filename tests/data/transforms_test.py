@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 import pytest
 import scipy.stats
-import shards
 
 from mlcd_jax.data import transforms
+from tests.data import shards
 
 
 def _smooth(height=48, width=64):

@@ -6,9 +6,9 @@ from PIL import Image
 import pytest
 
 from mlcd_jax import config_check
-from mlcd_jax import errors
 from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import stage
+from mlcd_jax.runtime import errors
 
 
 def test_the_paper_has_27(tiny_config):

@@ -4,7 +4,6 @@ import io
 import logging
 import tarfile
 
-import blobs
 from flax import linen as nn
 import jax
 import numpy as np
@@ -12,17 +11,18 @@ from PIL import Image
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax import sharding
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
-from mlcd_jax.evaluate import knn
 from mlcd_jax.evaluate import labelled
 from mlcd_jax.evaluate import lit
-from mlcd_jax.evaluate import retrieval
 from mlcd_jax.evaluate import scores
 from mlcd_jax.evaluate import stage
-from mlcd_jax.page import quality
+from mlcd_jax.evaluate.tasks import knn
+from mlcd_jax.evaluate.tasks import retrieval
+from mlcd_jax.page import agreement
+from mlcd_jax.runtime import errors
+from tests.evaluate import blobs
 
 _WORDS = ('ash', 'bay', 'oak')
 _OF_CLASSES = ('linear', 'knn', 'few_shot', 'zero_shot', 'retrieval')
@@ -278,4 +278,4 @@ def test_large_class_numbers_need_no_large_arrays(first):
   assert found == wanted
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   assert len(retrieval.images(x, y, mesh=mesh)['image_map']) == 60
-  assert quality.majority({1: first + 4, 2: first + 4, 3: first}) == first + 4
+  assert agreement.majority({1: first + 4, 2: first + 4, 3: first}) == first + 4

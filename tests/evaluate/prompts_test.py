@@ -5,9 +5,9 @@ import json
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import errors
 from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import prompts
+from mlcd_jax.runtime import errors
 
 
 def sentences(name, class_names=(), num_classes=2):

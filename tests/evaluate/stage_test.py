@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import encoders
-from mlcd_jax import errors
 from mlcd_jax import report
 from mlcd_jax import sharding
 from mlcd_jax import stages
@@ -22,6 +20,8 @@ from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import stage
 from mlcd_jax.evaluate import table
+from mlcd_jax.runtime import errors
+from mlcd_jax.weights import load as load_lib
 
 _CLIP = pathlib.Path(__file__).parent.parent / 'goldens/clip'
 
@@ -97,7 +97,7 @@ def test_released_weights_are_prepared_as_they_say(tmp_path):
   image = encoder.prepare(pixels)
   assert image.shape == (36, 36, 3)
   rows = encoder.encode(np.stack([image] * 8))
-  model, variables, _ = encoders.load(str(_CLIP), 'x')
+  model, variables, _ = load_lib.load(str(_CLIP), 'x')
   np.testing.assert_allclose(
     rows[:1], model.apply(variables, image[None])['pooled'], atol=1e-5
   )

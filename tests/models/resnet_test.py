@@ -1,6 +1,6 @@
 """ResNets: sizes, numbers recorded from transformers, and their statistics.
 
-The recorder is tests/huggingface/oracles.py.
+The recorder is tests/weights/oracles.py.
 """
 
 import functools
@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import convert
-from mlcd_jax import errors
 from mlcd_jax import models
 from mlcd_jax import optimizer
-from mlcd_jax.huggingface import layouts
 from mlcd_jax.models import batch_norm
 from mlcd_jax.models import resnet
+from mlcd_jax.runtime import errors
+from mlcd_jax.weights import huggingface
+from mlcd_jax.weights import layouts
 
 QUICK = {'xla_backend_optimization_level': 0}
 GOLDEN = np.load(
@@ -77,7 +77,7 @@ def assert_close(found, expected):
 
 
 def test_has_the_published_size():
-  params = dict(convert.abstract_params(make(variant='resnet50')))
+  params = dict(huggingface.abstract_params(make(variant='resnet50')))
   del params['projection']
   sizes = dict.fromkeys(('kernel', 'scale', 'bias', 'mean', 'variance'), 0)
   for path, x in flatten(params).items():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import convert
-from mlcd_jax import errors
 from mlcd_jax import models
-from mlcd_jax import products
+from mlcd_jax.models import matmul
 from mlcd_jax.models import vit
+from mlcd_jax.runtime import errors
+from mlcd_jax.weights import huggingface
 
 
 def make(**fields):
@@ -43,7 +43,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), np.uint8)
 )
 def test_variants_have_the_published_sizes(variant, millions):
   model = make(variant=variant, image_size=224)
-  params = dict(convert.abstract_params(model))
+  params = dict(huggingface.abstract_params(model))
   del params['projection']
   found = sum(x.size for x in jax.tree.leaves(params)) / 1e6
   assert found == pytest.approx(millions, rel=5e-3)
@@ -99,7 +99,7 @@ def test_products_accumulate_in_float32_both_ways():
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(5, 700)), jnp.bfloat16)
   y = jnp.asarray(rng.normal(size=(700, 3)), jnp.float32)
-  out, vjp = jax.vjp(lambda x, y: products.matmul(x, y, jnp.bfloat16), x, y)
+  out, vjp = jax.vjp(lambda x, y: matmul.matmul(x, y, jnp.bfloat16), x, y)
   exact = np.float64(x) @ np.float64(y.astype(jnp.bfloat16))
   assert out.dtype == jnp.float32
   np.testing.assert_allclose(out, exact, rtol=1e-4, atol=1e-3)

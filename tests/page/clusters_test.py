@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mlcd_jax import files
 from mlcd_jax.page import clusters
+from mlcd_jax.runtime import files
 
 _ROWS = (40, 1, 59)
 _CLUSTERS = 12

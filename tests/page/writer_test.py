@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from mlcd_jax import errors
 from mlcd_jax import sharding
-from mlcd_jax.page import gather
+from mlcd_jax.page import sections
 from mlcd_jax.page import writer
+from mlcd_jax.runtime import errors
 
 _FOLDERS = {
   'embed': 'embeddings',
@@ -87,7 +87,7 @@ def test_a_page_that_cannot_be_made_ends_no_run(
   def broken(*args, **kwargs):
     raise ZeroDivisionError('x')
 
-  monkeypatch.setattr(gather, 'bad_data', broken)
+  monkeypatch.setattr(sections, 'bad_data', broken)
   with caplog.at_level('WARNING'), page.stage('embed'):
     pass
   assert not (tmp_path / 'run/report.html').exists()
@@ -100,7 +100,7 @@ def test_a_part_that_cannot_be_made_is_left_out(page, tmp_path, monkeypatch):
     called.append(args)
     raise ZeroDivisionError('x')
 
-  monkeypatch.setattr(gather, 'browsers', browsers)
+  monkeypatch.setattr(sections, 'browsers', browsers)
   with page.stage('embed'):
     pass
   assert data(tmp_path)['clusters'] is None
@@ -110,7 +110,7 @@ def test_a_part_that_cannot_be_made_is_left_out(page, tmp_path, monkeypatch):
 def test_what_differs_from_the_preset(tiny_config):
   changed = tiny_config.copy_and_resolve_references()
   changed.train.batch_size = 64
-  fields = gather.config_fields(changed, tiny_config)
+  fields = sections.config_fields(changed, tiny_config)
   assert [f for f in fields if f['changed']] == [
     {
       'field': 'train.batch_size',
@@ -124,7 +124,7 @@ def test_what_differs_from_the_preset(tiny_config):
 
 def test_patches_are_shown_once_they_are_kept(page, tmp_path, monkeypatch):
   shown = [{'key': 'x', 'image': '', 'colours': ''}]
-  monkeypatch.setattr(gather, 'patch_colours', lambda *args: shown)
+  monkeypatch.setattr(sections, 'patch_colours', lambda *args: shown)
   page.show_patches(encoder=None, source=None)
   page.write()
   assert data(tmp_path)['patches'] == shown

@@ -1,0 +1,1 @@
+"""The cluster stage: rows to centers, and labels of every row."""

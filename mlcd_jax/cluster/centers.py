@@ -1,0 +1,295 @@
+"""Finds the centers of the embeddings: centers.npy and clustering.json."""
+
+import json
+import logging
+import pathlib
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from mlcd_jax import carried_sums
+from mlcd_jax import hierarchy
+from mlcd_jax import kmeans
+from mlcd_jax import points
+from mlcd_jax.cluster import split
+from mlcd_jax.embed import row_files
+from mlcd_jax.runtime import chips
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import progress as progress_lib
+
+_log = logging.getLogger(__name__)
+
+# The clustering after its last whole iteration, until it is finished.
+_STATE = 'unfinished.npz'
+
+# Rows left out that are named.
+_MAX_NAMED = 20
+
+# Cosine above which two centers are as good as one.
+_NEAR_DUPLICATE = 0.99
+
+
+class _State(NamedTuple):
+  """What is kept between iterations.
+
+  Attributes:
+    fit: the clustering so far.
+    held_out: mean cosine of the held-out rows to the nearest center, before
+      each iteration and after the last.
+    relabelled: share of them that each iteration gave another center.
+    levels: what `hierarchy.fit` reports; {} without.
+  """
+
+  fit: kmeans.Fit
+  held_out: list[float]
+  relabelled: list[float]
+  levels: dict[str, Any]
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  rows: row_files.Sharded,
+  folder: pathlib.Path,
+  mesh: Mesh,
+) -> None:
+  """Writes centers.npy and clustering.json; goes on where it was killed.
+
+  Args:
+    config: of the run.
+    rows: the embeddings.
+    folder: of the stage.
+    mesh: of all devices.
+
+  Raises:
+    UserError: there are not as many usable rows as centers.
+  """
+  chosen = split.choose(rows, config)
+  training = split.Training(rows, chosen.held_out)
+  measured = rows.take(chosen.held_out)
+  try:
+    state = _read_state(folder / _STATE)
+    if state is None:
+      state = _start(config, rows, training, chosen, mesh)
+      if state.levels:
+        _write_state(folder / _STATE, state)
+    state = _iterate(config, state, training, measured, folder / _STATE, mesh)
+  except ValueError as e:
+    raise errors.UserError(f'cluster.num_centers: {e}') from e
+  bad = chosen.held_out[~points.unit_rows(measured).any(1)].tolist()
+  fit = state.fit._replace(skipped=state.fit.skipped + len(bad))
+  bad = sorted([*bad, *map(training.row, fit.bad_rows)])[:_MAX_NAMED]
+  if bad:
+    _log.warning(
+      '%d zero or non-finite rows were left out: %s',
+      fit.skipped,
+      ', '.join('{} row {}'.format(*rows.locate(row)) for row in bad),
+    )
+  summary = _summary(
+    state._replace(fit=fit), rows.shape, len(chosen.held_out), mesh
+  )
+  if distributed.is_main():
+    files.write_json(folder / 'clustering.json', summary)
+    files.write_npy(folder / 'centers.npy', fit.centers)
+    (folder / _STATE).unlink(missing_ok=True)
+  distributed.barrier('centers')
+
+
+def _start(
+  config: ml_collections.ConfigDict,
+  rows: row_files.Sharded,
+  training: split.Training,
+  chosen: split.Chosen,
+  mesh: Mesh,
+) -> _State:
+  """The centers before the first flat iteration."""
+  sample = rows.take(chosen.first)
+  usable = points.unit_rows(sample).any(1)
+  sample = np.concatenate([sample[usable], sample[~usable]])
+  centers, levels = sample[: config.cluster.num_centers], {}
+  if config.cluster.levels:
+    if jax.process_count() > 1:
+      raise errors.UserError(
+        'cluster.levels is for one process; start one, or set () for flat'
+      )
+    centers, levels = hierarchy.fit(
+      training,
+      tuple(config.cluster.levels),
+      sample=sample,
+      iterations=config.cluster.iterations,
+      seed=config.seed,
+      mesh=mesh,
+    )
+  nothing = np.zeros(len(centers), np.int32)
+  return _State(kmeans.Fit(centers, [], nothing, [], 0, []), [], [], levels)
+
+
+def _iterate(
+  config: ml_collections.ConfigDict,
+  state: _State,
+  training: split.Training,
+  measured: np.ndarray,
+  path: pathlib.Path,
+  mesh: Mesh,
+) -> _State:
+  """Flat iterations, measured on rows; `path` gets the state after each."""
+  num_points, dim = training.shape
+  num_centers = config.cluster.num_centers
+  iterations = config.cluster.iterations
+  if config.cluster.levels:
+    iterations = config.cluster.repair_iterations
+  done = len(state.fit.objective)
+  if done:
+    _log.info('cluster: continuing after %d iterations', done)
+  if len(measured):
+    labels, objective = _measure(measured, state.fit.centers, mesh)
+    if not done:
+      state = state._replace(held_out=[objective])
+
+  def save(fit):
+    nonlocal state, labels
+    state = state._replace(fit=fit)
+    if len(measured):
+      before = labels
+      labels, objective = _measure(measured, fit.centers, mesh)
+      state = state._replace(
+        held_out=[*state.held_out, objective],
+        relabelled=[*state.relabelled, float(np.mean(labels != before))],
+      )
+    _write_state(path, state)
+
+  progress = progress_lib.Progress(
+    'cluster',
+    iterations * num_points,
+    unit='points',
+    done=done * num_points,
+    flops=2 * num_centers * dim,
+    peak_flops=chips.peak_flops(mesh.devices.flat),
+  )
+  fit = kmeans.fit(
+    training,
+    num_centers,
+    iterations=iterations,
+    init=None if done else state.fit.centers,
+    tolerance=config.cluster.tolerance,
+    screening=config.cluster.screening,
+    mesh=mesh,
+    resume=state.fit if done else None,
+    save=save,
+    progress=lambda i, objective, empty: progress.update(
+      (i + 1) * num_points, objective=objective, reseeded=empty
+    ),
+  )
+  return state._replace(fit=fit)
+
+
+def _measure(
+  rows: np.ndarray, centers: np.ndarray, mesh: Mesh
+) -> tuple[np.ndarray, float]:
+  """The nearest center of each row, and the mean cosine of the usable ones."""
+  labels, cosines = kmeans.nearest_centers(rows, centers, 1, mesh=mesh)
+  usable = max(1, np.count_nonzero(cosines))
+  return labels[:, 0], float(cosines.sum(dtype=np.float64) / usable)
+
+
+def _write_state(path: pathlib.Path, state: _State) -> None:
+  if distributed.is_main():
+    fit = state.fit._asdict()
+    carried, known = fit.pop('carried'), fit.pop('known')
+    files.write_npz(
+      path,
+      held_out=np.asarray(state.held_out),
+      relabelled=np.asarray(state.relabelled),
+      levels=np.asarray(json.dumps(state.levels)),
+      **{f'fit_{k}': np.asarray(v) for k, v in fit.items()},
+      **{
+        f'carried_{k}': v
+        for k, v in (carried._asdict() if carried else {}).items()
+      },
+      **{f'known_{k}': v for k, v in known.items()},
+    )
+  distributed.barrier('clustering state')
+
+
+def _read_state(path: pathlib.Path) -> _State | None:
+  """What was done before; raises RunError where processes see other things."""
+  if not distributed.decide('clustering state', path.exists):
+    return None
+  found = files.read_npz(path)
+  if 'part_sums' in found:
+    raise errors.UserError(
+      f'{path} is of an earlier version; delete it to cluster anew'
+    )
+  state = _parse(found)
+  done = len(state.fit.objective)
+  distributed.check_same('clustering done', lambda: done, str(path))
+  return state
+
+
+def _parse(found: dict[str, np.ndarray]) -> _State:
+  """The state in what `_write_state` wrote."""
+
+  def read(kind, prefix):
+    fields = {}
+    for name, annotation in kind.__annotations__.items():
+      if f'{prefix}_{name}' in found:
+        value = found[f'{prefix}_{name}']
+        fields[name] = value if annotation is np.ndarray else value.tolist()
+    return kind(**fields) if fields else None
+
+  return _State(
+    read(kmeans.Fit, 'fit')._replace(
+      carried=read(carried_sums.Sums, 'carried'),
+      known={
+        name.removeprefix('known_'): value
+        for name, value in found.items()
+        if name.startswith('known_')
+      },
+    ),
+    found['held_out'].tolist(),
+    found['relabelled'].tolist(),
+    json.loads(str(found['levels'])),
+  )
+
+
+def _summary(
+  state: _State, shape: tuple[int, int], held_out: int, mesh: Mesh
+) -> dict[str, Any]:
+  """What clustering.json holds."""
+  fit = state.fit
+  counts = fit.counts.astype(np.float64)
+  return {
+    'num_points': shape[0],
+    'dim': shape[1],
+    'num_centers': len(counts),
+    'iterations': len(fit.objective),
+    'objective': fit.objective,
+    'held_out_rows': held_out,
+    'held_out_objective': state.held_out,
+    'relabelled': state.relabelled,
+    'reseeded': fit.reseeded,
+    'skipped_rows': fit.skipped,
+    'near_duplicate_centers': _near_duplicates(fit.centers, mesh),
+    # faiss's imbalance factor: 1 where all clusters have one size.
+    'imbalance': float(
+      len(counts) * np.square(counts).sum() / counts.sum() ** 2
+    ),
+    'size_percentiles': {
+      str(p): float(np.percentile(counts, p))
+      for p in (0, 1, 10, 50, 90, 99, 100)
+    },
+    **state.levels,
+  }
+
+
+def _near_duplicates(centers: np.ndarray, mesh: Mesh) -> int:
+  """Centers with another one closer than a cosine of _NEAR_DUPLICATE."""
+  if len(centers) < 2:
+    return 0
+  _, cosines = kmeans.nearest_centers(centers, centers, 2, mesh=mesh)
+  return int(np.sum(cosines[:, 1] > _NEAR_DUPLICATE))

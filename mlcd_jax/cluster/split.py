@@ -1,0 +1,128 @@
+"""Which rows are the first centers, and which are held out to measure by.
+
+Both hang on the rows' keys alone, not on how the rows are cut into files.
+Shapes: N rows, D dimensions.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+
+from mlcd_jax import points
+from mlcd_jax.data import keys as keys_lib
+from mlcd_jax.embed import row_files
+
+# One row in so many is held out, and no more than so many rows, whose mean
+# cosine is then known to about 1e-4.
+_HELD_OUT_EVERY = 100
+_MAX_HELD_OUT = 100_000
+
+# Rows that are read for each first center, should some of them be zero.
+_SPARE = 1.05
+
+# Rows for each coarse center that k-means++ chooses among.
+_SAMPLE = 32
+
+
+class Chosen(NamedTuple):
+  """Rows by the hash of their keys.
+
+  Attributes:
+    first: row numbers in the order in which they become centers.
+    held_out: row numbers, ascending.
+  """
+
+  first: np.ndarray
+  held_out: np.ndarray
+
+
+class Training:
+  """Rows without the held-out ones, read by slices.
+
+  Attributes:
+    shape: (N, D).
+  """
+
+  def __init__(self, rows: points.Rows, held_out: np.ndarray):
+    """Takes all rows, and the numbers of those left out, ascending."""
+    self._rows = rows
+    self._held_out = held_out
+    # Rows that stay and come before each held-out one.
+    self._before = held_out - np.arange(len(held_out))
+    self.shape = (rows.shape[0] - len(held_out), rows.shape[1])
+
+  def row(self, index: int) -> int:
+    """The number among all rows."""
+    return index + int(np.searchsorted(self._before, index, side='right'))
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    start, stop, _ = rows.indices(self.shape[0])
+    if start >= stop:
+      return self._rows[0:0]
+    first, last = self.row(start), self.row(stop - 1) + 1
+    a, b = np.searchsorted(self._held_out, (first, last))
+    found = self._rows[first:last]
+    return np.delete(found, self._held_out[a:b] - first, 0) if a < b else found
+
+
+def choose(
+  rows: row_files.Sharded, config: ml_collections.ConfigDict
+) -> Chosen:
+  """The rows of the first centers, with spare ones, and those held out."""
+  num_rows, num_centers = rows.shape[0], config.cluster.num_centers
+  hashes = row_hashes(rows, config.seed)
+  held_out = min(num_rows // _HELD_OUT_EVERY, _MAX_HELD_OUT)
+  if num_centers > num_rows - held_out:
+    held_out = 0
+  wanted = int(_SPARE * num_centers) + _HELD_OUT_EVERY
+  if config.cluster.levels:
+    wanted = max(wanted, _SAMPLE * config.cluster.levels[0])
+  wanted = min(wanted, num_rows - held_out)
+  order = np.argpartition(hashes, [wanted - 1, num_rows - held_out - 1])
+  first = order[:wanted]
+  return Chosen(
+    first[np.argsort(hashes[first], kind='stable')],
+    np.sort(order[num_rows - held_out :]),
+  )
+
+
+def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
+  """A number for every row, by its key, or else its file's name and place.
+
+  Args:
+    rows: N of them.
+    seed: gives other numbers.
+
+  Returns:
+    uint64 [N], evenly spread.
+  """
+  parts = []
+  for shard, count in enumerate(rows.shard_rows):
+    if rows.has_keys:
+      words = _words(rows.shard_keys(shard))
+    else:
+      name = pathlib.PurePosixPath(rows.paths[shard]).name
+      place = np.arange(1, count + 1, dtype=np.uint64)[:, None]
+      words = _words(keys_lib.spell([name])).repeat(count, axis=0)
+      words = np.concatenate([words, place], axis=1)
+    h = np.full(count, seed, np.uint64)
+    for word in words.T:  # Zero is padding, whatever the width.
+      h = np.where(word == 0, h, _mix(h ^ word))
+    parts.append(_mix(h))
+  return np.concatenate(parts)
+
+
+def _words(keys: np.ndarray) -> np.ndarray:
+  """Bytes [n] as uint64 [n, words], padded with zeros."""
+  words = -(-keys.dtype.itemsize // 8)
+  return keys.astype(f'S{8 * words}').view(np.uint64).reshape(-1, words)
+
+
+def _mix(h: np.ndarray) -> np.ndarray:
+  """The finalizer of splitmix64 (Steele et al., 2014)."""
+  h = h + np.uint64(0x9E3779B97F4A7C15)
+  h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return h ^ (h >> np.uint64(31))

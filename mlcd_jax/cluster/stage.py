@@ -1,0 +1,90 @@
+"""The cluster stage: embeddings to centers, and the labels of every row."""
+
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from mlcd_jax import kmeans
+from mlcd_jax import manifests
+from mlcd_jax.cluster import centers as centers_lib
+from mlcd_jax.cluster import labels as labels_lib
+from mlcd_jax.embed import row_files
+from mlcd_jax.embed import shards
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import progress as progress_lib
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  manifest: manifests.Manifest,
+  *,
+  embedded: manifests.Manifest,
+  mesh: Mesh,
+) -> None:
+  """Clusters the embeddings and writes every row's nearest centers.
+
+  Args:
+    config: of the run.
+    manifest: of this stage.
+    embedded: manifest of the embed stage.
+    mesh: of all devices.
+
+  Raises:
+    UserError: the embeddings are not what was made, or too few.
+  """
+  files.check_sha256(embedded.folder, embedded.result['sha256'])
+  rows = shards.open_made(embedded)
+  folder = manifest.folder
+  centers_path = folder / 'centers.npy'
+  if not distributed.decide('centers', centers_path.exists):
+    centers_lib.run(config, rows, folder, mesh)
+  centers = files.read_npy(centers_path)
+  todo = distributed.decide(
+    'labels',
+    lambda: [
+      shard
+      for shard in range(len(rows.shard_rows))
+      if not labels_lib.label_path(folder, shard).exists()
+    ],
+  )
+  progress = progress_lib.Progress('label', rows.shape[0], unit='rows')
+  start = 0
+  for shard, count in enumerate(rows.shard_rows):
+    if shard in todo:
+      labels, scores = kmeans.nearest_centers(
+        _Part(rows, start, start + count),
+        centers,
+        config.cluster.num_labels,
+        mesh=mesh,
+      )
+      # A row that is zero or not finite has the cosine 0 to every center.
+      labels[scores[:, 0] == 0] = -1
+      if distributed.is_main():
+        files.write_npy(
+          labels_lib.score_path(folder, shard), scores.astype(np.float16)
+        )
+        files.write_npy(labels_lib.label_path(folder, shard), labels)
+      distributed.barrier(f'labels {shard}')
+    start += count
+    progress.update(start)
+  manifest.finish(
+    num_centers=config.cluster.num_centers,
+    num_labels=config.cluster.num_labels,
+    sha256={
+      path.name: files.sha256(path) for path in sorted(folder.glob('*.npy'))
+    },
+  )
+
+
+class _Part:
+  """Some rows of all, read by slices: a file may not fit in memory."""
+
+  def __init__(self, rows: row_files.Sharded, start: int, stop: int):
+    self._rows = rows
+    self._start = start
+    self.shape = (stop - start, rows.shape[1])
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    start, stop, _ = rows.indices(self.shape[0])
+    return self._rows[self._start + start : self._start + stop]

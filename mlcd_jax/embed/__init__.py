@@ -1,0 +1,1 @@
+"""The embed stage: images to unit rows, and readers of rows."""

@@ -1,0 +1,195 @@
+"""A model as the embedder, and a run's own encoder as one.
+
+Shapes: B images, S pixels of a side, D features.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import hashlib
+import pathlib
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+
+from mlcd_jax.data import transforms
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import paths
+from mlcd_jax.weights import load as load_lib
+
+_BATCH, _WHOLE = PartitionSpec('batch'), PartitionSpec()
+
+
+class ModelEmbedder:
+  """Unit rows of a model's `embedding`.
+
+  A call is cut into batches of one shape, so that it compiles once, and every
+  device of this host runs the same program on its part of them: a row does
+  not depend on how many devices there are.
+
+  Attributes:
+    image_size: S.
+    batch_rows: images of a batch over this host's devices.
+    prepare: RGB uint8 [H, W, 3] of any size to uint8 [S, S, 3].
+  """
+
+  def __init__(
+    self,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    prepare: Callable[[np.ndarray], np.ndarray],
+    *,
+    image_size: int,
+    batch_size: int,
+  ):
+    """Puts the weights onto this host's devices.
+
+    Args:
+      model: uint8 [B, S, S, 3] to a dict with `embedding` [B, D].
+      variables: of the model.
+      prepare: see the class.
+      image_size: S.
+      batch_size: images per device.
+    """
+    self.prepare = prepare
+    self.image_size = image_size
+    devices = jax.local_devices()
+    self.batch_rows = batch_size * len(devices)
+    mesh = _make_mesh(devices)
+    self._split = NamedSharding(mesh, _BATCH)
+    self._variables = jax.device_put(variables, NamedSharding(mesh, _WHOLE))
+    self._encode = _make_encode(model, mesh)
+
+  def submit(self, images: np.ndarray) -> jax.Array:
+    """Starts on up to `batch_rows` images; the rows come padded."""
+    missing = self.batch_rows - len(images)
+    images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
+    return self._encode(self._variables, jax.device_put(images, self._split))
+
+  def __call__(self, images: np.ndarray) -> np.ndarray:
+    """See `embed.Embedder`."""
+    parts = [
+      images[i : i + self.batch_rows]
+      for i in range(0, len(images), self.batch_rows)
+    ]
+    rows = [np.asarray(self.submit(part))[: len(part)] for part in parts]
+    return np.concatenate(rows)
+
+
+def abstract_call(
+  model: nn.Module,
+  params: Mapping[str, Any],
+  devices: Sequence[jax.Device],
+  batch_size: int,
+) -> tuple[Any, tuple[Any, Any]]:
+  """One call of the embedder, before any array exists.
+
+  Args:
+    model: its architecture.
+    params: shapes and types of its parameters.
+    devices: that it runs on.
+    batch_size: images per device.
+
+  Returns:
+    The jitted function of a call, and its abstract arguments.
+  """
+  mesh = _make_mesh(devices)
+  variables = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, _WHOLE)
+    ),
+    {'params': params},
+  )
+  side = model.image_size
+  images = jax.ShapeDtypeStruct(
+    (batch_size * len(devices), side, side, 3),
+    jnp.uint8,
+    sharding=NamedSharding(mesh, _BATCH),
+  )
+  return _make_encode(model, mesh), (variables, images)
+
+
+def _make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+  return Mesh(np.asarray(devices), ('batch',))
+
+
+def _make_encode(model: nn.Module, mesh: Mesh):
+  """(variables, images) -> unit rows, each device its part of the images."""
+
+  def unit_rows(variables, images):
+    rows = model.apply(variables, images)['embedding']
+    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+
+  return jax.jit(
+    jax.shard_map(
+      unit_rows, mesh=mesh, in_specs=(_WHOLE, _BATCH), out_specs=_BATCH
+    )
+  )
+
+
+def from_checkpoint(
+  pinned: Mapping[str, Any], *, image_size: int, batch_size: int, dtype: str
+) -> ModelEmbedder:
+  """A run's encoder as the embedder: what the classifier saw, normalised.
+
+  Args:
+    pinned: what `pin` returned.
+    image_size: S; 0 = that of the training.
+    batch_size: images per device.
+    dtype: of the products.
+
+  Raises:
+    UserError: the checkpoint is not the one that was pinned.
+  """
+  model, params, found = load_lib.from_run(pathlib.Path(pinned['path']))
+  step, digest = found['step'], _digest(params)
+  if (step, digest) != (pinned['step'], pinned['sha256']):
+    raise errors.UserError(
+      f'embed.path={pinned["path"]}: the last checkpoint, {step}, is not the '
+      f'one the embeddings were made with, {pinned["step"]}; put that back, or '
+      'use another --workdir'
+    )
+  size = image_size or found['config'].model.image_size
+  if size < model.patch_size:
+    raise errors.UserError(
+      f'embed.image_size={size} is less than a patch of '
+      f'embed.path={pinned["path"]}, {model.patch_size}'
+    )
+  return ModelEmbedder(
+    model.clone(dtype=jnp.dtype(dtype)),
+    {'params': params},
+    functools.partial(transforms.resize_center_crop, size=size),
+    image_size=size,
+    batch_size=batch_size,
+  )
+
+
+def pin(path: str) -> dict[str, Any]:
+  """What says which weights a workdir stands for now.
+
+  Raises:
+    UserError: nothing is trained there.
+  """
+  workdir = paths.local(path).absolute()
+  _, params, found = load_lib.from_run(workdir)
+  return {
+    'path': str(workdir),
+    'step': found['step'],
+    'sha256': _digest(params),
+  }
+
+
+def _digest(params: Mapping[str, Any]) -> str:
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(leaf))
+  return digest.hexdigest()

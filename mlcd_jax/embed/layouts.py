@@ -1,0 +1,206 @@
+"""Which files of a folder hold embeddings of images, their texts and keys.
+
+Layouts in use name and number their files in many ways: img_emb/img_emb_0.npy
+with metadata/metadata_0.parquet (clip-retrieval), images/ texts/ metadata/
+(LAION-400M), img_emb/ beside laion2B-en-metadata/metadata_0000.parquet
+(LAION-5B), embeddings/x.npy with metadata/x.parquet, x.npz beside x.parquet
+(DataComp). So files are told apart by the words in their paths, and paired by
+name or else by number.
+"""
+
+import collections
+from collections.abc import Callable
+from collections.abc import Sequence
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+from mlcd_jax.runtime import errors
+
+# Whole words of a path; a file with both of the first two is of images.
+_WORDS = {
+  kind: re.compile(rf'(?i)(?<![a-z])({words})s?(?![a-z])')
+  for kind, words in (
+    ('image', 'img|image'),
+    ('text', 'txt|text|caption'),
+    ('keys', 'metadata|meta|key'),
+  )
+}
+
+
+class Part(NamedTuple):
+  """Paths relative to the folder; '' where there is none."""
+
+  rows: str
+  metadata: str
+  text: str
+
+
+def find(names: Sequence[str], root: str, *, texts: bool) -> list[Part]:
+  """Returns the files of embeddings in order, each with its keys and texts.
+
+  Args:
+    names: paths of all files, relative to the folder.
+    root: the folder, for errors.
+    texts: whether embeddings of texts are wanted too.
+
+  Raises:
+    UserError: there are none, or it is not clear which files belong together.
+  """
+  rows, text_rows = _rows(names)
+  if not rows:
+    raise errors.UserError(
+      f'embed.path={root}: no embeddings of images; it needs img_emb/*.npy, or '
+      '.npz, .npy or .parquet files'
+    )
+  metadata = _metadata(rows, names, root)
+  if not texts or rows[0].endswith('.npz'):  # An .npz holds both.
+    return list(map(Part, rows, metadata, rows if texts else [''] * len(rows)))
+  found = _paired(rows, text_rows, root)
+  for row, text in zip(rows, found):
+    if not text:
+      raise errors.UserError(
+        f'{root}/{row.replace("img_emb", "text_emb")}: missing; '
+        'embed.text_weight needs it, or set embed.text_weight=0'
+        if text_rows or 'img_emb' in row
+        else f'embed.text_weight: {root} has no text_emb/ beside an img_emb/; '
+        'set embed.text_weight=0'
+      )
+  return list(map(Part, rows, metadata, found))
+
+
+def check(parts: Sequence[Part], names: Sequence[str], root: str) -> None:
+  """Raises UserError naming files whose number is missing on the other side.
+
+  Args:
+    parts: what `find` returned.
+    names: what it was given.
+    root: likewise.
+  """
+  alone = [part.rows for part in parts if not part.metadata]
+  if alone and len(alone) < len(parts):
+    raise errors.UserError(
+      f'{root}: no metadata with the keys of {_some(alone)}; put its Parquet '
+      'file there, or take these embeddings away'
+    )
+  used = {part.metadata for part in parts}
+  apart = used - {_beside(part.rows) for part in parts}
+  alone = [
+    name
+    for name in names
+    if _is_metadata(name) and _number(name) is not None and name not in used
+  ]
+  if apart and alone:
+    raise errors.UserError(
+      f'{root}: no embeddings to the metadata {_some(alone)}; put them there, '
+      'or take these files away'
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+  more = f' and {len(names) - 3} more' * (len(names) > 3)
+  return ', '.join(names[:3]) + more
+
+
+def _kind(name: str) -> str:
+  """What the last part of a path says that says anything; '' without."""
+  for part in reversed(name.split('/')):
+    for kind, words in _WORDS.items():
+      if words.search(part):
+        return kind
+  return ''
+
+
+def _is_metadata(name: str) -> bool:
+  return name.endswith('.parquet') and _kind(name) == 'keys'
+
+
+def _rows(names: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Files with rows of images, and of texts."""
+  for suffix, kinds in (
+    ('.npy', ('image',)),
+    ('.npz', ('image', 'keys', '')),
+    ('.npy', ('keys', '')),
+    ('.parquet', ('image',)),
+    ('.parquet', ('',)),
+    ('.parquet', ('keys',)),
+  ):
+    of_type = [name for name in names if name.endswith(suffix)]
+    if suffix == '.parquet' and any(n.endswith('.npy') for n in names):
+      break  # Beside arrays of texts alone it has their keys.
+    rows = [name for name in of_type if _kind(name) in kinds]
+    if rows:
+      return rows, [name for name in of_type if _kind(name) == 'text']
+  return [], []
+
+
+def _metadata(
+  rows: Sequence[str], names: Sequence[str], root: str
+) -> list[str]:
+  """The Parquet file with the keys of each; '' where there is none."""
+  there = set(names)
+  beside = [n if (n := _beside(row)) in there else '' for row in rows]
+  if all(beside) and not rows[0].endswith('.parquet'):
+    return beside
+  marked = [n for n in names if _is_metadata(n) and n not in rows]
+  found = _paired(rows, marked, root)
+  if not marked:
+    others = [n for n in names if n.endswith('.parquet')]
+    found = _paired(rows, others, root, by=(_stem,))
+  found = [a or b for a, b in zip(found, beside)]
+  for name, count in collections.Counter(filter(None, found)).items():
+    if count > 1:
+      same = [row for row, other in zip(rows, found) if other == name]
+      raise errors.UserError(
+        f'{root}/{name}: keys of both {same[0]} and {same[1]}; name the folder '
+        'of one of them in embed.path'
+      )
+  return found
+
+
+def _beside(row: str) -> str:
+  return row.rpartition('.')[0] + '.parquet'
+
+
+def _stem(name: str) -> str:
+  return pathlib.PurePosixPath(name).stem
+
+
+def _number(name: str) -> int | None:
+  """'metadata_0012' -> 12, 'train-00001-of-00002' -> 1."""
+  stem = re.sub(r'-of-\d+', '', _stem(name))
+  numbers = re.findall(r'\d+', stem)
+  return int(numbers[-1]) if numbers else None
+
+
+def _paired(
+  rows: Sequence[str],
+  others: Sequence[str],
+  root: str,
+  *,
+  by: Sequence[Callable[[str], str | int | None]] = (_stem, _number),
+) -> list[str]:
+  """The file of the same name or number, in the nearest folder; '' if none."""
+  found = [''] * len(rows)
+  for mark in by:
+    marked = collections.defaultdict(list)
+    for name in others:
+      marked[mark(name)].append(name)
+    for i, row in enumerate(rows):
+      same = marked.get(mark(row), [])
+      near = [_common_folders(row, name) for name in same]
+      if found[i] or not same:
+        continue
+      found[i] = same[near.index(max(near))]
+      if near.count(max(near)) > 1:
+        raise errors.UserError(
+          f'{root}/{row}: {_some(same)} are all of its number; leave one, or '
+          'name a folder with one of them in embed.path'
+        )
+  return found
+
+
+def _common_folders(a: str, b: str) -> int:
+  """How many folders agree at the beginning."""
+  return len(os.path.commonprefix([a.split('/')[:-1], b.split('/')[:-1]]))

@@ -1,0 +1,216 @@
+"""The embed stage: images to unit rows by an off-the-shelf encoder.
+
+Shards are ranges of records, not of hosts, so their bytes are the same for
+any number of hosts and a finished one is skipped after a restart.
+"""
+
+import collections
+from collections.abc import Iterator
+from concurrent import futures
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from mlcd_jax import manifests
+from mlcd_jax.data import pipelines
+from mlcd_jax.data import sources
+from mlcd_jax.data import transforms
+from mlcd_jax.embed import embedders
+from mlcd_jax.embed import encoder
+from mlcd_jax.embed import huggingface
+from mlcd_jax.embed import precomputed
+from mlcd_jax.embed import shards
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import problems
+from mlcd_jax.runtime import progress as progress_lib
+
+# Batches decoded, and batches embedded, ahead of the one that is waited for.
+_AHEAD = 2
+
+_log = logging.getLogger(__name__)
+
+
+def run(
+  config: ml_collections.ConfigDict, manifest: manifests.Manifest
+) -> None:
+  """Embeds `data.split` into the manifest's folder, or points elsewhere.
+
+  Raises:
+    UserError: the data cannot be read, or too much of it is bad.
+  """
+  if config.embed.embedder == 'precomputed':
+    manifest.finish(**precomputed.describe(config.embed))
+    return
+  source = sources.make(config.data)
+  sources.check_same(source, 'data.path')
+  sources.check_bad_keys(config.data.bad_keys, manifest)
+  if not {'mean', 'path'} & set(manifest.notes):
+    if config.embed.embedder == 'huggingface':
+      manifest.notes |= huggingface.pin(config.embed.path)
+    elif config.embed.embedder == 'checkpoint':
+      manifest.notes |= encoder.pin(config.embed.path)
+    else:
+      embedder = embedders.Hog(config.embed.image_size)
+      manifest.notes['mean'] = _mean_row(embedder, source).tolist()
+    manifest.save()
+  embedder = embedders.load_embedder(
+    manifest, batch_size=config.embed.batch_size
+  )
+  folder = manifest.folder
+  starts = range(0, len(source), config.embed.shard_rows)
+  progress = progress_lib.Progress('embed', len(source), unit='images')
+  for shard, start in enumerate(starts):
+    stop = min(start + config.embed.shard_rows, len(source))
+    if (
+      shard % jax.process_count() == jax.process_index()
+      and not shards.row_path(folder, shard).exists()
+    ):
+      _embed_shard(
+        embedder, source, range(start, stop), folder, shard, progress
+      )
+    progress.update(stop)
+  distributed.barrier('embed')
+  manifest.finish(**_summary(folder, len(starts), len(source), config))
+
+
+def _embed_shard(
+  embedder: embedders.Embedder,
+  source: sources.Source,
+  records: range,
+  folder: pathlib.Path,
+  shard: int,
+  progress: progress_lib.Progress,
+) -> None:
+  """Embeds some records into one shard; bad images have no row."""
+  rows, keys, captions = [], [], []
+  bad = problems.Problems('embed')
+  submitted = collections.deque()
+
+  def collect():
+    count, out, done = submitted.popleft()
+    rows.append(np.asarray(out)[:count])
+    if done < records.stop:  # The whole shard counts once it is written.
+      progress.update(done)
+
+  for stop, decoded in _decoded(embedder, source, records):
+    images = []
+    for record, image in decoded:
+      if isinstance(image, transforms.BadImage):
+        bad.add(record['key'], str(image))
+        continue
+      images.append(image)
+      keys.append(record['key'])
+      captions.append(record['caption'])
+    if images:
+      out = embedder.submit(np.stack(images))
+      submitted.append((len(images), out, stop))
+    if len(submitted) > _AHEAD:
+      collect()
+  while submitted:
+    collect()
+  if not rows:  # The width comes from an image that is always there.
+    size = embedder.image_size
+    rows = [embedder(np.zeros((1, size, size, 3), np.uint8))[:0]]
+  shards.write_shard(
+    folder,
+    shard,
+    rows=np.concatenate(rows),
+    keys=keys,
+    captions=captions,
+    notes={'bad': dict(bad.counts), 'examples': bad.examples},
+  )
+
+
+def _decoded(
+  embedder: embedders.Embedder, source: sources.Source, records: range
+) -> Iterator[tuple[int, list[tuple[dict[str, Any], Any]]]]:
+  """Batches of (record, image or BadImage), decoded ahead in threads.
+
+  Yields:
+    The number of the record after the batch, and the batch in order.
+  """
+
+  def decode(index):
+    record = source[index]
+    try:
+      image = _image(embedder, record)
+    except transforms.BadImage as e:
+      image = e
+    # The encoded image is no longer needed and may be large.
+    return {k: record[k] for k in ('key', 'caption')}, image
+
+  pool = futures.ThreadPoolExecutor(
+    pipelines.num_threads(embedder.image_size), 'embed'
+  )
+  waiting = collections.deque()
+  try:
+    for start in range(records.start, records.stop, embedder.batch_rows):
+      stop = min(start + embedder.batch_rows, records.stop)
+      batch = [pool.submit(decode, i) for i in range(start, stop)]
+      waiting.append((stop, batch))
+      if len(waiting) > _AHEAD:
+        stop, batch = waiting.popleft()
+        yield stop, [f.result() for f in batch]
+    for stop, batch in waiting:
+      yield stop, [f.result() for f in batch]
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _image(embedder: embedders.Embedder, record: dict[str, Any]) -> np.ndarray:
+  return embedder.prepare(transforms.decode(record['image']))
+
+
+def _mean_row(embedder: embedders.Hog, source: sources.Source) -> np.ndarray:
+  """The mean of all features, in a pass of its own.
+
+  Every host makes the whole pass, which keeps the sum's order fixed.
+  """
+  total, count = 0.0, 0
+  progress = progress_lib.Progress('embed (mean)', len(source), unit='images')
+  for i in range(len(source)):
+    try:
+      image = _image(embedder, source[i])
+    except transforms.BadImage:
+      continue
+    total = total + embedder.features(image[None])[0].astype(np.float64)
+    count += 1
+    progress.update(i + 1)
+  if not count:
+    raise errors.UserError('data.path: not one image could be decoded')
+  return (total / count).astype(np.float32)
+
+
+def _summary(
+  folder: pathlib.Path,
+  num_shards: int,
+  num_records: int,
+  config: ml_collections.ConfigDict,
+) -> dict[str, Any]:
+  """The finished stage's manifest entry; refuses too many bad images."""
+  bad = problems.Problems('embed')
+  sha256 = {}
+  for shard in range(num_shards):
+    notes = shards.read_notes(folder, shard)
+    bad.merge(notes['bad'], notes['examples'])
+    metadata = shards.metadata_path(folder, shard)
+    for path, digest in (
+      (shards.row_path(folder, shard), notes['sha256']),
+      (metadata, files.sha256(metadata)),
+    ):
+      sha256[str(path.relative_to(folder))] = digest
+  bad.check(num_records, config.data.max_bad_fraction)
+  rows = shards.Embeddings(folder, num_shards)
+  return {
+    'num_records': num_records,
+    'shard_rows': rows.shard_rows,
+    'dim': rows.shape[1],
+    'bad': dict(bad.counts),
+    'sha256': sha256,
+  }

@@ -1,0 +1,1 @@
+"""The tasks a frozen encoder is scored by, one a file."""

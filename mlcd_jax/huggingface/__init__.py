@@ -1,1 +1,0 @@
-"""Folders as `transformers` writes them: configs, tensors, preprocessing."""

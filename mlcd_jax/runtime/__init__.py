@@ -1,0 +1,1 @@
+"""The process and its files: errors, signals, other processes, storage."""

@@ -1,0 +1,239 @@
+"""What every command shares: flags, logging, and errors as one line."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import contextlib
+import difflib
+import logging
+import os
+import pathlib
+import re
+import resource
+import sys
+import traceback
+
+from absl import app
+from absl import flags
+from ml_collections import config_flags
+
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import paths
+from mlcd_jax.runtime import signals
+from mlcd_jax.runtime import terminal
+from mlcd_jax.runtime import watchdog
+
+_log = logging.getLogger(__name__)
+
+_HELP = ('help', 'helpshort', 'helpfull', 'h', '?')
+_CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
+  """Runs a command and exits: 0, or as `errors` says.
+
+  Args:
+    main: takes the arguments that are not flags.
+    required: flags that must be given.
+  """
+
+  def parse(argv):
+    rest = _parse(argv)
+    for name in required:
+      if flags.FLAGS[name].value in (None, ''):
+        raise _missing(name, rest[1:])
+    return rest
+
+  def start(argv):
+    terminal.log_to_stderr()
+    _allow_open_files()
+    try:
+      main(argv[1:])
+    finally:
+      terminal.clear()
+
+  try:
+    with signals.exiting():
+      app.run(start, flags_parser=parse)
+  except (errors.UserError, errors.RunError, errors.Stopped) as e:
+    _exit(e)
+  except OSError as e:
+    if e.filename is None and e.errno not in errors.DISK_FULL:
+      raise
+    full = e.errno in errors.DISK_FULL
+    kind = errors.RunError if full else errors.UserError
+    _exit(kind(f'{e.filename or "the disk"}: {e.strerror}'))
+  except Exception as e:
+    if not watchdog.started():
+      raise
+    if watchdog.may_be_lost(e):
+      watchdog.wait()  # A lost process breaks connections: it gets the blame.
+    traceback.print_exc()
+    watchdog.tell(1, f'ended by a bug ({type(e).__name__}); see its output')
+    os._exit(1)
+
+
+def workdir() -> pathlib.Path:
+  """Returns --workdir; without one, runs/ and the config's name, and says so.
+
+  Raises:
+    UserError: it is given and empty, or a URL.
+  """
+  given = flags.FLAGS.workdir
+  if given == '':
+    raise errors.UserError(
+      '--workdir is empty; name a folder, or leave it out for one in runs/'
+    )
+  if given is not None:
+    if '://' in given:
+      # Runs append to files, rename, lock and map them into memory.
+      raise errors.UserError(
+        f'--workdir={given}: object stores hold images and embeddings, not a '
+        'workdir; name a folder, on a disk or a file system that is mounted'
+      )
+    return paths.local(given, '--workdir')
+  path, _, preset = config_flags.get_config_filename(
+    flags.FLAGS['config']
+  ).partition(':')
+  name = '_'.join(filter(None, (pathlib.Path(path).stem, preset)))
+  # launch/restart.sh has the same rule.
+  folder = pathlib.Path('runs', re.sub(r'[^A-Za-z0-9._-]', '_', name))
+  _log.info('workdir: %s (--workdir=DIR for another one)', folder)
+  return folder
+
+
+def _allow_open_files() -> None:
+  """Raises the limit of open files as far as it goes, for workers too."""
+  _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  # macOS has no hard limit and yet refuses more than OPEN_MAX.
+  for limit in (most, 10_240):
+    with contextlib.suppress(ValueError, OSError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+      return
+
+
+def _exit(e: BaseException) -> None:
+  """Says what happened in one line and ends the process."""
+  line = ' '.join(str(e).split())
+  print(f'error: {line}', file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  watchdog.tell(e.exit_code, line)
+  # Threads and processes of a broken run must not hold the exit up.
+  os._exit(e.exit_code)
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+  """Parses the flags; a mistake in them becomes a UserError."""
+  argv = ['--help' if arg == '-h' else arg for arg in argv]
+  # A shell leaves ~ alone within an argument.
+  argv = [
+    f'--config={paths.expand(arg.removeprefix("--config="))}'
+    if arg.startswith('--config=~')
+    else arg
+    for arg in argv
+  ]
+  path = _config_path(argv)
+  try:
+    return flags.FLAGS(argv)
+  except errors.UserError:
+    raise
+  except SystemExit as e:
+    if any(a.startswith('-') and a.lstrip('-') in _HELP for a in argv):
+      raise SystemExit(0) from e  # absl exits with 1 after its help.
+    raise
+  except flags.Error as e:
+    raise _as_user_error(e, argv) from e
+  except Exception as e:  # The config file is the user's code.
+    raise _from_config_file(argv, path, e) from e
+
+
+def _missing(name: str, rest: Sequence[str]) -> errors.UserError:
+  """What to give for a flag that must be there."""
+  if name != 'config':
+    return errors.UserError(f'--{name} is missing: {flags.FLAGS[name].help}')
+  files = [arg for arg in rest if arg[0:1] != '-' and '.py' in arg]
+  way_out = f'write --config={files[0]}' if files else _configs()
+  return errors.UserError(f'--config is missing; {way_out}')
+
+
+def _config_path(argv: Sequence[str]) -> str:
+  """The file that --config names; a wrong name lists the right ones."""
+  for arg, following in zip(argv[1:], [*argv[2:], '']):
+    name, equals, value = arg.lstrip('-').partition('=')
+    if name != 'config':
+      continue
+    value = value if equals else following
+    path = value.partition(':')[0]
+    if pathlib.Path(path).is_file() and path.endswith('.py'):
+      return path
+    kind = 'not a Python file' if os.path.exists(path) else 'no such file'
+    raise errors.UserError(f'--config={value}: {kind}; {_configs(value)}')
+  return ''
+
+
+def _configs(value: str = '') -> str:
+  """Says which configs there are, and which one `value` may mean."""
+  here = pathlib.Path.cwd()
+  known = {
+    p.stem: str(p.relative_to(here) if p.is_relative_to(here) else p)
+    for p in sorted(_CONFIGS.glob('*.py'))
+  }
+  if not known:
+    return 'name a Python file that has get_config()'
+  path, colon, preset = value.partition(':')
+  close = difflib.get_close_matches(pathlib.Path(path).stem, known, 1)
+  meant = f'did you mean {known[close[0]]}{colon}{preset}? ' if close else ''
+  return f'{meant}there are {", ".join(known.values())}'
+
+
+def _from_config_file(
+  argv: Sequence[str], path: str, e: Exception
+) -> errors.UserError:
+  """An unknown field, named whole, or what the config file itself did."""
+  while e.args and isinstance(e.args[0], Exception):
+    e = e.args[0]
+  said = ' '.join(str(e.args[0] if e.args else e).split())
+  for flag in argv:
+    fields = flag.partition('=')[0].split('.')[1:]
+    if isinstance(e, KeyError) and any(f"'{f}'" in said for f in fields):
+      said = said.replace("' Did", "'. Did")
+      if 'Did you mean' not in said:
+        said += f'; {_fields(fields[-1])}'
+      return errors.UserError(f'{flag}: the config has no field {said}')
+  return errors.UserError(
+    f'--config={path}: the file fails with {type(e).__name__}: {said}'
+  )
+
+
+def _as_user_error(e: Exception, argv: Sequence[str]) -> errors.UserError:
+  """The innermost explanation of a flag that could not be parsed."""
+  cause = e
+  while cause is not None:
+    if isinstance(cause, errors.UserError):
+      return cause
+    cause = cause.__cause__ or cause.__context__
+  lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+  said = ' '.join(lines) or type(e).__name__
+  if isinstance(e, flags.UnrecognizedFlagError) and 'config' in flags.FLAGS:
+    if e.flagname.startswith('config.'):
+      return _missing('config', argv[1:])
+    if 'Did you mean' not in said:
+      said += f'; {_fields(e.flagname.rpartition(".")[2])}'
+  return errors.UserError(said)
+
+
+def _fields(name: str) -> str:
+  """Says which fields of a config have that name, or one like it."""
+  from mlcd_jax import config
+
+  sections = config.default()
+  by_name = {'seed': ['seed']}
+  for section in set(sections) - {'seed'}:
+    for field in sections[section]:
+      by_name.setdefault(field, []).append(f'{section}.{field}')
+  close = [name] if name in by_name else []
+  close = close or [n for n in by_name if name in n.split('_')]
+  close = close or difflib.get_close_matches(name, by_name, 2)
+  meant = sorted(field for n in close for field in by_name[n])
+  if not meant:
+    return 'see --help, and mlcd_jax/config.py for what --config.FIELD sets'
+  return 'did you mean ' + ' or '.join(f'--config.{m}' for m in meant) + '?'

@@ -1,0 +1,1 @@
+"""The train stage: images and labels to an encoder."""

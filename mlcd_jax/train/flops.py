@@ -1,0 +1,72 @@
+"""The FLOPs that a model takes.
+
+A multiplication and an addition are two FLOPs. Shapes: B images, L tokens, D
+width, F hidden width, C classes, P positives.
+"""
+
+import ml_collections
+
+from mlcd_jax import models
+from mlcd_jax.models import resnet
+from mlcd_jax.train import sampling
+
+
+def encoder_flops(config: ml_collections.ConfigDict) -> float:
+  """FLOPs of one image's way through the encoder.
+
+  Args:
+    config: the `model` fields.
+  """
+  model = models.make(config)
+  if isinstance(model, resnet.ResNet):
+    return _resnet_flops(model)
+  patches = (config.image_size // model.patch_size) ** 2
+  tokens = patches + model.has_class_token
+  width = model.width
+  products = 4 * width**2 + 2 * width * model.mlp_dim
+  block = 2 * tokens * products + 4 * tokens**2 * width
+  embed = 2 * patches * 3 * model.patch_size**2 * width
+  return model.depth * block + embed + 2 * width * config.embedding_dim
+
+
+def _resnet_flops(model: resnet.ResNet) -> float:
+  """The same of convolutions, whose maps are rounded up when they shrink."""
+  channels, side = model.width, -(-model.image_size // 2)
+  products = 7**2 * 3 * channels * side**2
+  side = -(-side // 2)
+  for width, stride in model.bottlenecks():
+    out = resnet.EXPANSION * width
+    products += channels * width * side**2
+    side = -(-side // stride)
+    products += (3**2 * width**2 + width * out) * side**2
+    if (channels, stride) != (out, 1):
+      products += channels * out * side**2
+    channels = out
+  return 2 * (products + channels * model.embedding_dim)
+
+
+def classifier_flops(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> float:
+  """FLOPs of one image against the classes drawn and its positives.
+
+  Args:
+    config: the whole config.
+    num_classes: without padding.
+  """
+  classes = sampling.num_sampled(config.loss, num_classes)
+  classes += config.loss.num_positives
+  return 2 * classes * config.model.embedding_dim
+
+
+def train_flops(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> dict[str, float]:
+  """FLOPs of one image in training, by part, without what is recomputed.
+
+  The backward pass takes two products for each of the forward pass.
+  """
+  return {
+    'encoder': 3 * encoder_flops(config.model),
+    'classifier': 3 * classifier_flops(config, num_classes),
+  }

@@ -1,0 +1,203 @@
+"""The training loop: data, step, log, save, in this order."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+import contextlib
+import logging
+import math
+import pathlib
+import time
+
+import jax
+
+from mlcd_jax.runtime import chips
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
+from mlcd_jax.runtime import progress
+from mlcd_jax.train import flops
+from mlcd_jax.train import metrics as metrics_lib
+from mlcd_jax.train import step as step_lib
+
+_log = logging.getLogger(__name__)
+
+# What a process asks for at the end of a step; the greatest is done.
+_SAVE, _STOP = 1, 2
+
+_MUST_BE_FINITE = ('train/loss', 'train/gradient_norm')
+
+
+def run(
+  program, state, batches, checkpointer, log, last, interrupted, evaluate
+):
+  """Data, step, log, save, in this order, from the state's step to `last`.
+
+  A step's metrics are fetched after the next one was dispatched, so that the
+  devices never wait for the host; only before a state is saved are its own
+  fetched, since one that is not finite must not replace a good one.
+  """
+  every = program.config.train.checkpoint_every_steps
+  evaluate_every = program.config.evaluate.every_steps
+  seconds = 60 * program.config.train.checkpoint_every_minutes
+  # A signal to one process stops all after the same step, and its clock makes
+  # all save.
+  agree = distributed.agreement(program.mesh)
+  step = int(state.step)
+  saved_step, saved_at = step, time.monotonic()
+  while step < last:
+    state, metrics = program.step(state, next(batches))
+    step += 1
+    log.add(step, metrics, batches.seconds_waited)
+    if evaluate and step % evaluate_every == 0:
+      log.evaluated(step, evaluate(program, state.encoder))
+    late = seconds and time.monotonic() - saved_at > seconds
+    wish = agree(_STOP if interrupted() else _SAVE if late else 0)
+    if wish == _SAVE and step == saved_step + 1 and jax.process_count() > 1:
+      wish = 0  # The answer to what was asked before the save.
+    stopped = wish == _STOP
+    if wish or step == last or step % every == 0:
+      log.flush(last=stopped or step == last)
+      with log.saving():
+        checkpointer.save(step, state, log.latest())
+      saved_step, saved_at = step, time.monotonic()
+    if stopped:
+      checkpointer.close()
+      raise errors.Stopped(
+        f'stopped at step {step} after saving; run the same command to continue'
+      )
+
+
+class Log:
+  """Writes metrics every so many steps, one step late."""
+
+  def __init__(
+    self,
+    program: step_lib.Program,
+    workdir: pathlib.Path,
+    first: int,
+    *,
+    keys: Callable[[int], list[str]],
+    on_log: Callable[[], None],
+  ):
+    self._schedule = program.schedule
+    self._every = program.config.train.log_every_steps
+    self._batch_size = program.config.train.batch_size
+    self._flops = sum(
+      flops.train_flops(program.config, program.num_classes).values()
+    )
+    self._peak = chips.peak_flops(program.mesh.devices.flat)
+    self._writer = metrics_lib.Writer(
+      workdir, first_step=first + 1, config=program.config
+    )
+    self._progress = progress.Progress(
+      'train', program.steps, unit='steps', done=first
+    )
+    self._workdir = workdir
+    self._keys = keys  # Of a step's batch.
+    self._on_log = on_log
+    self._saving = 0.0  # Seconds since what was written last.
+    self._skipped = 0
+    self._max_skipped = program.config.train.max_skipped_steps
+    self._pending = None
+    self._timed_from = None  # (step, time, wait) rates count from.
+
+  def add(
+    self, step: int, metrics: dict[str, jax.Array], seconds_waited: float
+  ) -> None:
+    """Takes a step's metrics, writes those of the step before if due.
+
+    Args:
+      step: number.
+      metrics: of the step.
+      seconds_waited: for data, since the beginning.
+    """
+    self.flush(last=False)
+    self._pending = step, metrics, seconds_waited
+
+  def flush(self, *, last: bool) -> None:
+    """Checks what is pending, and writes it if due or the last.
+
+    Raises:
+      RunError: the loss or its gradient is not finite, or the loss a spike.
+    """
+    if self._pending is None:
+      return
+    step, metrics, waited = self._pending
+    self._pending = None
+    values = {k: float(v) for k, v in metrics.items()}
+    self._check_step(step, values)
+    self._progress.update(step, loss=values['train/loss'])
+    now = time.monotonic()
+    if self._timed_from is None:  # Compiling is not counted.
+      self._timed_from = step, now, waited
+    if not (last or step == 1 or step % self._every == 0):
+      return
+    if self._max_skipped:
+      values['train/skipped_steps'] = float(self._skipped)
+    values['train/learning_rate'] = float(self._schedule(step - 1))
+    from_step, since, waited_before = self._timed_from
+    if step > from_step:
+      images = (step - from_step) * self._batch_size
+      rate = images / (now - since)
+      values['train/images_per_second'] = rate
+      values['train/data_wait_fraction'] = (waited - waited_before) / (
+        now - since
+      )
+      values['train/save_fraction'] = self._saving / (now - since)
+      if self._peak:
+        utilisation = rate * self._flops / self._peak
+        values['train/model_flop_utilisation'] = utilisation
+      self._timed_from, self._saving = (step, now, waited), 0.0
+    self._writer.write(step, values)
+    self._on_log()
+
+  def evaluated(self, step: int, values: Mapping[str, float | None]) -> None:
+    """Writes the scores at a step, after its own metrics if these are due."""
+    self.flush(last=False)
+    self._writer.write(step, {k: v for k, v in values.items() if v is not None})
+    self._timed_from = None  # Neither is evaluating.
+
+  @contextlib.contextmanager
+  def saving(self) -> Iterator[None]:
+    """Counts the time inside as saving."""
+    start = time.monotonic()
+    yield
+    self._saving += time.monotonic() - start
+
+  def _check_step(self, step: int, values: dict[str, float]) -> None:
+    """Counts a step that must not be taken, or raises RunError."""
+    broken = [n for n in _MUST_BE_FINITE if not math.isfinite(values[n])]
+    if not broken and not values.get('train/spike'):
+      return
+    kind, name = (
+      ('not_finite', broken[0]) if broken else ('spike', 'train/loss')
+    )
+    keys = self._keys(step)
+    path = self._workdir / f'{kind}_{step}.txt'
+    if distributed.is_main():
+      with files.atomic(path) as temporary:
+        temporary.write_text(''.join(f'{key}\n' for key in keys))
+    says = (
+      f'{name} is {values[name]} at step {step}'
+      + ', a spike by train.max_loss_ratio' * (kind == 'spike')
+      + ', on a batch with '
+      + ', '.join(keys[:3])
+      + f' and {len(keys) - 3} more (all in {path})' * (len(keys) > 3)
+    )
+    self._skipped += 1
+    if self._skipped > self._max_skipped:
+      raise errors.RunError(
+        f'{says}; lower optimizer.learning_rate and run again in another '
+        f'--workdir, or allow more than train.max_skipped_steps='
+        f'{self._max_skipped}'
+      )
+    _log.warning('train: skipped: %s', says)
+
+  def latest(self) -> dict[str, float]:
+    """See metrics.Writer.latest."""
+    return self._writer.latest()
+
+  def close(self) -> None:
+    """Flushes the files."""
+    self._writer.close()

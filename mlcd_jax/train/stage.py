@@ -1,0 +1,211 @@
+"""The train stage: opens data and labels, makes the state, runs the loop."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import functools
+import logging
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from mlcd_jax import manifests
+from mlcd_jax import sharding
+from mlcd_jax.cluster import labels as labels_lib
+from mlcd_jax.data import keys as keys_lib
+from mlcd_jax.data import matching
+from mlcd_jax.data import pipelines
+from mlcd_jax.data import sources
+from mlcd_jax.embed import shards
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import signals
+from mlcd_jax.train import init
+from mlcd_jax.train import loop
+from mlcd_jax.train import step as step_lib
+from mlcd_jax.train import summary
+from mlcd_jax.weights import checkpoint
+from mlcd_jax.weights import hub
+
+_log = logging.getLogger(__name__)
+
+# (program, parameters of the encoder) -> scores by name.
+Evaluate = Callable[[step_lib.Program, Any], Mapping[str, float | None]]
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  manifest: manifests.Manifest,
+  *,
+  workdir: pathlib.Path,
+  embedded: manifests.Manifest,
+  labels: labels_lib.Labels,
+  mesh: Mesh,
+  evaluate: Evaluate | None = None,
+  on_log: Callable[[], None] = lambda: None,
+) -> None:
+  """Trains to the end, or as far as this invocation may.
+
+  Args:
+    config: of the run.
+    manifest: of this stage.
+    workdir: where the metrics go.
+    embedded: manifest of the embed stage, whose rows the labels are of.
+    labels: of those rows.
+    mesh: of all devices.
+    evaluate: scores the encoder every evaluate.every_steps.
+    on_log: called after metrics were written.
+
+  Raises:
+    UserError: the images and labels do not fit, or the batch and the mesh.
+    RunError: the loss is not finite.
+    Stopped: by a signal, after saving.
+  """
+  source = sources.make(config.data)
+  sources.check_same(source, 'data.path')
+  sources.check_bad_keys(config.data.bad_keys, manifest)
+  label_rows = _label_rows(config, source, embedded)
+  if config.model.init_from and 'init_from' not in manifest.notes:
+    path = hub.pinned(config.model.init_from, 'model.init_from')
+    manifest.notes['init_from'] = path
+    manifest.save()
+  program = step_lib.Program(
+    config=config,
+    num_classes=labels.num_classes,
+    steps=num_steps(config, len(source)),
+    mesh=mesh,
+  )
+  _log.info('train: parameters\n%s', summary.parameters(program))
+  checkpointer = checkpoint.Checkpointer(
+    manifest.folder,
+    keep=config.train.keep_checkpoints,
+    keep_every_steps=config.train.keep_every_steps,
+    keep_best=config.train.keep_best,
+    best_is=config.train.best_is,
+  )
+  state, first = _restore_or_init(program, checkpointer, clusters=labels.folder)
+  last = program.steps
+  if config.train.stop_after_steps:
+    last = min(last, first + config.train.stop_after_steps)
+  batches = pipelines.Prefetched(
+    _batches(config, source, label_rows, labels, first, mesh),
+    functools.partial(sharding.put_batch, mesh),
+  )
+  log = loop.Log(
+    program,
+    workdir,
+    first,
+    keys=functools.partial(_keys, config, source),
+    on_log=on_log,
+  )
+  try:
+    with signals.noted() as interrupted:
+      loop.run(
+        program, state, batches, checkpointer, log, last, interrupted, evaluate
+      )
+  finally:
+    batches.close()
+    log.close()
+    checkpointer.close()
+  if last == program.steps:
+    manifest.finish(step=last)
+
+
+def _batches(config, source, label_rows, labels, first, mesh):
+  """This host's rows of the batches after step `first`."""
+  return pipelines.train_batches(
+    source,
+    label_rows,
+    labels,
+    num_positives=step_lib.num_labels(config),
+    batch_size=config.train.batch_size,
+    image_size=config.model.image_size,
+    crop_area=tuple(config.data.crop_area),
+    flip=config.data.flip,
+    seed=config.seed,
+    start_step=first,
+    num_workers=config.data.num_workers,
+    max_bad_fraction=config.data.max_bad_fraction,
+    rows=sharding.own_rows(mesh, config.train.batch_size),
+  )
+
+
+def num_steps(config: ml_collections.ConfigDict, num_images: int) -> int:
+  """Steps of the whole run; `epochs` are turned into whole steps."""
+  if config.train.steps:
+    return config.train.steps
+  return max(
+    1, round(config.train.epochs * num_images / config.train.batch_size)
+  )
+
+
+def _label_rows(
+  config: ml_collections.ConfigDict,
+  source: sources.Source,
+  embedded: manifests.Manifest,
+) -> np.ndarray:
+  """Each record's row among the labels, or -1; refuses too many of those."""
+  keys = source.keys()
+  label_keys = shards.open_made(embedded).keys()
+  rows = matching.join(keys, label_keys, matching.root_of(config.data.path))
+  missing = np.flatnonzero(rows < 0)
+  is_unused = np.ones(len(label_keys), bool)
+  is_unused[rows[rows >= 0]] = False
+  unused = np.sum(is_unused)
+  if len(missing) > config.data.max_bad_fraction * len(keys):
+    others = label_keys[np.flatnonzero(is_unused)[:3]]
+    raise errors.UserError(
+      f'data.path: {len(missing)} of {len(keys)} images have no labels '
+      f'(such as {_named(keys[missing[:3]])}), more than data.max_bad_fraction='
+      f'{config.data.max_bad_fraction} allows; {unused} labels have no image '
+      f'(such as {_named(others)}). They were made from other images, or these '
+      'have other keys there: embed the images of data.path, or give both the '
+      'same keys'
+    )
+  if len(missing) or unused:
+    repeated = np.isin(label_keys[is_unused], label_keys[rows[rows >= 0]])
+    _log.warning(
+      'train: %d of %d images have no labels and weigh nothing; %d of %d '
+      'label rows have no image%s',
+      len(missing),
+      len(keys),
+      unused,
+      len(label_keys),
+      f', {repeated.sum()} of them since an earlier row has the same key'
+      * bool(repeated.any()),
+    )
+  return rows
+
+
+def _named(keys: np.ndarray) -> str:
+  return ', '.join(map(keys_lib.text, keys.tolist()))
+
+
+def _keys(
+  config: ml_collections.ConfigDict, source: sources.Source, step: int
+) -> list[str]:
+  """The keys of the batch that step number `step`, from 1, is made with."""
+  first = (step - 1) * config.train.batch_size
+  places = range(first, first + config.train.batch_size)
+  keys = source.keys()
+  return [
+    keys[pipelines.record_at(place, len(source), config.seed)].decode(
+      'utf-8', 'replace'
+    )
+    for place in places
+  ]
+
+
+def _restore_or_init(
+  program: step_lib.Program,
+  checkpointer: checkpoint.Checkpointer,
+  *,
+  clusters: pathlib.Path,
+) -> tuple[step_lib.TrainState, int]:
+  """The state to go on from, and its step."""
+  restored = checkpointer.restore_latest(program.abstract_state)
+  if restored is None:
+    return init.make(program, clusters=clusters), 0
+  _log.info('train: continuing from step %d', restored[1])
+  return restored

@@ -1,0 +1,1 @@
+"""Encoders on disk: checkpoints, released weights in and out."""

@@ -1,0 +1,408 @@
+"""Checkpoints of the train state, by Orbax."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent import futures
+import logging
+import math
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import watchdog
+from mlcd_jax.weights import digests
+
+_log = logging.getLogger(__name__)
+
+_CENTERS = re.compile(r'(^|/)classifier/weight$')  # And their moments.
+_FULL = ('No space left', 'Disk quota exceeded', 'File too large')
+
+
+class Checkpointer:
+  """Saves and restores train states under a folder, one folder a step."""
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    *,
+    keep: int = 2,
+    keep_every_steps: int = 0,
+    keep_best: str = '',
+    best_is: str = 'lowest',
+  ):
+    """Opens the folder, or makes it.
+
+    Args:
+      folder: of the checkpoints.
+      keep: the last so many stay.
+      keep_every_steps: and those of multiples of it; 0 = none.
+      keep_best: and the one that is best by the metric of this name; '' = none.
+      best_is: lowest or highest.
+    """
+    self._folder = folder
+    self._best = keep_best
+    sign = {'lowest': -1, 'highest': 1}[best_is]
+    best_fn = (lambda metrics: sign * metrics[keep_best]) if keep_best else None
+    policies = [checkpoint_managers.LatestN(keep)]
+    if keep_every_steps:
+      policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+    if keep_best:
+      policies.append(
+        checkpoint_managers.BestN(
+          get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False
+        )
+      )
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(),
+      item_handlers=ocp.StandardCheckpointHandler(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        best_fn=best_fn,  # Has the metric written beside the state.
+        cleanup_tmp_directories=True,
+        # All processes know the same steps, whatever each one's disk shows.
+        single_host_load_and_broadcast=True,
+        # When to save is the training loop's decision.
+        save_interval_steps=1,
+      ),
+    )
+    self._sealing = futures.ThreadPoolExecutor(1, 'seal')
+    self._unsealed = None  # A step whose digests are not written yet.
+
+  def save(
+    self, step: int, state: Any, metrics: Mapping[str, float] | None = None
+  ) -> None:
+    """Writes in the background, unless the step is there already.
+
+    Args:
+      step: number.
+      state: of the step.
+      metrics: by name; the checkpoint is never the best one without a finite
+        value of the metric to keep by.
+
+    Raises:
+      RunError: this one or the one before cannot be written.
+    """
+    if step == self._manager.latest_step():
+      return
+    with self._explained():
+      self._finish_last()
+      self._manager.save(
+        step,
+        args=ocp.args.StandardSave(state),
+        metrics=self._metric(step, metrics or {}),
+        force=True,
+      )
+      self._unsealed = step
+
+  def restore(self, step: int, abstract_state: Any) -> Any:
+    """Reads a state onto any mesh.
+
+    Args:
+      step: of a complete checkpoint.
+      abstract_state: jax.ShapeDtypeStructs with the shardings wanted.
+
+    Raises:
+      UserError: the checkpoint is damaged or of another model.
+    """
+    try:
+      return self._restore(step, abstract_state)
+    except digests.Damaged as e:
+      raise self._cannot_be_restored(step, str(e)) from e
+
+  def restore_latest(self, abstract_state: Any) -> tuple[Any, int] | None:
+    """Reads the last state that is whole; damaged ones are moved aside.
+
+    Args:
+      abstract_state: as for `restore`.
+
+    Returns:
+      The state and its step, or None where there is no checkpoint.
+
+    Raises:
+      UserError: all are damaged, or one is of another model.
+    """
+    # Refuses what is no folder of checkpoints.
+    distributed.decide('checkpoints', lambda: latest_step(self._folder))
+    self._manager.reload()
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    damaged = []
+    for step in steps:
+      try:
+        state = self._restore(step, abstract_state)
+      except digests.Damaged as e:
+        _log.warning('train: checkpoint %d is damaged and skipped: %s', step, e)
+        damaged.append(step)
+        continue
+      self._set_aside(damaged)
+      return state, step
+    if damaged:
+      raise errors.UserError(
+        f'{self._folder}: none of the checkpoints {damaged} can be restored; '
+        'delete the folder to train anew'
+      )
+    return None
+
+  def close(self) -> None:
+    """Waits for what is being written, and says which one is the best.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    with self._explained():
+      self._finish_last()
+      self._sealing.shutdown()
+      best = self._manager.best_step() if self._best else None
+      if best is not None:
+        _log.info('train: checkpoint %d is the best by %s', best, self._best)
+      self._manager.close()
+
+  def _finish_last(self) -> None:
+    self._manager.wait_until_finished()
+    step, self._unsealed = self._unsealed, None
+    if step is not None and distributed.is_main():
+      self._sealing.submit(digests.write, self._folder / str(step))
+
+  def _metric(
+    self, step: int, metrics: Mapping[str, float]
+  ) -> dict[str, float] | None:
+    """What is written beside a state, for the choice of the best one."""
+    value = metrics.get(self._best)
+    if value is not None and math.isfinite(value):
+      return {self._best: float(value)}
+    if self._best:
+      _log.warning(
+        'train: checkpoint %d cannot be the best: train.keep_best=%s is not '
+        'among what was logged since the one before: %s',
+        step,
+        self._best,
+        ', '.join(sorted(metrics)),
+      )
+    return None
+
+  def _explained(self) -> '_Explained':
+    return _Explained(self._folder)
+
+  def _restore(self, step: int, abstract_state: Any) -> Any:
+    """As `restore`, raises digests.Damaged in all processes alike."""
+    found = distributed.decide('checkpoint', lambda: self._look(step))
+    if 'damage' in found:
+      raise digests.Damaged(found['damage'])
+    self._check_same_model(step, found['shapes'], abstract_state)
+    try:
+      # Not strict: the class centers' padding is another on another mesh.
+      return self._manager.restore(
+        step, args=ocp.args.StandardRestore(abstract_state, strict=False)
+      )
+    except Exception as e:  # Orbax and TensorStore raise all kinds.
+      if watchdog.may_be_lost(e):
+        watchdog.wait()  # Else a good checkpoint would count as damaged.
+      if jax.process_count() > 1:
+        # Others may have found no damage, and wait for this process.
+        raise self._cannot_be_restored(step, _first_line(e)) from e
+      raise digests.Damaged(_first_line(e)) from e
+
+  def _look(self, step: int) -> dict[str, Any]:
+    """The `shapes` of a checkpoint's arrays, or its `damage`."""
+    try:
+      digests.check(self._folder / str(step))
+      return {'shapes': _shapes(self._manager.item_metadata(step))}
+    except Exception as e:  # Orbax and TensorStore raise all kinds.
+      return {'damage': _first_line(e)}
+
+  def _cannot_be_restored(self, step: int, reason: str) -> errors.UserError:
+    return errors.UserError(
+      f'{self._folder / str(step)}: cannot be restored ({reason}); delete it '
+      'to go on from the checkpoint before'
+    )
+
+  def _check_same_model(
+    self, step: int, saved: Mapping[str, str], wanted: Any
+  ) -> None:
+    wanted = _shapes(wanted)
+    differences = [
+      f'{name} is {saved.get(name, "missing")} there and '
+      f'{wanted.get(name, "missing")} here'
+      for name in sorted(saved.keys() | wanted.keys())
+      if saved.get(name) != wanted.get(name)
+    ]
+    if differences:
+      more = len(differences) - 3
+      raise errors.UserError(
+        f'{self._folder / str(step)} is of another model: '
+        + '; '.join(differences[:3])
+        + f' and {more} more' * (more > 0)
+        + '; set the model back, or use another --workdir'
+      )
+
+  def _set_aside(self, steps: list[int]) -> None:
+    """Moves damaged checkpoints away, so that their steps can be saved."""
+    if steps and distributed.is_main():
+      aside = self._folder / 'damaged'
+      aside.mkdir(exist_ok=True)
+      for step in steps:
+        target = aside / str(step)
+        while target.exists():
+          target = target.with_name(target.name + '_before')
+        (self._folder / str(step)).rename(target)
+    distributed.barrier('damaged checkpoints')
+    self._manager.reload()
+
+
+def restore_part(folder: pathlib.Path, step: int, abstract: Any) -> Any:
+  """Reads some arrays of a checkpoint, onto one device, and not the others.
+
+  Args:
+    folder: of the checkpoints.
+    step: of a complete checkpoint.
+    abstract: jax.ShapeDtypeStructs of those arrays, nested as in the state.
+
+  Raises:
+    UserError: the checkpoint is damaged, or has no such arrays.
+  """
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+  )
+  try:
+    digests.check(folder / str(step))
+    found = _metadata(folder, step)
+    for path, x in jax.tree_util.tree_leaves_with_path(abstract):
+      names = [key.key for key in path]
+      if _at(found, names) != x.shape:
+        raise ValueError(
+          f'{"/".join(names)} is {_at(found, names)}, expected {x.shape}'
+        )
+    return ocp.PyTreeCheckpointer().restore(
+      _array_folder(folder, step),
+      args=ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+      ),
+    )
+  except Exception as e:  # Orbax and TensorStore raise all kinds.
+    raise errors.UserError(
+      f'{folder / str(step)}: cannot be restored '
+      f'({str(e).strip().splitlines()[0]})'
+    ) from e
+
+
+def shape(
+  folder: pathlib.Path, step: int, names: Sequence[str]
+) -> jax.ShapeDtypeStruct:
+  """The shape of one float32 array of a checkpoint, by its path's names."""
+  return jax.ShapeDtypeStruct(_at(_metadata(folder, step), names), jnp.float32)
+
+
+def has(folder: pathlib.Path, step: int, name: str) -> bool:
+  """Whether a part of the state has any arrays."""
+  return bool(jax.tree.leaves(_metadata(folder, step).get(name)))
+
+
+def _metadata(folder: pathlib.Path, step: int) -> Any:
+  path = _array_folder(folder, step)
+  return ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
+
+
+def _at(tree: Any, names: Sequence[str]) -> tuple[int, ...]:
+  for name in names:
+    tree = tree[name]
+  return tuple(tree.shape)
+
+
+def _array_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
+  return folder.absolute() / str(step) / 'default'
+
+
+def latest_step(folder: pathlib.Path) -> int | None:
+  """The last complete checkpoint's step; None where there is none.
+
+  Raises:
+    UserError: a folder that looks like a checkpoint is none.
+  """
+  if not folder.exists():
+    return None
+  try:
+    return max(ocp.utils.checkpoint_steps(folder), default=None)
+  except ValueError as e:
+    raise errors.UserError(
+      f'{folder}: not a folder of checkpoints ({e}); delete what does not '
+      'belong there'
+    ) from e
+
+
+def step_of(path: pathlib.Path) -> int:
+  """The step of a complete checkpoint, by its folder.
+
+  Raises:
+    UserError: there is none of that name.
+  """
+  steps = sorted(ocp.utils.checkpoint_steps(path.parent))
+  if path.name not in map(str, steps):
+    raise errors.UserError(
+      f'{path}: no checkpoint; there are ' + ', '.join(map(str, steps))
+    )
+  return int(path.name)
+
+
+class _Explained:
+  """Turns what goes wrong in writing into one line."""
+
+  def __init__(self, folder: pathlib.Path):
+    self._folder = folder
+
+  def __enter__(self) -> None:
+    pass
+
+  def __exit__(self, kind, e, traceback) -> None:
+    if e is None or not isinstance(e, Exception):
+      return
+    said = str(e)
+    last = f'the last good checkpoint is {latest_step(self._folder)}'
+    if any(text in said for text in _FULL):
+      raise errors.RunError(
+        f'{self._folder}: no space left on the disk; {last}; make space and '
+        'run the same command to continue'
+      ) from e
+    if isinstance(e, OSError):
+      raise errors.RunError(
+        f'{self._folder}: cannot be written ({e.strerror}); {last}'
+      ) from e
+
+
+def _first_line(e: Exception) -> str:
+  return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+  """Path -> type and shape of every array.
+
+  Class centers lie in as many rows as the devices share evenly; how many
+  classes there are, the stage's manifest says.
+  """
+  paths = jax.tree_util.tree_leaves_with_path(
+    tree, is_leaf=lambda x: hasattr(x, 'shape')
+  )
+  shapes = {}
+  for path, x in paths:
+    if hasattr(x, 'shape'):
+      name, shape = '/'.join(_name(key) for key in path), list(x.shape)
+      if _CENTERS.search(name):
+        shape[0] = 'rows'
+      shapes[name] = f'{x.dtype}{shape}'
+  return shapes
+
+
+def _name(key: Any) -> str:
+  """One part of a path, the same for attributes, keys and places."""
+  for attribute in ('key', 'name', 'idx'):
+    if hasattr(key, attribute):
+      return str(getattr(key, attribute))
+  return str(key)
