@@ -25,7 +25,7 @@ from mlcd_jax.runtime import watchdog
 _log = logging.getLogger(__name__)
 
 _HELP = ('help', 'helpshort', 'helpfull', 'h', '?')
-_CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+_CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
 
 def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):

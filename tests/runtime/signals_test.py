@@ -11,7 +11,7 @@ from tests import commands
 _NOTED = """
 import os, signal
 from mlcd_jax.runtime import signals
-with interrupt.noted() as noted:
+with signals.noted() as noted:
   assert not noted()
   os.kill(os.getpid(), signal.{first})
   assert noted()
@@ -39,7 +39,9 @@ def test_the_second_signal_ends_at_once(first, second):
 
 _SLOW_TO_SAVE = """
 import pathlib, sys, time
-from mlcd_jax.weights import checkpoint, cli, main
+from mlcd_jax import main
+from mlcd_jax.runtime import cli
+from mlcd_jax.weights import checkpoint
 def save(*arguments):
   pathlib.Path(sys.argv[-1].partition('=')[2], 'saving').touch()
   time.sleep(600)

@@ -281,7 +281,7 @@ def test_missing_shard_is_named(tmp_path):
 
 _IMPORT = """
 import pathlib, sys
-from mlcd_jax.weights import huggingface as huggingface
+from mlcd_jax.weights import huggingface
 from mlcd_jax.weights import load as load_lib
 
 def memory(field):
@@ -289,8 +289,8 @@ def memory(field):
   return next(int(x.split()[1]) for x in lines if x.startswith(field)) << 10
 
 def run(source, target):
-  model, parameters = convert.stream_huggingface(source)
-  encoders.save(pathlib.Path(target), model, parameters, source=source)
+  model, parameters = huggingface.stream_huggingface(source)
+  load_lib.save(pathlib.Path(target), model, parameters, source=source)
 
 run(sys.argv[1], sys.argv[2] + '/small')  # What is made once.
 pathlib.Path('/proc/self/clear_refs').write_text('5')  # The peak begins anew.
