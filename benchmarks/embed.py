@@ -74,9 +74,9 @@ def _peer(folder: str, dtype: str, *, compiled: bool):
 
 
 def _ours(folder: str, dtype: str, batch: int):
-  from mlcd_jax.embed import huggingface
+  from mlcd_jax.embed import encoder
 
-  return huggingface.Huggingface(
+  return encoder.Huggingface(
     folder, image_size=0, batch_size=batch, dtype=dtype
   )
 

@@ -9,6 +9,7 @@ from typing import Any
 from mlcd_jax.runtime import distributed
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import files
+from mlcd_jax.runtime import paths
 
 NAME = 'manifest.json'
 
@@ -184,3 +185,19 @@ def places(workdir: pathlib.Path, folders: Mapping[str, pathlib.Path]) -> str:
   return '\n'.join(
     f'  {name:<9} {path}' for name, path in found.items() if path.exists()
   )
+
+
+def check_bad_keys(path: str, manifest: Manifest) -> None:
+  """Notes which keys a stage leaves out; they must stay the same.
+
+  Raises:
+    UserError: the stage began with others, so that the order was another.
+  """
+  digest = files.sha256(paths.local(path)) if path else ''
+  manifest.notes.setdefault('bad_keys', digest)
+  manifest.save()  # All processes then have what process 0 has.
+  if manifest.notes['bad_keys'] != digest:
+    raise errors.UserError(
+      f'data.bad_keys={path!r}: {manifest.folder} was begun with other keys '
+      'left out; use another --workdir, or delete it to make it again'
+    )

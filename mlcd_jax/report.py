@@ -17,12 +17,6 @@ _HEADINGS = {
   'knn': 'kNN (k = 10)',
   'few_shot': 'few-shot (20 a class)',
 }
-ENCODERS = {
-  'trained': 'trained encoder',
-  'embedder': 'embedder (its teacher)',
-  'random': 'random encoder',
-  'raw': 'raw pixels',
-}
 
 
 def table(workdirs: Sequence[pathlib.Path]) -> str:
@@ -45,7 +39,7 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
     config = files.read_json(path.with_name('config.json'))
     datasets = list(dict.fromkeys(k.split('/')[1] for k in results))
     found = {k.split('/')[0] for k in results}
-    for encoder, shown in ENCODERS.items():
+    for encoder, shown in evaluate_table.ENCODERS.items():
       if encoder not in found:
         continue
       if i and encoder != 'trained':
@@ -64,7 +58,7 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
           )
         )
   # Runs first, baselines after them.
-  rows.sort(key=lambda row: row[1] in ENCODERS.values())
+  rows.sort(key=lambda row: row[1] in evaluate_table.ENCODERS.values())
   tasks = [t for t in _HEADINGS if any(row[3][t] for row in rows)]
   lines = [('features', 'data', *(_HEADINGS[t] for t in tasks))]
   lines += [

@@ -23,7 +23,6 @@ from typing import Protocol
 import ml_collections
 import numpy as np
 
-from mlcd_jax import manifests
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.runtime import distributed
 from mlcd_jax.runtime import errors
@@ -265,22 +264,6 @@ def check_same(source: Source, field: str) -> None:
     return [len(keys), hashlib.sha256(keys.view(np.uint8)).hexdigest()]
 
   distributed.check_same(f'records of {field}', found, field)
-
-
-def check_bad_keys(path: str, manifest: manifests.Manifest) -> None:
-  """Notes which keys a stage leaves out; they must stay the same.
-
-  Raises:
-    UserError: the stage began with others, so that the order was another.
-  """
-  digest = files.sha256(paths.local(path)) if path else ''
-  manifest.notes.setdefault('bad_keys', digest)
-  manifest.save()  # All processes then have what process 0 has.
-  if manifest.notes['bad_keys'] != digest:
-    raise errors.UserError(
-      f'data.bad_keys={path!r}: {manifest.folder} was begun with other keys '
-      'left out; use another --workdir, or delete it to make it again'
-    )
 
 
 def _repeated(keys: np.ndarray) -> np.ndarray:

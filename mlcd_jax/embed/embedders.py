@@ -9,7 +9,7 @@ import skimage.feature
 from mlcd_jax import manifests
 from mlcd_jax.data import transforms
 from mlcd_jax.embed import encoder
-from mlcd_jax.embed import huggingface
+from mlcd_jax.weights import pinned
 
 
 class Embedder(Protocol):
@@ -94,8 +94,8 @@ def load_embedder(
     return None
   size = config['embed.image_size']
   if config['embed.embedder'] == 'huggingface':
-    huggingface.check(manifest.notes)
-    return huggingface.Huggingface(
+    pinned.check(manifest.notes, 'embed.path')
+    return encoder.Huggingface(
       manifest.notes['path'],
       image_size=size,
       batch_size=batch_size,

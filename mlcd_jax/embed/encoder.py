@@ -7,7 +7,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import functools
-import hashlib
 import pathlib
 from typing import Any
 
@@ -21,10 +20,11 @@ import numpy as np
 
 from mlcd_jax.data import transforms
 from mlcd_jax.runtime import errors
-from mlcd_jax.runtime import paths
 from mlcd_jax.weights import load as load_lib
 
 _BATCH, _WHOLE = PartitionSpec('batch'), PartitionSpec()
+
+_FIELD = 'embed.path'
 
 
 class ModelEmbedder:
@@ -81,6 +81,45 @@ class ModelEmbedder:
     ]
     rows = [np.asarray(self.submit(part))[: len(part)] for part in parts]
     return np.concatenate(rows)
+
+
+class Huggingface(ModelEmbedder):
+  """Unit rows of the projected output, or else of the pooled one."""
+
+  def __init__(
+    self, path: str, *, image_size: int, batch_size: int, dtype: str
+  ):
+    """Loads the weights onto this host's devices.
+
+    Args:
+      path: see `hub.find`.
+      image_size: S; 0 = the checkpoint's own.
+      batch_size: images per device.
+      dtype: of the products.
+
+    Raises:
+      UserError: see `weights.load.load`.
+    """
+    model, variables, _ = load_lib.load(path, _FIELD)
+    prepare = load_lib.load_preprocessing(path, _FIELD)
+    if prepare:
+      prepare = prepare.at(image_size)
+      size = prepare.image_size
+    else:
+      size = image_size or model.image_size
+      prepare = functools.partial(transforms.resize_center_crop, size=size)
+    if size < model.patch_size:
+      raise errors.UserError(
+        f'embed.image_size={size} is less than a patch of '
+        f'{_FIELD}={path}, {model.patch_size}'
+      )
+    super().__init__(
+      model.clone(dtype=jnp.dtype(dtype)),
+      variables,
+      prepare,
+      image_size=size,
+      batch_size=batch_size,
+    )
 
 
 def abstract_call(
@@ -150,7 +189,7 @@ def from_checkpoint(
     UserError: the checkpoint is not the one that was pinned.
   """
   model, params, found = load_lib.from_run(pathlib.Path(pinned['path']))
-  step, digest = found['step'], _digest(params)
+  step, digest = found['step'], pinned.digest(params)
   if (step, digest) != (pinned['step'], pinned['sha256']):
     raise errors.UserError(
       f'embed.path={pinned["path"]}: the last checkpoint, {step}, is not the '
@@ -170,26 +209,3 @@ def from_checkpoint(
     image_size=size,
     batch_size=batch_size,
   )
-
-
-def pin(path: str) -> dict[str, Any]:
-  """What says which weights a workdir stands for now.
-
-  Raises:
-    UserError: nothing is trained there.
-  """
-  workdir = paths.local(path).absolute()
-  _, params, found = load_lib.from_run(workdir)
-  return {
-    'path': str(workdir),
-    'step': found['step'],
-    'sha256': _digest(params),
-  }
-
-
-def _digest(params: Mapping[str, Any]) -> str:
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    digest.update(jax.tree_util.keystr(path).encode())
-    digest.update(np.ascontiguousarray(leaf))
-  return digest.hexdigest()

@@ -20,8 +20,6 @@ from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
 from mlcd_jax.embed import embedders
-from mlcd_jax.embed import encoder
-from mlcd_jax.embed import huggingface
 from mlcd_jax.embed import precomputed
 from mlcd_jax.embed import shards
 from mlcd_jax.runtime import distributed
@@ -29,6 +27,7 @@ from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import files
 from mlcd_jax.runtime import problems
 from mlcd_jax.runtime import progress as progress_lib
+from mlcd_jax.weights import pinned
 
 # Batches decoded, and batches embedded, ahead of the one that is waited for.
 _AHEAD = 2
@@ -49,12 +48,12 @@ def run(
     return
   source = sources.make(config.data)
   sources.check_same(source, 'data.path')
-  sources.check_bad_keys(config.data.bad_keys, manifest)
+  manifests.check_bad_keys(config.data.bad_keys, manifest)
   if not {'mean', 'path'} & set(manifest.notes):
     if config.embed.embedder == 'huggingface':
-      manifest.notes |= huggingface.pin(config.embed.path)
+      manifest.notes |= pinned.pin(config.embed.path, 'embed.path')
     elif config.embed.embedder == 'checkpoint':
-      manifest.notes |= encoder.pin(config.embed.path)
+      manifest.notes |= pinned.pin_run(config.embed.path)
     else:
       embedder = embedders.Hog(config.embed.image_size)
       manifest.notes['mean'] = _mean_row(embedder, source).tolist()

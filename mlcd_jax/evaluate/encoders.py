@@ -7,6 +7,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
+from typing import Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -14,13 +15,14 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from mlcd_jax import manifests
+from mlcd_jax import models
 from mlcd_jax import sharding
 from mlcd_jax.embed import embedders
-from mlcd_jax.embed import huggingface
 from mlcd_jax.runtime import distributed
 from mlcd_jax.weights import hub
 from mlcd_jax.weights import load as load_lib
-from mlcd_jax.weights import text as huggingface_text
+from mlcd_jax.weights import pinned
+from mlcd_jax.weights import text as text_lib
 
 _FIELD = 'evaluate.encoder'
 
@@ -51,6 +53,18 @@ class Encoder:
   params: Any = None
   text_path: str = ''
   mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+
+
+class Trained(Protocol):
+  """What evaluation needs of a train program."""
+
+  model: models.Encoder
+  mesh: Mesh
+  abstract_state: Any  # With `encoder`, the parameters to evaluate.
+
+  def init_encoder(self) -> Any:
+    """Returns the parameters of an encoder before training."""
+    ...
 
 
 def from_model(
@@ -116,7 +130,7 @@ def load(path: str, mesh: Mesh) -> Encoder:
   """Loads `evaluate.encoder`, with the preprocessing that belongs to it.
 
   Args:
-    path: see `folders.find`.
+    path: see `hub.find`.
     mesh: over which a batch is split.
 
   Raises:
@@ -131,7 +145,7 @@ def load(path: str, mesh: Mesh) -> Encoder:
   size = prepare.image_size if prepare else 0
   encoder = from_model(model, params, mesh, prepare=prepare, image_size=size)
   kind, folder = hub.find(path, _FIELD)
-  if kind == hub.RELEASED and huggingface_text.is_there(folder):
+  if kind == hub.RELEASED and text_lib.is_there(folder):
     return dataclasses.replace(encoder, text_path=path)
   return encoder
 
@@ -140,7 +154,7 @@ def identity(path: str) -> dict[str, Any]:
   """What says which weights `evaluate.encoder` stands for now."""
   kind, folder = hub.find(path, _FIELD)
   if kind != hub.RUN:
-    return distributed.decide('encoder', lambda: huggingface.pin(path, _FIELD))
+    return distributed.decide('encoder', lambda: pinned.pin(path, _FIELD))
   checkpoints, step = load_lib.checkpoint_of(folder)
   made = manifests.load(checkpoints)
   return {'step': step, 'train': made and made.fingerprint()}

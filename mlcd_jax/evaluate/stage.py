@@ -34,7 +34,6 @@ from mlcd_jax.evaluate.tasks import zero_shot
 from mlcd_jax.runtime import distributed
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import files
-from mlcd_jax.train import step as step_lib
 from mlcd_jax.weights import checkpoint
 
 _TASKS = {
@@ -144,8 +143,8 @@ def _applies(task: str, data: features.Data) -> bool:
 
 def inside_training(
   config: ml_collections.ConfigDict,
-) -> Callable[[step_lib.Program, Any], dict[str, float | None]]:
-  """What train.run calls every `evaluate.every_steps`.
+) -> Callable[[encoders.Trained, Any], dict[str, float | None]]:
+  """Makes what training calls every `evaluate.every_steps`.
 
   Returns:
     (program, parameters of the encoder) -> names in metrics.jsonl and values.
@@ -199,7 +198,7 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
 
 
 def of_run(
-  program: step_lib.Program,
+  program: encoders.Trained,
   checkpoints: pathlib.Path,
   step: int,
   embedder: embedders.Embedder | None,

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from mlcd_jax import config as config_lib
 
 _HEADINGS = ('features', 'data', 'task', 'metric', 'value', '95 %', 'count')
-_ENCODERS = ('trained', 'embedder', 'random', 'raw')
+# What results.json calls an encoder, and how tables show it, in their order.
+ENCODERS = {
+  'trained': 'trained encoder',
+  'embedder': 'embedder (its teacher)',
+  'random': 'random encoder',
+  'raw': 'raw pixels',
+}
 _PARTS = ('_low', '_high', '_count')
 # What a probe says of its fit, which is no metric.
 OF_FITS = ('penalty', 'objective', 'iterations', 'converged')
@@ -49,7 +55,7 @@ def _order(row: Sequence[str]) -> tuple:
     dataset,
     config_lib.TASKS.index(task),
     metric,
-    _ENCODERS.index(encoder),
+    list(ENCODERS).index(encoder),
   )
 
 

@@ -14,10 +14,10 @@ import ml_collections
 
 from mlcd_jax import config as config_lib
 from mlcd_jax import manifests
-from mlcd_jax import report
 from mlcd_jax import sharding
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import encoders
+from mlcd_jax.evaluate import table
 from mlcd_jax.page import curves
 from mlcd_jax.page import render
 from mlcd_jax.page import sections
@@ -156,7 +156,7 @@ class Page:
         clustered=clustered,
       ),
       'results': files.read_json(results) if results.exists() else {},
-      'encoders': report.ENCODERS,
+      'encoders': table.ENCODERS,
       'patches': files.read_json(patches) if patches.exists() else [],
       'bad': sections.bad_data(
         self._workdir, embedded=embedded, clustered=clustered

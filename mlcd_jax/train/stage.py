@@ -64,7 +64,7 @@ def run(
   """
   source = sources.make(config.data)
   sources.check_same(source, 'data.path')
-  sources.check_bad_keys(config.data.bad_keys, manifest)
+  manifests.check_bad_keys(config.data.bad_keys, manifest)
   label_rows = _label_rows(config, source, embedded)
   if config.model.init_from and 'init_from' not in manifest.notes:
     path = hub.pinned(config.model.init_from, 'model.init_from')

@@ -35,7 +35,7 @@ def load(
   """Loads an encoder from wherever it is.
 
   Args:
-    path: see `folders.find`.
+    path: see `hub.find`.
     field: what to call the path in errors.
 
   Returns:
@@ -59,7 +59,7 @@ def load_preprocessing(
   """Loads how an encoder's images are prepared.
 
   Args:
-    path: see `folders.find`.
+    path: see `hub.find`.
     field: what to call the path in errors.
 
   Returns:
@@ -82,7 +82,7 @@ def import_(source: str, target: pathlib.Path) -> None:
   """Writes any encoder as `save` does.
 
   Args:
-    source: see `folders.find`.
+    source: see `hub.find`.
     target: new folder.
 
   Raises:

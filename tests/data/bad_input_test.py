@@ -353,7 +353,7 @@ def test_other_bad_keys_in_a_begun_stage(tmp_path):
   one.write_text('a\n')
   two.write_text('b\n')
   manifest = manifests.Manifest('train', tmp_path, config={}, inputs={})
-  sources.check_bad_keys(str(one), manifest)
-  sources.check_bad_keys(str(one), manifests.load(tmp_path))
+  manifests.check_bad_keys(str(one), manifest)
+  manifests.check_bad_keys(str(one), manifests.load(tmp_path))
   with pytest.raises(errors.UserError, match='begun with other keys'):
-    sources.check_bad_keys(str(two), manifests.load(tmp_path))
+    manifests.check_bad_keys(str(two), manifests.load(tmp_path))

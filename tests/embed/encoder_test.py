@@ -13,6 +13,7 @@ from mlcd_jax.embed import shards
 from mlcd_jax.embed import stage as embed
 from mlcd_jax.runtime import errors
 from mlcd_jax.weights import load as load_lib
+from mlcd_jax.weights import pinned as pinned_lib
 
 
 @pytest.fixture(name='trained', scope='module')
@@ -56,8 +57,8 @@ def test_a_run_embeds_for_the_next_one(trained, tiny_config, tmp_path):
 
 def test_size_and_weights_are_checked(trained, tiny_config, tmp_path):
   with pytest.raises(errors.UserError, match='nothing is trained'):
-    encoder.pin(str(tmp_path))
-  pinned = encoder.pin(str(trained))
+    pinned_lib.pin_run(str(tmp_path))
+  pinned = pinned_lib.pin_run(str(trained))
   options = dict(batch_size=4, dtype='float32')
   larger = encoder.from_checkpoint(pinned, image_size=56, **options)
   assert larger.image_size == 56

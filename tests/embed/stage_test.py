@@ -11,7 +11,7 @@ import pytest
 from mlcd_jax import manifests
 from mlcd_jax.data import sources
 from mlcd_jax.embed import embedders
-from mlcd_jax.embed import huggingface
+from mlcd_jax.embed import encoder
 from mlcd_jax.embed import shards
 from mlcd_jax.embed import stage as embed
 from mlcd_jax.runtime import errors
@@ -138,7 +138,7 @@ def fixture_clip_config(tiny_config):
 
 
 def make_clip(**fields):
-  return huggingface.Huggingface(
+  return encoder.Huggingface(
     str(CLIP),
     **dict(image_size=0, batch_size=4, dtype='float32') | fields,
   )

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from mlcd_jax.embed import huggingface as huggingface_lib
 from mlcd_jax.runtime import errors
 from mlcd_jax.weights import configs
 from mlcd_jax.weights import huggingface
+from mlcd_jax.weights import pinned as pinned_lib
 from mlcd_jax.weights import preprocessing
 from mlcd_jax.weights import text
 
@@ -193,12 +193,12 @@ def test_a_processors_file_is_pinned(tmp_path):
   folder = shutil.copytree(GOLDENS / 'clip', tmp_path / 'clip')
   size = dict(size=24, crop_size=24)
   write(folder, 'processor_config.json', {'image_processor': size})
-  pinned = huggingface_lib.pin(str(folder))
+  pinned = pinned_lib.pin(str(folder), 'embed.path')
   assert 'processor_config.json' in pinned['weights']
-  huggingface_lib.check(pinned)
+  pinned_lib.check(pinned, 'embed.path')
   write(folder, 'processor_config.json', {'image_processor': size | {'a': 0}})
   with pytest.raises(errors.UserError, match='the files are not those'):
-    huggingface_lib.check(pinned)
+    pinned_lib.check(pinned, 'embed.path')
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import pytest
 from mlcd_jax import config as config_lib
 from mlcd_jax import models
 from mlcd_jax import sharding
-from mlcd_jax.embed import huggingface as huggingface_lib
+from mlcd_jax.embed import encoder
 from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.runtime import errors
 from mlcd_jax.weights import configs
 from mlcd_jax.weights import hub
 from mlcd_jax.weights import huggingface
 from mlcd_jax.weights import load as load_lib
+from mlcd_jax.weights import pinned as pinned_lib
 from mlcd_jax.weights import preprocessing
 
 GOLDENS = pathlib.Path(__file__).parent.parent / 'goldens'
@@ -61,8 +62,8 @@ def test_every_folder_is_scored_embeds_starts_runs_and_is_imported(
   assert scored.image_size == (21 if open_clips else 24)
   assert not scored.text_path
 
-  huggingface_lib.check(huggingface_lib.pin(folder))
-  embeds = huggingface_lib.Huggingface(
+  pinned_lib.check(pinned_lib.pin(folder, 'embed.path'), 'embed.path')
+  embeds = encoder.Huggingface(
     folder, image_size=0, batch_size=1, dtype='float32'
   )
   assert embeds.prepare == prepare
@@ -82,7 +83,7 @@ def test_weights_say_which_of_two_configs_counts(tmp_path):
   shutil.copytree(GOLDENS / 'open_clip', tmp_path / 'a')
   shutil.copy(GOLDENS / 'clip/config.json', tmp_path / 'a')
   assert configs.read(tmp_path / 'a')[0] == 'open_clip'
-  assert set(huggingface_lib.pin(str(tmp_path / 'a'))['weights']) == {
+  assert set(pinned_lib.pin(str(tmp_path / 'a'), 'embed.path')['weights']) == {
     'config.json',
     'open_clip_config.json',
     'open_clip_model.safetensors',
@@ -103,12 +104,12 @@ def test_open_clips_features_are_scored():
 
 def test_a_changed_copy_is_not_what_was_pinned(tmp_path):
   folder = imported(tmp_path)
-  pinned = huggingface_lib.pin(str(folder))
+  pinned = pinned_lib.pin(str(folder), 'embed.path')
   assert 'model.json' in pinned['weights']
   path = folder / 'model.json'
   path.write_text(path.read_text() + ' ')
   with pytest.raises(errors.UserError, match='embed.path=.*are not those'):
-    huggingface_lib.check(pinned)
+    pinned_lib.check(pinned, 'embed.path')
 
 
 def nothing(folder):
@@ -172,7 +173,7 @@ def test_other_folders_are_described(make, says, tmp_path):
   for use in (
     evaluate_encoders.identity,
     lambda path: load_lib.load(path, 'model.init_from'),
-    lambda path: huggingface_lib.pin(path),
+    lambda path: pinned_lib.pin(path, 'embed.path'),
     lambda path: load_lib.import_(path, tmp_path / 'b'),
   ):
     with pytest.raises(errors.UserError, match=says) as e:

@@ -16,7 +16,7 @@ from mlcd_jax import models
 from mlcd_jax import sharding
 from mlcd_jax import stages
 from mlcd_jax.cluster import labels
-from mlcd_jax.embed import huggingface as huggingface_lib
+from mlcd_jax.embed import encoder
 from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.models import positions
 from mlcd_jax.runtime import errors
@@ -28,6 +28,7 @@ from mlcd_jax.weights import export
 from mlcd_jax.weights import huggingface
 from mlcd_jax.weights import load as load_lib
 from mlcd_jax.weights import open_clip
+from mlcd_jax.weights import pinned
 
 GOLDENS = pathlib.Path(__file__).parent.parent / 'goldens'
 
@@ -107,8 +108,8 @@ def test_a_run_goes_where_a_folder_does(run, tmp_path):
   identity = evaluate_encoders.identity(str(run))
   assert identity['step'] == 2 and identity['train']
   assert evaluate_encoders.identity(str(path)) == identity
-  huggingface_lib.check(huggingface_lib.pin(str(run)) | {'other': 0})
-  embeds = huggingface_lib.Huggingface(
+  huggingface_lib.check(pinned.pin(str(run), 'embed.path') | {'other': 0})
+  embeds = encoder.Huggingface(
     str(run), image_size=0, batch_size=1, dtype='float32'
   )
   assert embeds.image_size == 28
