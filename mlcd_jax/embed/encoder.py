@@ -21,6 +21,7 @@ import numpy as np
 from mlcd_jax.data import transforms
 from mlcd_jax.runtime import errors
 from mlcd_jax.weights import load as load_lib
+from mlcd_jax.weights import pinned as pinned_lib
 
 _BATCH, _WHOLE = PartitionSpec('batch'), PartitionSpec()
 
@@ -180,7 +181,7 @@ def from_checkpoint(
   """A run's encoder as the embedder: what the classifier saw, normalised.
 
   Args:
-    pinned: what `pin` returned.
+    pinned: what `weights.pinned.pin_run` returned.
     image_size: S; 0 = that of the training.
     batch_size: images per device.
     dtype: of the products.
@@ -189,7 +190,7 @@ def from_checkpoint(
     UserError: the checkpoint is not the one that was pinned.
   """
   model, params, found = load_lib.from_run(pathlib.Path(pinned['path']))
-  step, digest = found['step'], pinned.digest(params)
+  step, digest = found['step'], pinned_lib.digest(params)
   if (step, digest) != (pinned['step'], pinned['sha256']):
     raise errors.UserError(
       f'embed.path={pinned["path"]}: the last checkpoint, {step}, is not the '

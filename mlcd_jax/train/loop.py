@@ -8,9 +8,11 @@ import logging
 import math
 import pathlib
 import time
+from typing import Any
 
 import jax
 
+from mlcd_jax.data import pipelines
 from mlcd_jax.runtime import chips
 from mlcd_jax.runtime import distributed
 from mlcd_jax.runtime import errors
@@ -19,53 +21,17 @@ from mlcd_jax.runtime import progress
 from mlcd_jax.train import flops
 from mlcd_jax.train import metrics as metrics_lib
 from mlcd_jax.train import step as step_lib
+from mlcd_jax.weights import checkpoint
 
 _log = logging.getLogger(__name__)
 
 # What a process asks for at the end of a step; the greatest is done.
 _SAVE, _STOP = 1, 2
 
+# (program, parameters of the encoder) -> scores by name.
+Evaluate = Callable[[step_lib.Program, Any], Mapping[str, float | None]]
+
 _MUST_BE_FINITE = ('train/loss', 'train/gradient_norm')
-
-
-def run(
-  program, state, batches, checkpointer, log, last, interrupted, evaluate
-):
-  """Data, step, log, save, in this order, from the state's step to `last`.
-
-  A step's metrics are fetched after the next one was dispatched, so that the
-  devices never wait for the host; only before a state is saved are its own
-  fetched, since one that is not finite must not replace a good one.
-  """
-  every = program.config.train.checkpoint_every_steps
-  evaluate_every = program.config.evaluate.every_steps
-  seconds = 60 * program.config.train.checkpoint_every_minutes
-  # A signal to one process stops all after the same step, and its clock makes
-  # all save.
-  agree = distributed.agreement(program.mesh)
-  step = int(state.step)
-  saved_step, saved_at = step, time.monotonic()
-  while step < last:
-    state, metrics = program.step(state, next(batches))
-    step += 1
-    log.add(step, metrics, batches.seconds_waited)
-    if evaluate and step % evaluate_every == 0:
-      log.evaluated(step, evaluate(program, state.encoder))
-    late = seconds and time.monotonic() - saved_at > seconds
-    wish = agree(_STOP if interrupted() else _SAVE if late else 0)
-    if wish == _SAVE and step == saved_step + 1 and jax.process_count() > 1:
-      wish = 0  # The answer to what was asked before the save.
-    stopped = wish == _STOP
-    if wish or step == last or step % every == 0:
-      log.flush(last=stopped or step == last)
-      with log.saving():
-        checkpointer.save(step, state, log.latest())
-      saved_step, saved_at = step, time.monotonic()
-    if stopped:
-      checkpointer.close()
-      raise errors.Stopped(
-        f'stopped at step {step} after saving; run the same command to continue'
-      )
 
 
 class Log:
@@ -201,3 +167,65 @@ class Log:
   def close(self) -> None:
     """Flushes the files."""
     self._writer.close()
+
+
+def run(
+  program: step_lib.Program,
+  state: step_lib.TrainState,
+  batches: pipelines.Prefetched,
+  *,
+  last: int,
+  checkpointer: checkpoint.Checkpointer,
+  log: Log,
+  interrupted: Callable[[], bool],
+  evaluate: Evaluate | None,
+) -> None:
+  """Takes data, step, log, save, in this order, from the state's step on.
+
+  A step's metrics are fetched after the next one was dispatched, so that the
+  devices never wait for the host; only before a state is saved are its own
+  fetched, since one that is not finite must not replace a good one.
+
+  Args:
+    program: the compiled step.
+    state: to begin with.
+    batches: on the devices, from the state's step on.
+    last: the step to end after.
+    checkpointer: saves the states.
+    log: takes each step's metrics.
+    interrupted: says whether a signal asked this process to stop.
+    evaluate: scores the encoder every evaluate.every_steps; None = never.
+
+  Raises:
+    RunError: the loss is not finite.
+    Stopped: by a signal, after saving.
+  """
+  every = program.config.train.checkpoint_every_steps
+  evaluate_every = program.config.evaluate.every_steps
+  seconds = 60 * program.config.train.checkpoint_every_minutes
+  # A signal to one process stops all after the same step, and its clock makes
+  # all save.
+  agree = distributed.agreement(program.mesh)
+  step = int(state.step)
+  saved_step, saved_at = step, time.monotonic()
+  while step < last:
+    state, metrics = program.step(state, next(batches))
+    step += 1
+    log.add(step, metrics, batches.seconds_waited)
+    if evaluate and step % evaluate_every == 0:
+      log.evaluated(step, evaluate(program, state.encoder))
+    late = seconds and time.monotonic() - saved_at > seconds
+    wish = agree(_STOP if interrupted() else _SAVE if late else 0)
+    if wish == _SAVE and step == saved_step + 1 and jax.process_count() > 1:
+      wish = 0  # The answer to what was asked before the save.
+    stopped = wish == _STOP
+    if wish or step == last or step % every == 0:
+      log.flush(last=stopped or step == last)
+      with log.saving():
+        checkpointer.save(step, state, log.latest())
+      saved_step, saved_at = step, time.monotonic()
+    if stopped:
+      checkpointer.close()
+      raise errors.Stopped(
+        f'stopped at step {step} after saving; run the same command to continue'
+      )

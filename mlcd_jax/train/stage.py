@@ -1,11 +1,9 @@
 """The train stage: opens data and labels, makes the state, runs the loop."""
 
 from collections.abc import Callable
-from collections.abc import Mapping
 import functools
 import logging
 import pathlib
-from typing import Any
 
 from jax.sharding import Mesh
 import ml_collections
@@ -30,9 +28,6 @@ from mlcd_jax.weights import hub
 
 _log = logging.getLogger(__name__)
 
-# (program, parameters of the encoder) -> scores by name.
-Evaluate = Callable[[step_lib.Program, Any], Mapping[str, float | None]]
-
 
 def run(
   config: ml_collections.ConfigDict,
@@ -42,7 +37,7 @@ def run(
   embedded: manifests.Manifest,
   labels: labels_lib.Labels,
   mesh: Mesh,
-  evaluate: Evaluate | None = None,
+  evaluate: loop.Evaluate | None = None,
   on_log: Callable[[], None] = lambda: None,
 ) -> None:
   """Trains to the end, or as far as this invocation may.
@@ -66,10 +61,7 @@ def run(
   sources.check_same(source, 'data.path')
   manifests.check_bad_keys(config.data.bad_keys, manifest)
   label_rows = _label_rows(config, source, embedded)
-  if config.model.init_from and 'init_from' not in manifest.notes:
-    path = hub.pinned(config.model.init_from, 'model.init_from')
-    manifest.notes['init_from'] = path
-    manifest.save()
+  _pin_start(config, manifest)
   program = step_lib.Program(
     config=config,
     num_classes=labels.num_classes,
@@ -77,13 +69,7 @@ def run(
     mesh=mesh,
   )
   _log.info('train: parameters\n%s', summary.parameters(program))
-  checkpointer = checkpoint.Checkpointer(
-    manifest.folder,
-    keep=config.train.keep_checkpoints,
-    keep_every_steps=config.train.keep_every_steps,
-    keep_best=config.train.keep_best,
-    best_is=config.train.best_is,
-  )
+  checkpointer = _checkpointer(config, manifest.folder)
   state, first = _restore_or_init(program, checkpointer, clusters=labels.folder)
   last = program.steps
   if config.train.stop_after_steps:
@@ -102,7 +88,14 @@ def run(
   try:
     with signals.noted() as interrupted:
       loop.run(
-        program, state, batches, checkpointer, log, last, interrupted, evaluate
+        program,
+        state,
+        batches,
+        last=last,
+        checkpointer=checkpointer,
+        log=log,
+        interrupted=interrupted,
+        evaluate=evaluate,
       )
   finally:
     batches.close()
@@ -110,6 +103,28 @@ def run(
     checkpointer.close()
   if last == program.steps:
     manifest.finish(step=last)
+
+
+def _pin_start(
+  config: ml_collections.ConfigDict, manifest: manifests.Manifest
+) -> None:
+  """Notes which weights `model.init_from` stood for when training began."""
+  if config.model.init_from and 'init_from' not in manifest.notes:
+    path = hub.pinned(config.model.init_from, 'model.init_from')
+    manifest.notes['init_from'] = path
+    manifest.save()
+
+
+def _checkpointer(
+  config: ml_collections.ConfigDict, folder: pathlib.Path
+) -> checkpoint.Checkpointer:
+  return checkpoint.Checkpointer(
+    folder,
+    keep=config.train.keep_checkpoints,
+    keep_every_steps=config.train.keep_every_steps,
+    keep_best=config.train.keep_best,
+    best_is=config.train.best_is,
+  )
 
 
 def _batches(config, source, label_rows, labels, first, mesh):

@@ -108,7 +108,7 @@ def test_a_run_goes_where_a_folder_does(run, tmp_path):
   identity = evaluate_encoders.identity(str(run))
   assert identity['step'] == 2 and identity['train']
   assert evaluate_encoders.identity(str(path)) == identity
-  huggingface_lib.check(pinned.pin(str(run), 'embed.path') | {'other': 0})
+  pinned.check(pinned.pin(str(run), 'embed.path') | {'other': 0}, 'embed.path')
   embeds = encoder.Huggingface(
     str(run), image_size=0, batch_size=1, dtype='float32'
   )
