@@ -92,7 +92,8 @@ def test_a_text_tower_is_tuned_twenty_times():
 def test_one_task_a_node_gets_all_of_its_gpus(tasks_per_node, visible):
   script = (
     'from jax._src import xla_bridge; '
-    'from mlcd_jax.runtime import distributed; distributed.initialize(); print(xla_bridge.CUDA_VISIBLE_DEVICES.value)'
+    'from mlcd_jax.runtime import distributed; distributed.initialize(); '
+    'print(xla_bridge.CUDA_VISIBLE_DEVICES.value)'
   )
   port = commands.free_port()
   processes = [
