@@ -25,6 +25,7 @@ from mlcd_jax import manifests
 from mlcd_jax import metrics
 from mlcd_jax import model_embedder
 from mlcd_jax import precomputed
+from mlcd_jax import unit
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import problems
 from mlcd_jax.data import sources
@@ -87,8 +88,7 @@ class Hog:
     rows = self.features(images)
     if self.mean is not None:
       rows -= self.mean
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.maximum(norm, np.finfo(np.float32).tiny)
+    return unit.unit_rows(rows)
 
   def features(self, images: np.ndarray) -> np.ndarray:
     """uint8 [B, S, S, 3] -> float32 [B, D], neither centered nor scaled."""

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from mlcd_jax import points
 from mlcd_jax import row_files
+from mlcd_jax import unit
 from mlcd_jax.data import keys as keys_lib
 
 # One row in so many is held out, and no more than so many rows, whose mean
@@ -45,7 +45,7 @@ class Training:
     shape: (N, D).
   """
 
-  def __init__(self, rows: points.Rows, held_out: np.ndarray):
+  def __init__(self, rows: unit.Rows, held_out: np.ndarray):
     """Takes all rows, and the numbers of those left out, ascending."""
     self._rows = rows
     self._held_out = held_out

@@ -22,6 +22,7 @@ import numpy as np
 from mlcd_jax import encoders
 from mlcd_jax import errors
 from mlcd_jax import paths
+from mlcd_jax import unit
 from mlcd_jax.data import transforms
 
 _BATCH, _WHOLE = PartitionSpec('batch'), PartitionSpec()
@@ -124,9 +125,7 @@ def _make_encode(model: nn.Module, mesh: Mesh):
   """(variables, images) -> unit rows, each device its part of the images."""
 
   def unit_rows(variables, images):
-    rows = model.apply(variables, images)['embedding']
-    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+    return unit.unit_embeddings(model.apply(variables, images)['embedding'])
 
   return jax.jit(
     jax.shard_map(

@@ -69,7 +69,7 @@ _FIELDS = {
     'cluster.tolerance',
     'cluster.levels',
     'cluster.repair_iterations',
-    'cluster.screening',
+    'cluster.method',
     'cluster.num_labels',
   ),
   'train': (

@@ -1,106 +1,131 @@
 """Rows on the devices, a chunk at a time, from memory or from disk.
 
-Chunks have one shape, so that programs compile once, and do not depend on
-whether the rows are held on the devices or read anew: results have the same
-bits. Shapes: N rows, D dimensions, n rows of a chunk.
+All chunks have one shape, so that programs compile once. The shape does not
+depend on whether the rows are held on the devices or read anew in every pass,
+so that both give the same bits.
+
+Shapes: N rows, D dimensions, n rows of a chunk, S sampled rows.
 """
 
 from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
-from typing import Protocol
+from typing import NamedTuple
 
 import jax
-from jax import lax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
-from mlcd_jax import nearest
 from mlcd_jax import sharding
+from mlcd_jax import unit
+from mlcd_jax.kmeans import tiles
 
-# Rows of a chunk: of all CPU devices, which share a memory, and of each
-# accelerator.
+# Rows of a chunk of all CPU devices together, which share a memory. A chunk of
+# 768 dimensions takes 24 MiB, and each core searches one.
 _CPU_CHUNK = 8_192
+
+# Rows of a chunk of each accelerator: enough that a pass over a chunk hides the
+# reading of the next.
 _ACCELERATOR_CHUNK = 65_536
 
-# Rows are held on the devices up to this many bytes: of all CPU devices, where
-# reading again costs little, and as a share of each accelerator's memory.
+# Rows are held on CPU devices up to this many bytes in all. Reading them again
+# costs little beside the products.
 _CPU_HELD_BYTES = 2**30
+
+# Share of an accelerator's memory up to which rows are held. The other half is
+# for centers, sums and scores.
 _ACCELERATOR_HELD_SHARE = 0.5
 
+# Rows of the sample: their mean is that of all rows to about 1 / 45 of the
+# deviation, and reading them takes milliseconds.
+_SAMPLE_ROWS = 2_048
 
-class Rows(Protocol):
-  """An array, or files read as one: [N, D] by slices."""
-
-  shape: tuple[int, int]
-
-  def __getitem__(self, rows: slice) -> np.ndarray: ...
+_unit = jax.jit(unit.unit_rows_jax)
 
 
-class Points:
-  """Unit rows in chunks [n, D], float32, sharded as sharding.POINTS.
-
-  Padding, and rows that are zero or not finite, are zero.
+class Sample(NamedTuple):
+  """A few rows on the host, at equal distances among all.
 
   Attributes:
+    indices: their numbers [S], ascending.
+    rows: float32 [S, D] unit rows.
+    mean: float32 [D], their mean to three digits.
+  """
+
+  indices: np.ndarray
+  rows: np.ndarray
+  mean: np.ndarray
+
+
+class Chunks:
+  """Unit rows in chunks [n, D], float32, sharded as sharding.POINTS.
+
+  Padding rows are zero, and so are rows that are zero or not finite.
+
+  Attributes:
+    rows: the rows [N, D] that are read.
+    mesh: of all devices.
     chunk: n.
   """
 
-  def __init__(self, rows: Rows, mesh: Mesh, *, tile: int, hold: bool):
+  def __init__(
+    self,
+    rows: unit.Rows,
+    mesh: Mesh,
+    *,
+    tile: int,
+    hold: bool,
+    chunk: int | None = None,
+  ):
     """Prepares to read.
 
     Args:
       rows: [N, D].
       mesh: of all devices.
-      tile: what a device's part of a chunk is a multiple of.
-      hold: keep the chunks on the devices if they fit.
+      tile: each device's part of a chunk is a multiple of it.
+      hold: whether the chunks stay on the devices if they fit.
+      chunk: the most rows of a chunk; `chunk_rows` where not given.
     """
-    self._rows = rows
-    self._mesh = mesh
+    self.rows = rows
+    self.mesh = mesh
     num_rows, dim = rows.shape
     # As few chunks as can be, of nearly equal size: padding costs time.
-    count = max(1, -(-num_rows // chunk_rows(mesh, tile)))
-    self.chunk = nearest.up(
+    count = max(1, -(-num_rows // (chunk or chunk_rows(mesh, tile))))
+    self.chunk = tiles.round_up(
       max(1, -(-num_rows // count)), tile * mesh.shape['data']
     )
-    padded = nearest.up(num_rows, self.chunk)
+    padded = tiles.round_up(num_rows, self.chunk)
     hold = hold and held_bytes(padded, dim, mesh, _memory(mesh)) > 0
     self._held = [] if hold else None
 
-  @property
-  def held(self) -> bool:
-    """Whether the chunks stay on the devices."""
-    return self._held is not None
-
   def __len__(self) -> int:
-    """Number of chunks."""
-    return -(-self._rows.shape[0] // self.chunk)
+    """Returns the number of chunks."""
+    return -(-self.rows.shape[0] // self.chunk)
 
   def __iter__(self) -> Iterator[jax.Array]:
-    """Yields the chunks in order; the next is read meanwhile."""
+    """Yields the chunks in order, and reads the next one meanwhile."""
     if self._held:
       yield from self._held
       return
-    chunks = []
+    held = []
     with futures.ThreadPoolExecutor(1) as reader:
       following = [reader.submit(self._put, 0)] if len(self) else []
       for i in range(len(self)):
         raw = following.pop().result()
         if i + 1 < len(self):
           following.append(reader.submit(self._put, i + 1))
-        unit = _unit(raw)
+        x_nD = _unit(raw)
         if self._held is not None:
-          chunks.append(unit)
-        yield unit
+          held.append(x_nD)
+        yield x_nD
     if self._held is not None:
-      self._held = chunks
+      self._held = held
 
   def rows_of(self, i: int) -> tuple[int, int]:
-    """First row of chunk i, and the row after its last."""
-    return i * self.chunk, min((i + 1) * self.chunk, self._rows.shape[0])
+    """Returns the first row of chunk i, and the row after its last."""
+    return i * self.chunk, min((i + 1) * self.chunk, self.rows.shape[0])
 
   def put(
     self,
@@ -109,13 +134,13 @@ class Points:
     shape: tuple[int, ...] = (),
     padding: float = 0,
   ) -> list[jax.Array]:
-    """A value for each row, on the devices in chunks [n, ...] like the rows'.
+    """Puts a value for each row onto the devices, in chunks [n, ...].
 
     Args:
-      values: [N, ...]; if there are none, all is padding.
+      values: [N, ...]; where it is empty, every value is padding.
       dtype: of the values.
-      shape: of one.
-      padding: the value after the last row.
+      shape: of one value.
+      padding: the values after the last row.
     """
     parts = []
     for start, stop in map(self.rows_of, range(len(self))):
@@ -125,36 +150,45 @@ class Points:
       parts.append(
         jax.make_array_from_callback(
           padded.shape,
-          NamedSharding(self._mesh, sharding.POINTS),
+          NamedSharding(self.mesh, sharding.POINTS),
           lambda index, padded=padded: padded[index],
         )
       )
     return parts
 
   def get(self, parts: Sequence[jax.Array]) -> np.ndarray:
-    """What `put` took [N, ...], on the host of every process."""
-    whole = np.concatenate([nearest.to_host(part) for part in parts])
-    return whole[: self._rows.shape[0]]
+    """Fetches what `put` put, [N, ...], onto the host of every process."""
+    whole = np.concatenate([sharding.to_host(part) for part in parts])
+    return whole[: self.rows.shape[0]]
 
-  def at(self, parts: Sequence[jax.Array], rows: np.ndarray) -> np.ndarray:
-    """What `put` took of some rows, in ascending order; without copying all."""
-    found = []
+  def at(self, parts: Sequence[jax.Array], indices: np.ndarray) -> np.ndarray:
+    """Fetches what `put` put of some rows, whose numbers ascend."""
+    values = []
     for i, part in enumerate(parts):
       start, stop = self.rows_of(i)
-      here = rows[(start <= rows) & (rows < stop)]
-      found.append(nearest.to_host(part)[here - start])
-    return np.concatenate(found)
+      here = indices[(start <= indices) & (indices < stop)]
+      values.append(sharding.to_host(part)[here - start])
+    return np.concatenate(values)
 
   def bad_rows(self, i: int) -> list[int]:
-    """Rows of chunk i that are zero or not finite."""
+    """Returns the numbers of chunk i's rows that are zero or not finite."""
     start, stop = self.rows_of(i)
-    rows = np.asarray(self._rows[start:stop], np.float32)
-    return (start + np.flatnonzero(~unit_rows(rows).any(axis=1))).tolist()
+    rows = np.asarray(self.rows[start:stop], np.float32)
+    return (start + np.flatnonzero(~unit.unit_rows(rows).any(axis=1))).tolist()
+
+  def sample(self) -> Sample:
+    """Reads the sample."""
+    count = min(_SAMPLE_ROWS, self.rows.shape[0])
+    indices = np.linspace(0, self.rows.shape[0] - 1, count).astype(int)
+    rows = unit.unit_rows_at(self.rows, indices)
+    usable = max(1, rows.any(axis=1).sum())
+    # Rounded, so that the mean does not depend on the order of a sum.
+    return Sample(indices, rows, np.round(rows.sum(axis=0) / usable, 3))
 
   def _put(self, i: int) -> jax.Array:
-    """Chunk i as it is stored, padded with zero rows."""
+    """Puts chunk i as it is stored, padded with zero rows."""
     start, stop = self.rows_of(i)
-    shape = (self.chunk, self._rows.shape[1])
+    shape = (self.chunk, self.rows.shape[1])
     parts = {}  # Devices with the same rows share one reading of them.
 
     def read(index):
@@ -164,12 +198,12 @@ class Points:
       return parts[first]
 
     return jax.make_array_from_callback(
-      shape, NamedSharding(self._mesh, sharding.POINTS), read
+      shape, NamedSharding(self.mesh, sharding.POINTS), read
     )
 
   def _read(self, first: int, last: int, stop: int) -> np.ndarray:
-    """Rows as they are stored; zero from `stop` on."""
-    rows = np.asarray(self._rows[first : max(first, min(last, stop))])
+    """Reads rows as they are stored; from `stop` on they are zero."""
+    rows = np.asarray(self.rows[first : max(first, min(last, stop))])
     if rows.dtype != np.float16:
       rows = rows.astype(np.float32, copy=False)
     if len(rows) == last - first:
@@ -178,52 +212,32 @@ class Points:
     return np.concatenate([rows, np.zeros(shape, rows.dtype)])
 
 
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-  """float32 unit rows; what is not finite or zero becomes zero."""
-  rows = np.asarray(rows, np.float32)
-  norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
-  usable = np.isfinite(norm) & (norm > 0)
-  return np.where(usable, rows / np.where(usable, norm, 1), 0)
-
-
-def unit_rows_at(rows: Rows, places: np.ndarray) -> np.ndarray:
-  """`unit_rows` of the rows at these places."""
-  return unit_rows(np.concatenate([rows[i : i + 1] for i in places.tolist()]))
-
-
-@jax.jit
-def _unit(x_nD: jax.Array) -> jax.Array:
-  """`unit_rows` on the devices."""
-  x_nD = x_nD.astype(jnp.float32)
-  square_n1 = jnp.sum(jnp.square(x_nD), axis=1, keepdims=True)
-  usable_n1 = jnp.isfinite(square_n1) & (square_n1 > 0)
-  scale_n1 = lax.rsqrt(jnp.where(usable_n1, square_n1, 1))
-  return jnp.where(usable_n1, x_nD * scale_n1, 0)
-
-
 def chunk_rows(mesh: Mesh, tile: int) -> int:
-  """Rows of a chunk, where there are that many."""
+  """Returns the most rows of a chunk."""
   shards = mesh.shape['data']
-  if nearest.on_cpu(mesh):
-    return shards * nearest.up(max(1, _CPU_CHUNK // shards), tile)
-  return shards * nearest.up(_ACCELERATOR_CHUNK, tile)
+  if sharding.on_cpu(mesh):
+    return shards * tiles.round_up(max(1, _CPU_CHUNK // shards), tile)
+  return shards * tiles.round_up(_ACCELERATOR_CHUNK, tile)
 
 
 def held_bytes(num_rows: int, dim: int, mesh: Mesh, memory: float) -> float:
-  """Bytes of rows that each device holds; 0 where they are read anew.
+  """Returns the bytes of rows that each device holds.
 
   Args:
     num_rows: N.
     dim: D.
     mesh: of all devices.
-    memory: bytes of a device; CPUs' is not asked for.
+    memory: bytes of a device; not used for CPUs.
+
+  Returns:
+    The bytes, or 0 where the rows do not fit and are read anew in every pass.
   """
   held = 4 * num_rows * dim / mesh.shape['data']
-  if nearest.on_cpu(mesh):
+  if sharding.on_cpu(mesh):
     return held if held * mesh.size <= _CPU_HELD_BYTES else 0
   return held if held <= _ACCELERATOR_HELD_SHARE * memory else 0
 
 
 def _memory(mesh: Mesh) -> float:
-  """Bytes of a device, where it says so."""
+  """Returns the bytes of a device, or 0 where it does not say."""
   return (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', 0)

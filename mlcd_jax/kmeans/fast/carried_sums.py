@@ -1,11 +1,11 @@
-"""Sums of a k-means pass that the next one starts from, and saves.
+"""Sums that one pass hands to the next, on the devices and in a saved state.
 
-Shapes: K centers, D dimensions. Upper case is global, lower case this
-device's part.
+Shapes: K centers, D dimensions. Upper case is global, lower case this device's
+part.
 """
 
+from collections.abc import Callable
 import functools
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -14,78 +14,68 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import numpy as np
 
-from mlcd_jax import nearest
 from mlcd_jax import sharding
+from mlcd_jax.kmeans import passes
+from mlcd_jax.kmeans import tiles
 
 
-class Sums(NamedTuple):
-  """What the points of a pass came to, which a quick next pass starts from.
+def merge(sums: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Adds the sums and counts of all parts of the mesh into the first part.
 
-  Attributes:
-    sums: float32 [K, D], of the points, by center.
-    counts: int32 [K].
+  A saved state has no parts. Merging before every pass, saved or not, gives a
+  run that was stopped the same bits as one that was not.
   """
-
-  sums: np.ndarray
-  counts: np.ndarray
-
-
-def merged(sums: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Sums and counts with those of all parts of the mesh in the first."""
-  return _make_merged(sums.sharding.mesh)(sums, counts)
+  return _make_merge(sums.sharding.mesh)(sums, counts)
 
 
 @functools.cache
-def _make_merged(mesh: Mesh):
-  def merge(sums_1kD, counts_1k):
+def _make_merge(mesh: Mesh) -> Callable:
+  def merge_parts(sums_1kD, counts_1k):
     first = lax.axis_index('data') == 0
     return tuple(
       jnp.where(first, lax.psum(x, 'data'), 0) for x in (sums_1kD, counts_1k)
     )
 
-  specs = nearest.SUMS, nearest.SUMS
-  return jax.jit(
-    jax.shard_map(
-      merge, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False
-    )
-  )
+  specs = passes.SUMS, passes.SUMS
+  return passes.on_mesh(merge_parts, mesh, specs, specs)
 
 
-def to_devices(carried: Sums, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-  """Sums [data, K, D] and counts [data, K], padded."""
-  rows = nearest.padded_centers(len(carried.counts), mesh)
+def to_devices(
+  sums: np.ndarray, counts: np.ndarray, mesh: Mesh
+) -> tuple[jax.Array, jax.Array]:
+  """Puts sums [K, D] and counts [K] into the first part, the others zero."""
+  rows = tiles.padded_centers(len(counts), mesh)
 
   def put(x):
     padded = np.zeros((rows, *x.shape[1:]), x.dtype)
     padded[: len(x)] = x
 
-    def block(index):  # All of it lies in the first of the mesh's parts.
-      held = padded[index[1:]][None]
-      return held if index[0].indices(rows)[0] == 0 else np.zeros_like(held)
+    def block(index):
+      part = padded[index[1:]][None]
+      return part if index[0].indices(rows)[0] == 0 else np.zeros_like(part)
 
     return jax.make_array_from_callback(
       (mesh.shape['data'], *padded.shape),
-      NamedSharding(mesh, nearest.SUMS),
+      NamedSharding(mesh, passes.SUMS),
       block,
     )
 
-  return put(carried.sums), put(carried.counts)
+  return put(sums), put(counts)
 
 
-def to_host(sums: jax.Array, counts: jax.Array, num_centers: int) -> Sums:
-  """Sums [K, D] and counts [K] over all parts of the mesh, without padding."""
+def to_host(
+  sums: jax.Array, counts: jax.Array, num_centers: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Fetches sums [K, D] and counts [K] of all parts, without padding."""
   total = _make_total(sums.sharding.mesh)(sums, counts)
-  return Sums(*(nearest.to_host(x)[:num_centers] for x in total))
+  return tuple(sharding.to_host(x)[:num_centers] for x in total)
 
 
 @functools.cache
-def _make_total(mesh: Mesh):
-  return jax.jit(
-    jax.shard_map(
-      lambda sums_1kD, counts_1k: lax.psum((sums_1kD[0], counts_1k[0]), 'data'),
-      mesh=mesh,
-      in_specs=(nearest.SUMS, nearest.SUMS),
-      out_specs=(sharding.CENTERS, sharding.CENTERS),
-      check_vma=False,
-    )
+def _make_total(mesh: Mesh) -> Callable:
+  return passes.on_mesh(
+    lambda sums_1kD, counts_1k: lax.psum((sums_1kD[0], counts_1k[0]), 'data'),
+    mesh,
+    (passes.SUMS, passes.SUMS),
+    (sharding.CENTERS, sharding.CENTERS),
   )

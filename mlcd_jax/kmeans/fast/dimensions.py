@@ -1,268 +1,293 @@
-"""Scores on leading dimensions, and the width at which they are good enough.
+"""Tunes a screened clustering by a sample of its rows.
+
+Scores on a few leading dimensions cost less than on all. A sample of the rows
+says how many are enough, how far an update moves centers towards rows, and what
+a pass lost.
 
 The leading dimensions are those of the centers: what separates centers is what
-a score must see. They must not be those of the sample that is looked at, which
-would be served better than other points. Shapes: K centers, D dimensions, P
-leading dimensions, S sampled points.
+a score must see. They must not be fitted to the sample, which would then be
+served better than other rows: the check once saw no loss while the objective
+lost 4e-4.
+
+Shapes: K centers, D dimensions, P leading dimensions, S sampled rows, C
+candidates of a row.
 """
 
 import functools
 import logging
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlcd_jax import candidates
-from mlcd_jax import nearest
-from mlcd_jax import points
+from mlcd_jax.kmeans import chunks
+from mlcd_jax.kmeans import search
+from mlcd_jax.kmeans import tiles
+from mlcd_jax.kmeans.fast import candidates
 
 _log = logging.getLogger(__name__)
 
-# Widths to choose from.
+# Numbers of leading dimensions to choose from, each about a quarter larger than
+# the one before, up to half of all dimensions.
 _WIDTHS = (96, 128, 160, 192, 256, 384)
 
-# What a width may cost the mean cosine of a sample when it is chosen, and a
-# pass as a share of it before more is searched anew. The first is as good as
-# nothing: what early passes lose grows, since a point that goes to its best
-# center draws others after it.
-_MAX_LOSS = 1e-5
-_MAX_PASS_LOSS = 1e-4
+# The next width costs an eighth of it at best; so many can be left out.
+_LOSS_RATIO = 8
 
-# What is taken for the most that a center comes nearer to a point: so many
-# standard deviations above the mean, in the first update and in later ones,
-# which move centers less. With fewer, runs end lower than exact ones by 1e-4.
-_RISE_DEVIATIONS = (3, 2.5)
-
-# What searching anew for all points must save of the mean cosine to pay.
-_WORTH = 3e-4
-
-# Sampled rows: all of them; to choose a width by; to check a pass by, a share
-# of all rows that takes little time.
-_SAMPLE_ROWS = 2_048
+# Sampled rows by which a width is chosen.
 _CHOICE_ROWS = 1_024
+
+# Share of all rows by which a pass is checked: it takes 0.015 of the 0.12 to
+# 0.29 seconds of a pass over 100,000 rows.
 _CHECKED_SHARE = 1 / 64
 
-# Below these a pass is too short for screening to gain; above this candidates
-# would take more than 2 GiB.
-_MIN_CENTERS = 512
-_MIN_DIM = 256
-_MAX_ROWS = 2**31 // (4 * candidates.COUNT)
-
-# Rows and centers of a tile of the sample's scores.
+# Rows and centers of a tile of the sample's scores, which stay in the cache.
 _TILE = (256, 1_024)
 
-# Centers whose leading dimensions are taken.
+# Centers that the leading dimensions are computed from, so that it takes less
+# than a second with any number of centers.
 _BASIS_ROWS = 4_096
 
 
-def pay(num_rows: int, dim: int, num_centers: int) -> bool:
-  """Whether a clustering is large enough to be screened."""
-  return (
-    _SAMPLE_ROWS <= num_rows <= _MAX_ROWS
-    and num_centers >= _MIN_CENTERS
-    and dim >= _MIN_DIM
-  )
-
-
-class Sample:
-  """Rows by which the width is chosen and checked.
+class Limits(NamedTuple):
+  """What screening may cost.
 
   Attributes:
-    rows: their numbers, ascending, at equal distances.
-    mean: float32 [D], about theirs.
-    num_centers: K.
+    width_loss: of the sample's mean cosine, when a number of leading dimensions
+      is chosen. The default is as good as nothing: losses of early passes grow,
+      since a row that goes to its best center draws others after it. With 5e-5
+      24,576 rows of loose data ended 1e-4 to 3e-4 lower.
+    pass_loss: share of the mean cosine that a pass may lose before more rows
+      are searched anew.
+    rise_deviations: the most that a center is taken to gain on a row, in
+      standard deviations above the mean; in the first update, and in later
+      ones, which move centers less. With fewer, runs end 1e-4 lower.
+    full_search_worth: what a full search of all rows must gain of the mean
+      cosine to be worth its time.
+    stale_share: share of stale rows above which the next pass searches all rows
+      fully. Then fewer dimensions may do.
+  """
+
+  width_loss: float = 1e-5
+  pass_loss: float = 1e-4
+  rise_deviations: tuple[float, float] = (3, 2.5)
+  full_search_worth: float = 3e-4
+  stale_share: float = 0.5
+
+
+class Tuner:
+  """Measures a screened clustering on sampled rows.
+
+  Attributes:
+    sample: the rows.
+    limits: what may be lost.
   """
 
   def __init__(
     self,
-    embeddings: points.Rows,
+    sample: chunks.Sample,
+    *,
+    num_rows: int,
     num_centers: int,
     score_dtype: jnp.dtype,
+    limits: Limits,
   ):
-    """Reads a sample of the rows [N, D]."""
-    count = min(_SAMPLE_ROWS, embeddings.shape[0])
-    self.rows = np.linspace(0, embeddings.shape[0] - 1, count).astype(int)
-    self._values = points.unit_rows_at(embeddings, self.rows)
-    # Rounded, so that it does not depend on the order of a sum.
-    usable = max(1, self._values.any(axis=1).sum())
-    self.mean = np.round(self._values.sum(axis=0) / usable, 3)
-    self.num_centers = num_centers
-    tiles = int(_CHECKED_SHARE * embeddings.shape[0]) // _TILE[0]
-    self._checked = min(max(1, tiles) * _TILE[0], _CHOICE_ROWS, count)
-    self._score_dtype = score_dtype
-
-  def leading(self, c_KD: jax.Array) -> np.ndarray:
-    """The leading dimensions of whole centers, the first ones first.
-
-    Returns:
-      float32 [D, P], of the largest width that there is to choose.
-    """
-    width = self._widths()[-1]
-    return np.asarray(_leading(c_KD, self.mean, width, self.num_centers))
-
-  def choose(
-    self,
-    c_KD: jax.Array,
-    basis_DP: np.ndarray,
-    labels_S: np.ndarray,
-  ) -> int:
-    """How many leading dimensions are enough: as few as can be.
+    """Takes the sample.
 
     Args:
-      c_KD: whole centers.
-      basis_DP: the leading dimensions.
-      labels_S: of the sample in the pass before.
+      sample: of all rows.
+      num_rows: number of all rows.
+      num_centers: K.
+      score_dtype: type of the products' operands.
+      limits: what may be lost.
+    """
+    self.sample = sample
+    self.limits = limits
+    self._num_centers = num_centers
+    self._score_dtype = score_dtype
+    count = len(sample.rows)
+    num_tiles = max(1, int(_CHECKED_SHARE * num_rows) // _TILE[0])
+    self._checked = min(num_tiles * _TILE[0], _CHOICE_ROWS, count)
+    self._choice = slice(None, None, -(-count // _CHOICE_ROWS))
+
+  def leading_dimensions(self, c_KD: jax.Array) -> np.ndarray:
+    """Returns the leading dimensions of all centers, the first ones first.
 
     Returns:
-      Their number, 0 if all dimensions are needed.
+      float32 [D, P], with as many as the largest width there is to choose.
     """
-    few = self._few()
-    values, labels = self._values[few], labels_S[few]
-    best_S = self._best_cosines(c_KD, values, labels)
-    cs_KP, xs_SP = self.scored(c_KD, basis_DP), values @ basis_DP
+    width = self._widths()[-1]
+    mean = self.sample.mean
+    return np.asarray(_leading(c_KD, mean, width, self._num_centers))
+
+  def choose_width(
+    self, c_KD: jax.Array, basis_DP: np.ndarray, labels_S: np.ndarray
+  ) -> int:
+    """Returns the smallest number of leading dimensions that is enough.
+
+    Args:
+      c_KD: all centers.
+      basis_DP: the leading dimensions.
+      labels_S: of the sample, in the pass before.
+
+    Returns:
+      The number, or 0 if all dimensions are needed.
+    """
+    rows, labels = self.sample.rows[self._choice], labels_S[self._choice]
+    best_S = self._best_cosines(c_KD, rows, labels)
+    scored_KP, xs_SP = self.scored(c_KD, basis_DP), rows @ basis_DP
     widths = self._widths()
     i = 0
     while i < len(widths):
       loss = _screened_loss(
-        c_KD, cs_KP, values, xs_SP, labels, best_S, widths[i], self.num_centers
+        c_KD,
+        scored_KP[:, : widths[i]],
+        rows,
+        xs_SP[:, : widths[i]],
+        labels,
+        best_S,
+        num_centers=self._num_centers,
       )
-      _log.info('screening: %d dimensions would cost %.1e', widths[i], loss)
-      if loss < _MAX_LOSS:
+      _log.debug('screening: %d dimensions would lose %.1e', widths[i], loss)
+      if loss < self.limits.width_loss:
         return widths[i]
-      # The next width costs an eighth of it at best.
-      i += max(1, int(math.log(loss / _MAX_LOSS, 8)))
+      i += max(1, int(math.log(loss / self.limits.width_loss, _LOSS_RATIO)))
     return 0
 
   def age(
     self,
-    before: candidates.Search,
+    before: candidates.Centers,
     c_KD: jax.Array,
-    found: candidates.Found,
+    labels: candidates.Labels,
     *,
     is_first: bool,
   ) -> tuple[float, float]:
-    """What an update does to candidates.
+    """Estimates what an update does to candidates.
 
     Args:
-      before: what was searched, with the reach until now.
-      c_KD: whole centers after the update.
-      found: of the sample.
+      before: the centers that were searched, with the reach until now.
+      c_KD: all centers after the update.
+      labels: of the sample.
       is_first: whether the update was the run's first.
 
     Returns:
-      How much nearer a center near a point may have come to it, about, which is
-      to be added to the reach; and the share of points whose candidates are
-      older than that.
+      The largest increase in cosine between a row and a nearby center in this
+      update, which is to be added to the reach; and the share of rows whose
+      candidates are then stale.
     """
-    few = self._few()
+    rows, ids_SC = self.sample.rows[self._choice], labels.ids_nC[self._choice]
     change_SC, best_S = map(
-      np.asarray,
-      _change(before.c_KD, c_KD, self._values[few], found.ids_nC[few]),
+      np.asarray, _change(before.c_KD, c_KD, rows, ids_SC)
     )
-    deviations = _RISE_DEVIATIONS[0 if is_first else 1]
+    deviations = self.limits.rise_deviations[0 if is_first else 1]
     rise = max(0.0, float(change_SC.mean() + deviations * change_SC.std()))
-    old_S = best_S < found.floor_n[few] + before.reach + rise
-    return rise, float(old_S.mean())
+    stale_S = best_S < labels.floor_n[self._choice] + before.reach + rise
+    return rise, float(stale_S.mean())
 
   def check(
-    self, among: candidates.Search, found: candidates.Found, iteration: int
+    self,
+    centers: candidates.Centers,
+    labels: candidates.Labels,
+    iteration: int,
   ) -> float:
-    """Compares labels with the best centers.
+    """Compares the labels of a pass with the best centers.
 
     Every iteration looks at a few other rows of the sample. If they lose too
-    much, which one row can do, all of it is asked. If that does too, the reach
-    becomes what is worth the time by these rows.
+    much, which one row can do, the whole sample is compared. If that loses too
+    much as well, the reach was estimated too low.
 
     Args:
-      among: what was searched.
-      found: of the sample.
+      centers: those that were searched.
+      labels: of the sample.
       iteration: chooses the rows.
 
     Returns:
-      The reach that the pass should have had.
+      The reach that the pass should have had: the one it had, or the one whose
+      searches would have been worth their time on the sample.
     """
     rng = np.random.default_rng(iteration)
-    few = rng.choice(len(self.rows), self._checked, replace=False)
-    for rows in few, slice(None):
-      values, labels = self._values[rows], found.label_n[rows]
-      best_S = self._best_cosines(among.c_KD, values, labels)
-      own_S, lost_S = map(np.asarray, _lost(among.c_KD, values, labels, best_S))
+    few = rng.choice(len(self.sample.rows), self._checked, replace=False)
+    for part in few, slice(None):
+      rows, labels_S = self.sample.rows[part], labels.label_n[part]
+      best_S = self._best_cosines(centers.c_KD, rows, labels_S)
+      own_S, lost_S = map(
+        np.asarray, _lost(centers.c_KD, rows, labels_S, best_S)
+      )
       loss = lost_S.sum() / np.asarray(best_S).sum()
-      _log.info('screening: the pass cost %.1e of the objective', loss)
-      if loss <= _MAX_PASS_LOSS:
-        return among.reach
-    # What is kept with a reach are the rows with a larger margin.
-    margin_S = own_S - found.floor_n
+      _log.debug('screening: the pass lost %.1e of the objective', loss)
+      if loss <= self.limits.pass_loss:
+        return centers.reach
+    # A reach searches the rows whose margin is below it.
+    margin_S = own_S - labels.floor_n
     order = np.argsort(-margin_S)
-    cost = np.append(0, np.cumsum(lost_S[order] - _WORTH))
+    worth = lost_S[order] - self.limits.full_search_worth
+    cost = np.append(0, np.cumsum(worth))
     margin = np.append(margin_S[order], -np.inf)[np.argmin(cost)]
-    return max(among.reach, float(margin))
+    return max(centers.reach, float(margin))
 
   def scored(self, c_KD: jax.Array, basis: np.ndarray | None) -> jax.Array:
-    """What is scored of whole centers: [K, P], or [K, D] without a basis."""
-    return _scored(c_KD, self.mean, basis, self._score_dtype)
-
-  def _few(self) -> slice:
-    return slice(None, None, -(-len(self.rows) // _CHOICE_ROWS))
+    """Returns what is scored of all centers: [K, P], [K, D] without a basis."""
+    return _scored(c_KD, self.sample.mean, basis, self._score_dtype)
 
   def _widths(self) -> list[int]:
-    return [width for width in _WIDTHS if width <= len(self.mean) // 2]
+    return [width for width in _WIDTHS if width <= len(self.sample.mean) // 2]
 
-  def _best_cosines(self, c_KD, values, labels):
-    """Of the center that is best in low precision, or the label if better."""
-    return _best_cosines(c_KD, self.scored(c_KD, None), values, labels)
+  def _best_cosines(self, c_KD, rows, labels):
+    """Returns cosines to the best centers in low precision, or the labels'."""
+    return _best_cosines(c_KD, self.scored(c_KD, None), rows, labels)
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
 def _scored(c_KD, mean_D, basis_DP, dtype):
-  cs_KP = c_KD - mean_D[None]
+  centered_KP = c_KD - mean_D[None]
   if basis_DP is not None:
-    cs_KP = cs_KP @ basis_DP
-  return cs_KP.astype(dtype)
+    centered_KP = centered_KP @ basis_DP
+  return centered_KP.astype(dtype)
 
 
 @jax.jit
-def _best_cosines(c_KD, cs_KD, x_SD, label_S):
-  rows, most = _TILE
-  _, best_S = nearest.best_center(
-    cs_KD,
-    x_SD.astype(cs_KD.dtype),
-    tile=(rows, nearest.divisor(len(cs_KD), most)),
+def _best_cosines(c_KD, scored_KD, x_SD, label_S):
+  rows, limit = _TILE
+  _, best_S = search.best_center(
+    scored_KD,
+    x_SD.astype(scored_KD.dtype),
+    tile=(rows, tiles.largest_divisor(len(scored_KD), limit)),
   )
   return candidates.compare(x_SD, c_KD, label_S, best_S[:, None])[1]
 
 
 @jax.jit
 def _change(before_KD, c_KD, x_SD, ids_SC):
-  """How cosines to candidates changed [S, C], and the best of them now."""
-  before_SC = candidates.tiled_cosines(x_SD, before_KD, ids_SC)
-  now_SC = candidates.tiled_cosines(x_SD, c_KD, ids_SC)
+  """Returns how cosines to candidates changed [S, C], and the best one now."""
+  before_SC = search.tiled_cosines(x_SD, before_KD, ids_SC)
+  now_SC = search.tiled_cosines(x_SD, c_KD, ids_SC)
   return now_SC - before_SC, jnp.max(now_SC, axis=1)
 
 
 @jax.jit
 def _lost(c_KD, x_SD, label_S, best_S):
-  """Cosines to the labels' centers, and what these lose."""
+  """Returns the cosines to the labels' centers, and what these lose."""
   own_S = jnp.sum(x_SD * c_KD[label_S], axis=1)
   return own_S, jnp.maximum(best_S - own_S, 0)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
+@functools.partial(jax.jit, static_argnames='num_centers')
 def _screened_loss(
-  c_KD, cs_KP, x_SD, xs_SP, label_S, best_S, width, num_centers
+  c_KD, scored_KP, x_SD, xs_SP, label_S, best_S, *, num_centers
 ):
-  """What the mean cosine loses if `width` dimensions are scored."""
-  xs_SP = xs_SP.astype(cs_KP.dtype)
-  ids_SC = candidates.seek(cs_KP[:, :width], xs_SP[:, :width], num_centers)
+  """Returns what the mean cosine loses if these dimensions are scored."""
+  ids_SC = candidates.seek(
+    scored_KP, xs_SP.astype(scored_KP.dtype), num_centers
+  )
   _, found_S, *_ = candidates.compare(x_SD, c_KD, label_S, ids_SC)
   return jnp.mean(jnp.maximum(best_S - found_S, 0))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _leading(c_KD, mean_D, width, num_centers):
-  """The leading directions [D, P] of some centers, the first ones first."""
+  """Returns the leading directions [D, P] of centers, the first ones first."""
   rows = np.linspace(0, num_centers - 1, min(_BASIS_ROWS, num_centers))
   c_SD = c_KD[rows.astype(int)] - mean_D[None]
   _, vectors = jnp.linalg.eigh(c_SD.T @ c_SD)
