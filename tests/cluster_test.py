@@ -11,7 +11,7 @@ from mlcd_jax import cluster
 from mlcd_jax import config as config_lib
 from mlcd_jax import errors
 from mlcd_jax import held_out
-from mlcd_jax import hierarchy
+from mlcd_jax import kmeans
 from mlcd_jax import sharding
 from tests import row_shards
 
@@ -94,18 +94,15 @@ def test_two_levels_then_flat(tmp_path, mesh):
 def test_two_levels_are_made_once(tmp_path, mesh, monkeypatch):
   rows = row_shards.write(tmp_path / 'x', row_shards.make_rows())
   expected, figures = run(rows, tmp_path / 'a', mesh, levels=(4, 5))
-  fit = cluster.kmeans.fit
 
-  def killed(data, num_centers, **options):
-    if num_centers == 20:
-      raise KeyboardInterrupt
-    return fit(data, num_centers, **options)
+  def killed(*args, **options):
+    raise KeyboardInterrupt
 
   with monkeypatch.context() as patched:
-    patched.setattr(cluster.kmeans, 'fit', killed)
+    patched.setattr(kmeans, 'iterate', killed)
     with pytest.raises(KeyboardInterrupt):
       run(rows, tmp_path / 'b', mesh, levels=(4, 5))
-  monkeypatch.setattr(hierarchy, 'fit', None)
+  monkeypatch.setattr(kmeans.two_level, 'fit', None)
   found, again = run(rows, tmp_path / 'b', mesh, levels=(4, 5))
   np.testing.assert_array_equal(found, expected)
   assert again == figures
