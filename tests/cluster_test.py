@@ -131,3 +131,12 @@ def test_copies_and_constant_rows(tmp_path, mesh):
     np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-5)
     assert figures['objective'][-1] == pytest.approx(1, abs=1e-5)
     assert figures['near_duplicate_centers'] > 10
+
+
+def test_a_state_of_an_earlier_version_is_refused(tmp_path, mesh):
+  rows = row_shards.write(tmp_path / 'x', row_shards.make_rows())
+  folder = tmp_path / 'clusters'
+  folder.mkdir()
+  np.savez(folder / 'unfinished.npz', fit_centers=np.zeros((20, 4)))
+  with pytest.raises(errors.UserError, match='earlier version; delete it'):
+    run(rows, folder, mesh)
