@@ -19,8 +19,8 @@ from mlcd_jax.kmeans import chunks as chunks_lib
 from mlcd_jax.kmeans import passes
 from mlcd_jax.kmeans import tiles
 
-# Empty clusters that can restart in one iteration. The rest wait for the next:
-# the worst rows of one pass would mostly land close together.
+# Empty clusters that can restart in one iteration; the rest wait for the next.
+# A fixed number, so that one program serves any count. Not tuned.
 _MAX_RESEEDED = 1_024
 
 # Bad rows that are named; their number is counted in full.

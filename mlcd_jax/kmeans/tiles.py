@@ -20,7 +20,7 @@ from mlcd_jax import sharding
 # scores stay in the cache: 256 x 1,024 take 1 / 1.16 of the time of 256 x 4,096
 # (Zen 3).
 _CPU_TILE = {'bfloat16': (256, 4_096), 'float32': (256, 1_024)}
-# Large enough to keep a TPU's matrix units busy; its scores take 32 MiB.
+# Its scores take 32 MiB. Not tuned.
 _ACCELERATOR_TILE = (4_096, 2_048)
 
 # `nearest.py` on CPUs cuts the centers into as many buckets.

@@ -46,8 +46,8 @@ _CHECKED_SHARE = 1 / 64
 # Rows and centers of a tile of the sample's scores, which stay in the cache.
 _TILE = (256, 1_024)
 
-# Centers that the leading dimensions are computed from, so that it takes less
-# than a second with any number of centers.
+# Centers that the leading dimensions are computed from, at most, so that its
+# time does not grow with the number of centers.
 _BASIS_ROWS = 4_096
 
 
