@@ -106,7 +106,7 @@ def _cluster() -> ml_collections.ConfigDict:
   # average, so k1 * k2 = num_centers; then so many flat iterations. () = flat.
   c.levels = ()
   c.repair_iterations = 2
-  c.screening = 'auto'  # auto (CPUs: a few candidates a point) | off
+  c.method = 'auto'  # auto (approximate on CPUs) | exact; see kmeans.fit.
   c.num_labels = 10  # Nearest centers stored for every image.
   c.path = ''  # Another workdir whose clusters are read in place.
   return c

@@ -31,7 +31,7 @@ def check(
     'model.dtype': ('float32', 'bfloat16'),
     'model.remat': ('none', 'dots', 'full'),
     'loss.name': config_lib.LOSSES,
-    'cluster.screening': ('auto', 'off'),
+    'cluster.method': ('auto', 'exact'),
     'loss.label_choice': ('nearest', 'random'),
     'loss.margin_type': ('cosface', 'arcface'),
     'loss.negatives': ('uniform', 'partial_fc'),

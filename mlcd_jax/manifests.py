@@ -13,6 +13,10 @@ from mlcd_jax.runtime import paths
 
 NAME = 'manifest.json'
 
+# Fields that had another name when older workdirs were made: the new name, and
+# the new values where these differ.
+_RENAMED = {'cluster.screening': ('cluster.method', {'off': 'exact'})}
+
 
 class Manifest:
   """The record of one stage's config, inputs and results.
@@ -156,10 +160,24 @@ def open_for(
   return found
 
 
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a manifest's fields by the names that they have now.
+
+  The file stays as it is: its fingerprint is in the next stage's manifest.
+  """
+  config = dict(config)
+  for old, (new, values) in _RENAMED.items():
+    if old in config:
+      value = config.pop(old)
+      config.setdefault(new, values.get(value, value))
+  return config
+
+
 def check_same(
   made_with: Mapping[str, Any], wanted: Mapping[str, Any], folder
 ) -> None:
   """Raises UserError naming the first field that differs."""
+  made_with = _renamed(made_with)
   for field, value in wanted.items():
     if field not in made_with:
       raise errors.UserError(

@@ -155,8 +155,7 @@ def _embed(config, devices, utilisation) -> dict[str, Any]:
 
 def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   """One pass of k-means; nothing where the embeddings' width is not known."""
-  from mlcd_jax import lloyd_programs
-  from mlcd_jax import points
+  from mlcd_jax import kmeans
   from mlcd_jax import presets
   from mlcd_jax import sharding
 
@@ -166,12 +165,10 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   dim = fields.embedding_dim
   mesh = sharding.from_config(config, devices=devices)
   num_centers = config.cluster.num_centers
-  out = _compile(
-    'kmeans', *lloyd_programs.abstract_pass(mesh, num_centers, dim)
-  )
+  out = _compile('kmeans', *kmeans.abstract_pass(mesh, num_centers, dim))
   chip = _chip(devices)
   # The program sees one chunk of what the devices hold.
-  held = points.held_bytes(num_images, dim, mesh, chip.memory)
+  held = kmeans.held_bytes(num_images, dim, mesh, chip.memory)
   out['bytes_per_chip'] += held
   flops = 2 * num_images * num_centers * dim / len(devices)
   out |= _bounds(out | {'bytes_moved': None}, flops, chip, utilisation)

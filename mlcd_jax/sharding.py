@@ -188,6 +188,11 @@ def to_host(x: jax.Array) -> np.ndarray:
   return np.asarray(x)
 
 
+def on_cpu(mesh: Mesh) -> bool:
+  """Returns whether the devices of a mesh are CPUs."""
+  return mesh.devices.flat[0].platform == 'cpu'
+
+
 def put(mesh: Mesh, spec: PartitionSpec, arrays: Any) -> Any:
   """Makes global arrays of what every host has whole."""
   sharding = NamedSharding(mesh, spec)

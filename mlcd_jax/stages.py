@@ -70,7 +70,7 @@ _FIELDS = {
     'cluster.tolerance',
     'cluster.levels',
     'cluster.repair_iterations',
-    'cluster.screening',
+    'cluster.method',
     'cluster.num_labels',
   ),
   'train': (

@@ -168,7 +168,7 @@ _DEPENDS = {
 }  # fmt: skip
 _IMAGES = {f'data.{f}' for f in ('source', 'path', 'data_dir', 'split')}
 _FREE = {
-  'embed.batch_size', 'cluster.checkpoint_every_tiles', 'cluster.path',
+  'embed.batch_size', 'cluster.path',
   'model.remat', 'model.scan_layers', 'loss.chunk_megabytes',
   'evaluate.batch_size', 'evaluate.every_steps',
 }  # fmt: skip

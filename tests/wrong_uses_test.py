@@ -188,7 +188,7 @@ def field(assignment, *says):
     field('embed.shard_rows=0', 'embed.shard_rows=0', '1 to'),
     field('cluster.num_centers=0', 'cluster.num_centers=0', '1 to'),
     field('cluster.iterations=0', 'cluster.iterations=0', '1 to'),
-    field('cluster.screening=on', 'cluster.screening', 'auto'),
+    field('cluster.method=on', 'cluster.method', 'auto'),
     field('cluster.tolerance=2', 'cluster.tolerance=2', '0 to 1'),
     field('cluster.num_labels=0', 'cluster.num_labels=0', '1 to'),
     field('model.image_size=0', 'model.image_size=0', '1 to'),

@@ -11,10 +11,8 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from mlcd_jax import carried_sums
-from mlcd_jax import hierarchy
 from mlcd_jax import kmeans
-from mlcd_jax import points
+from mlcd_jax import unit
 from mlcd_jax.cluster import split
 from mlcd_jax.embed import row_files
 from mlcd_jax.runtime import chips
@@ -27,6 +25,9 @@ _log = logging.getLogger(__name__)
 
 # The clustering after its last whole iteration, until it is finished.
 _STATE = 'unfinished.npz'
+
+# What the names of the assigner's arrays begin with in that file.
+_ASSIGNER = 'assigner_'
 
 # Rows left out that are named.
 _MAX_NAMED = 20
@@ -43,7 +44,7 @@ class _State(NamedTuple):
     held_out: mean cosine of the held-out rows to the nearest center, before
       each iteration and after the last.
     relabelled: share of them that each iteration gave another center.
-    levels: what `hierarchy.fit` reports; {} without.
+    levels: what `kmeans.two_level.fit` reports; {} where it was not called.
   """
 
   fit: kmeans.Fit
@@ -81,7 +82,7 @@ def run(
     state = _iterate(config, state, training, measured, folder / _STATE, mesh)
   except ValueError as e:
     raise errors.UserError(f'cluster.num_centers: {e}') from e
-  bad = chosen.held_out[~points.unit_rows(measured).any(1)].tolist()
+  bad = chosen.held_out[~unit.unit_rows(measured).any(1)].tolist()
   fit = state.fit._replace(skipped=state.fit.skipped + len(bad))
   bad = sorted([*bad, *map(training.row, fit.bad_rows)])[:_MAX_NAMED]
   if bad:
@@ -109,7 +110,7 @@ def _start(
 ) -> _State:
   """The centers before the first flat iteration."""
   sample = rows.take(chosen.first)
-  usable = points.unit_rows(sample).any(1)
+  usable = unit.unit_rows(sample).any(1)
   sample = np.concatenate([sample[usable], sample[~usable]])
   centers, levels = sample[: config.cluster.num_centers], {}
   if config.cluster.levels:
@@ -117,7 +118,7 @@ def _start(
       raise errors.UserError(
         'cluster.levels is for one process; start one, or set () for flat'
       )
-    centers, levels = hierarchy.fit(
+    centers, levels = kmeans.two_level.fit(
       training,
       tuple(config.cluster.levels),
       sample=sample,
@@ -137,7 +138,7 @@ def _iterate(
   path: pathlib.Path,
   mesh: Mesh,
 ) -> _State:
-  """Flat iterations, measured on rows; `path` gets the state after each."""
+  """Makes the flat iterations, and saves the state to `path` after each."""
   num_points, dim = training.shape
   num_centers = config.cluster.num_centers
   iterations = config.cluster.iterations
@@ -150,9 +151,23 @@ def _iterate(
     labels, objective = _measure(measured, state.fit.centers, mesh)
     if not done:
       state = state._replace(held_out=[objective])
-
-  def save(fit):
-    nonlocal state, labels
+  progress = progress_lib.Progress(
+    'cluster',
+    iterations * num_points,
+    unit='points',
+    done=done * num_points,
+    flops=2 * num_centers * dim,
+    peak_flops=chips.peak_flops(mesh.devices.flat),
+  )
+  for fit in kmeans.iterate(
+    training,
+    num_centers,
+    iterations=iterations,
+    init=state.fit if done else state.fit.centers,
+    tolerance=config.cluster.tolerance,
+    method=config.cluster.method,
+    mesh=mesh,
+  ):
     state = state._replace(fit=fit)
     if len(measured):
       before = labels
@@ -162,30 +177,11 @@ def _iterate(
         relabelled=[*state.relabelled, float(np.mean(labels != before))],
       )
     _write_state(path, state)
-
-  progress = progress_lib.Progress(
-    'cluster',
-    iterations * num_points,
-    unit='points',
-    done=done * num_points,
-    flops=2 * num_centers * dim,
-    peak_flops=chips.peak_flops(mesh.devices.flat),
-  )
-  fit = kmeans.fit(
-    training,
-    num_centers,
-    iterations=iterations,
-    init=None if done else state.fit.centers,
-    tolerance=config.cluster.tolerance,
-    screening=config.cluster.screening,
-    mesh=mesh,
-    resume=state.fit if done else None,
-    save=save,
-    progress=lambda i, objective, empty: progress.update(
-      (i + 1) * num_points, objective=objective, reseeded=empty
-    ),
-  )
-  return state._replace(fit=fit)
+    values = {'objective': fit.objective[-1], 'reseeded': fit.reseeded[-1]}
+    if state.relabelled:
+      values['relabelled'] = state.relabelled[-1]
+    progress.update(len(fit.objective) * num_points, **values)
+  return state
 
 
 def _measure(
@@ -198,62 +194,61 @@ def _measure(
 
 
 def _write_state(path: pathlib.Path, state: _State) -> None:
+  """Writes the state, from the first process."""
   if distributed.is_main():
     fit = state.fit._asdict()
-    carried, known = fit.pop('carried'), fit.pop('known')
+    assigner_state = fit.pop('assigner_state')
     files.write_npz(
       path,
       held_out=np.asarray(state.held_out),
       relabelled=np.asarray(state.relabelled),
       levels=np.asarray(json.dumps(state.levels)),
       **{f'fit_{k}': np.asarray(v) for k, v in fit.items()},
-      **{
-        f'carried_{k}': v
-        for k, v in (carried._asdict() if carried else {}).items()
-      },
-      **{f'known_{k}': v for k, v in known.items()},
+      **{_ASSIGNER + k: v for k, v in assigner_state.items()},
     )
   distributed.barrier('clustering state')
 
 
 def _read_state(path: pathlib.Path) -> _State | None:
-  """What was done before; raises RunError where processes see other things."""
+  """Reads what `_write_state` wrote; None where there is nothing.
+
+  Raises:
+    UserError: the file is of an earlier version.
+    RunError: processes see different files.
+  """
   if not distributed.decide('clustering state', path.exists):
     return None
-  found = files.read_npz(path)
-  if 'part_sums' in found:
+  arrays = files.read_npz(path)
+  if 'fit_assigner' not in arrays:
     raise errors.UserError(
       f'{path} is of an earlier version; delete it to cluster anew'
     )
-  state = _parse(found)
+  state = _parse(arrays)
   done = len(state.fit.objective)
   distributed.check_same('clustering done', lambda: done, str(path))
   return state
 
 
-def _parse(found: dict[str, np.ndarray]) -> _State:
-  """The state in what `_write_state` wrote."""
-
-  def read(kind, prefix):
-    fields = {}
-    for name, annotation in kind.__annotations__.items():
-      if f'{prefix}_{name}' in found:
-        value = found[f'{prefix}_{name}']
-        fields[name] = value if annotation is np.ndarray else value.tolist()
-    return kind(**fields) if fields else None
-
+def _parse(arrays: dict[str, np.ndarray]) -> _State:
+  """Returns the state in the arrays of a file."""
   return _State(
-    read(kmeans.Fit, 'fit')._replace(
-      carried=read(carried_sums.Sums, 'carried'),
-      known={
-        name.removeprefix('known_'): value
-        for name, value in found.items()
-        if name.startswith('known_')
+    kmeans.Fit(
+      centers=arrays['fit_centers'],
+      objective=arrays['fit_objective'].tolist(),
+      counts=arrays['fit_counts'],
+      reseeded=arrays['fit_reseeded'].tolist(),
+      skipped=int(arrays['fit_skipped']),
+      bad_rows=arrays['fit_bad_rows'].tolist(),
+      assigner=str(arrays['fit_assigner']),
+      assigner_state={
+        name.removeprefix(_ASSIGNER): value
+        for name, value in arrays.items()
+        if name.startswith(_ASSIGNER)
       },
     ),
-    found['held_out'].tolist(),
-    found['relabelled'].tolist(),
-    json.loads(str(found['levels'])),
+    held_out=arrays['held_out'].tolist(),
+    relabelled=arrays['relabelled'].tolist(),
+    levels=json.loads(str(arrays['levels'])),
   )
 
 

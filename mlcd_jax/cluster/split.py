@@ -10,7 +10,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
-from mlcd_jax import points
+from mlcd_jax import unit
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.embed import row_files
 
@@ -45,7 +45,7 @@ class Training:
     shape: (N, D).
   """
 
-  def __init__(self, rows: points.Rows, held_out: np.ndarray):
+  def __init__(self, rows: unit.Rows, held_out: np.ndarray):
     """Takes all rows, and the numbers of those left out, ascending."""
     self._rows = rows
     self._held_out = held_out

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from mlcd_jax import unit
 from mlcd_jax.data import transforms
 from mlcd_jax.runtime import errors
 from mlcd_jax.weights import load as load_lib
@@ -164,9 +165,7 @@ def _make_encode(model: nn.Module, mesh: Mesh):
   """(variables, images) -> unit rows, each device its part of the images."""
 
   def unit_rows(variables, images):
-    rows = model.apply(variables, images)['embedding']
-    norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+    return unit.unit_embeddings(model.apply(variables, images)['embedding'])
 
   return jax.jit(
     jax.shard_map(

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlcd_jax import points
+from mlcd_jax import unit
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import storage
@@ -127,7 +127,7 @@ class Mixed:
   def read(self, start: int, stop: int) -> np.ndarray:
     """See `RowFile`."""
     image, text = (
-      points.unit_rows(file.read(start, stop))
+      unit.unit_rows(file.read(start, stop))
       for file in (self._images, self._texts)
     )
     both = image.any(1, keepdims=True) & text.any(1, keepdims=True)

@@ -24,10 +24,9 @@ import ml_collections
 import numpy as np
 import optax
 
-from mlcd_jax import nearest
 from mlcd_jax import optimizer
-from mlcd_jax import points
 from mlcd_jax import sharding
+from mlcd_jax import unit
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import contrastive
@@ -114,7 +113,7 @@ def _released(data: features_lib.Data) -> Towers:
   words = huggingface_text.load_tokenizer(path, model, field=field)
   projection = np.asarray(data.encoder.params['projection']['kernel'])
   return Towers(
-    lambda rows: points.unit_rows(rows @ projection),
+    lambda rows: unit.unit_rows(rows @ projection),
     _text_encoder(model, variables['params'], words, data.mesh),
   )
 
@@ -131,13 +130,13 @@ def _tuned(
   params = train(
     model,
     words,
-    points.unit_rows(split.features[rows] - mean),
+    unit.unit_rows(split.features[rows] - mean),
     [told[row] for row in rows],
     config=config,
     mesh=data.mesh,
   )
   return Towers(
-    lambda rows: points.unit_rows(rows - mean),
+    lambda rows: unit.unit_rows(rows - mean),
     _text_encoder(model, params, words, data.mesh),
   )
 
@@ -248,7 +247,7 @@ def _program(model, loss_name, steps, fields, mesh):
     log_scale = jnp.minimum(params['log_scale'], math.log(_LARGEST_SCALE))
     return loss(
       batch['images'],
-      _unit(out['embedding']),
+      unit.unit_embeddings(out['embedding']),
       jnp.exp(log_scale),
       params['bias'],
     )
@@ -280,7 +279,7 @@ def _text_encoder(
       part = list(found[i : i + batch_size])
       tokens = words(part + [''] * (batch_size - len(part)))
       tokens = sharding.put(mesh, sharding.BATCH, tokens)
-      part_rows = nearest.to_host(_encode(params, tokens, model=model))
+      part_rows = sharding.to_host(_encode(params, tokens, model=model))
       rows.append(part_rows[: len(part)])
     return np.concatenate(rows)
 
@@ -289,9 +288,5 @@ def _text_encoder(
 
 @functools.partial(jax.jit, static_argnames='model')
 def _encode(params, tokens, *, model):
-  return _unit(model.apply({'params': params}, tokens)['embedding'])
-
-
-def _unit(rows: jax.Array) -> jax.Array:
-  norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-  return rows / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
+  out = model.apply({'params': params}, tokens)
+  return unit.unit_embeddings(out['embedding'])

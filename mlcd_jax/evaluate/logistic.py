@@ -24,7 +24,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from mlcd_jax import nearest
 from mlcd_jax import sharding
 from mlcd_jax.evaluate import newton
 
@@ -158,7 +157,7 @@ def _turn(x_ND, mean_D, basis_DA):
 
 def _tile_shape(num_rows, num_outputs, mesh):
   """Cuts the rows so that a tile's logits stay small."""
-  limit = _CPU_LOGITS if nearest.on_cpu(mesh) else _ACCELERATOR_LOGITS
+  limit = _CPU_LOGITS if sharding.on_cpu(mesh) else _ACCELERATOR_LOGITS
   count = max(1, round(num_rows / max(limit // num_outputs, 256)))
   tile = -(-num_rows // (count * mesh.size)) * mesh.size
   return count, tile
@@ -217,7 +216,7 @@ def fit(
     loss=loss,
     mesh=rows.mesh,
   )
-  along_AC = nearest.to_host(point.x_AC)
+  along_AC = sharding.to_host(point.x_AC)
   weight_DC = rows.basis_DA @ along_AC[1 : 1 + rows.basis_DA.shape[1]]
   weight_DC = weight_DC.astype(np.float32)
   # Of the weights as they are rounded, which matters to features off center.
@@ -225,7 +224,7 @@ def fit(
   return Model(
     weight_DC,
     bias_C.astype(np.float32),
-    float(nearest.to_host(point.value)),
+    float(sharding.to_host(point.value)),
     int(iterations),
     bool(converged),
     along_AC,
@@ -300,7 +299,7 @@ def _fit(
   penalty_A1 = jnp.where(jnp.arange(x_KTA.shape[2])[:, None] == 0, 0, penalty)
   # Several CPU devices wait for ever in a Cholesky factorization in a loop.
   blocks = x_KTA.shape[2] <= _MAX_BLOCK and not (
-    mesh.size > 1 and nearest.on_cpu(mesh)
+    mesh.size > 1 and sharding.on_cpu(mesh)
   )
 
   def sums(of, *models):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import hierarchy
+from mlcd_jax import kmeans
 from mlcd_jax import sharding
 from mlcd_jax.cluster import centers as centers_lib
 from mlcd_jax.cluster import split
@@ -94,18 +94,15 @@ def test_two_levels_then_flat(tmp_path, mesh):
 def test_two_levels_are_made_once(tmp_path, mesh, monkeypatch):
   rows = row_shards.write(tmp_path / 'x', row_shards.make_rows())
   expected, figures = run(rows, tmp_path / 'a', mesh, levels=(4, 5))
-  fit = centers_lib.kmeans.fit
 
-  def killed(data, num_centers, **options):
-    if num_centers == 20:
-      raise KeyboardInterrupt
-    return fit(data, num_centers, **options)
+  def killed(*args, **options):
+    raise KeyboardInterrupt
 
   with monkeypatch.context() as patched:
-    patched.setattr(centers_lib.kmeans, 'fit', killed)
+    patched.setattr(kmeans, 'iterate', killed)
     with pytest.raises(KeyboardInterrupt):
       run(rows, tmp_path / 'b', mesh, levels=(4, 5))
-  monkeypatch.setattr(hierarchy, 'fit', None)
+  monkeypatch.setattr(kmeans.two_level, 'fit', None)
   found, again = run(rows, tmp_path / 'b', mesh, levels=(4, 5))
   np.testing.assert_array_equal(found, expected)
   assert again == figures
@@ -134,3 +131,12 @@ def test_copies_and_constant_rows(tmp_path, mesh):
     np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-5)
     assert figures['objective'][-1] == pytest.approx(1, abs=1e-5)
     assert figures['near_duplicate_centers'] > 10
+
+
+def test_a_state_of_an_earlier_version_is_refused(tmp_path, mesh):
+  rows = row_shards.write(tmp_path / 'x', row_shards.make_rows())
+  folder = tmp_path / 'clusters'
+  folder.mkdir()
+  np.savez(folder / 'unfinished.npz', fit_centers=np.zeros((20, 4)))
+  with pytest.raises(errors.UserError, match='earlier version; delete it'):
+    run(rows, folder, mesh)

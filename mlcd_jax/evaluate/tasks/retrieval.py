@@ -15,9 +15,8 @@ import ml_collections
 import numpy as np
 
 from mlcd_jax import kmeans
-from mlcd_jax import nearest
-from mlcd_jax import points
 from mlcd_jax import sharding
+from mlcd_jax import unit
 from mlcd_jax.evaluate import features as features_lib
 from mlcd_jax.evaluate import intervals
 from mlcd_jax.evaluate import lit
@@ -125,7 +124,7 @@ def _average_precision(
   rows_ND: np.ndarray, labels_N: np.ndarray, queries: np.ndarray, mesh: Mesh
 ) -> np.ndarray:
   """Average precision [Q] of the ranking of all other images."""
-  rows_ND = points.unit_rows(rows_ND)
+  rows_ND = unit.unit_rows(rows_ND)
   put_whole = functools.partial(sharding.put, mesh, sharding.REPLICATED)
   gallery = put_whole(rows_ND), put_whole(labels_N.astype(np.int32))
   size = _QUERIES_PER_DEVICE * mesh.size
@@ -134,7 +133,7 @@ def _average_precision(
     part = queries[i : i + size]
     padded = np.resize(part, size).astype(np.int32)
     padded = sharding.put(mesh, sharding.BATCH, padded)
-    out.append(nearest.to_host(_rank(*gallery, padded))[: len(part)])
+    out.append(sharding.to_host(_rank(*gallery, padded))[: len(part)])
   return np.concatenate(out).astype(np.float64)
 
 

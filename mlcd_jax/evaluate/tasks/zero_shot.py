@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from mlcd_jax import kmeans
-from mlcd_jax import points
+from mlcd_jax import unit
 from mlcd_jax.data import sources
 from mlcd_jax.evaluate import features as features_lib
 from mlcd_jax.evaluate import intervals
@@ -68,4 +68,4 @@ def class_weights(towers: lit.Towers, sentences: list[list[str]]) -> np.ndarray:
   """Unit rows [C, E]: the mean of each class's embedded sentences."""
   rows = towers.texts([text for found in sentences for text in found])
   rows = rows.reshape(len(sentences), len(sentences[0]), -1)
-  return points.unit_rows(rows.mean(axis=1))
+  return unit.unit_rows(rows.mean(axis=1))

@@ -7,8 +7,8 @@ import sys
 from tests import commands
 
 _RUN = (
-  'from benchmarks import kmeans_memory; from mlcd_jax import points; '
-  'points._CPU_HELD_BYTES = 0; kmeans_memory.main()'
+  'from benchmarks import kmeans_memory; from mlcd_jax.kmeans import chunks; '
+  'chunks._CPU_HELD_BYTES = 0; kmeans_memory.main()'
 )
 
 

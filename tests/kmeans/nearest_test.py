@@ -4,17 +4,22 @@ import jax
 import numpy as np
 import pytest
 
-from mlcd_jax import kmeans
-from mlcd_jax import lookup
-from mlcd_jax import nearest
 from mlcd_jax import sharding
+from mlcd_jax.kmeans import nearest
 
 
-@pytest.fixture(autouse=True, params=['bfloat16', 'float32'])
-def score_dtype(request, monkeypatch):
+@pytest.fixture(name='look_up', params=['bfloat16', 'float32'])
+def fixture_look_up(request):
   """As on a CPU with products of bfloat16, and on one without."""
-  dtype = jax.numpy.dtype(request.param)
-  monkeypatch.setattr(nearest, 'score_dtype', lambda mesh: dtype)
+
+  def look_up(x, centers, count, mesh=None, **options):
+    mesh = mesh or sharding.make_mesh()
+    program = nearest.make_lookup(
+      mesh, len(centers), count, score_dtype=request.param, **options
+    )
+    return nearest.look_up_all(program, x, centers, count, mesh=mesh)
+
+  return look_up
 
 
 def make(num_rows, num_centers, dim=64, seed=0):
@@ -30,20 +35,15 @@ def expected(x, centers, count):
 
 
 @pytest.mark.parametrize('spare', [0, 8, 40])
-def test_exact_however_many_are_in_doubt(monkeypatch, spare):
-  monkeypatch.setattr(lookup, '_SPARE', spare)
-  lookup._make_rescored.cache_clear()
-  lookup._make_bucketed.cache_clear()
+def test_exact_however_many_are_in_doubt(look_up, spare):
   x, centers = make(600, 1_100)
-  labels, scores = kmeans.nearest_centers(x, centers, 8)
+  labels, scores = look_up(x, centers, 8, spare=spare)
   np.testing.assert_array_equal(labels, expected(x, centers, 8))
   np.testing.assert_allclose(
     scores,
     np.take_along_axis(x @ centers.T, labels, axis=1),
     atol=1e-6,
   )
-  lookup._make_rescored.cache_clear()
-  lookup._make_bucketed.cache_clear()
 
 
 def test_low_precision_alone_would_not_do():
@@ -53,20 +53,20 @@ def test_low_precision_alone_would_not_do():
   assert (expected(*low, 8) != expected(x, centers, 8)).any()
 
 
-def test_ties_go_to_the_lower_index():
+def test_ties_go_to_the_lower_index(look_up):
   x, centers = make(200, 1_500)
   centers[1_400:] = centers[100:200]
-  labels, _ = kmeans.nearest_centers(x, centers, 4)
+  labels, _ = look_up(x, centers, 4)
   np.testing.assert_array_equal(labels, expected(x, centers, 4))
 
 
 @pytest.mark.parametrize('shape', [(8, 1), (2, 2), (1, 4)])
-def test_equal_on_every_mesh(shape):
+def test_equal_on_every_mesh(look_up, shape):
   x, centers = make(700, 1_300)
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
   one = sharding.make_mesh(devices=jax.devices()[:1])
   for a, b in zip(
-    kmeans.nearest_centers(x, centers, 8, mesh=mesh),
-    kmeans.nearest_centers(x, centers, 8, mesh=one),
+    look_up(x, centers, 8, mesh=mesh),
+    look_up(x, centers, 8, mesh=one),
   ):
     np.testing.assert_array_equal(a, b)

@@ -1,12 +1,13 @@
-"""k-means in two levels, for one machine with more centers than it can afford.
+"""k-means in two levels, for more centers than one machine can afford.
 
-Coarse centers first; then every coarse cell is clustered by itself, into
-centers in proportion to its size. A pass costs N (K1 + K2) D instead of
-N K1 K2 D. What a cell's border hides from its neighbours is left to flat
-passes of `kmeans.fit` from these centers.
+The rows are clustered into coarse centers first. Then each coarse cell is
+clustered by itself, into centers in proportion to its size. A pass costs
+N (K1 + K2) D instead of N K1 K2 D. A row near the border of a cell may be
+nearer to a center of the next cell; flat passes of `kmeans.fit` from these
+centers repair that.
 
-Shapes: N points, K1 coarse centers, K centers, D dimensions, T points a tile;
-n points and k centers of a cell, padded.
+Shapes: N rows, K1 coarse centers, K centers, D dimensions, T rows a tile; n
+rows and k centers of a cell, padded.
 """
 
 from collections.abc import Iterator
@@ -21,18 +22,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from mlcd_jax import kmeans
-from mlcd_jax import points
+from mlcd_jax import unit
+from mlcd_jax.kmeans import lloyd
+from mlcd_jax.kmeans import nearest
 
-# Points of a score tile, the fewest points of a cell with its padding, and
-# rows read at once.
+# Rows of a score tile, whose scores stay in the cache with 1,000 centers.
 _TILE = 256
-_MIN_POINTS = 512
+
+# A cell and its centers are padded at least to these, and then to one of few
+# sizes, so that few programs compile.
+_MIN_ROWS = 512
+_MIN_CENTERS = 16
+
+# Rows read at once: 96 MiB with 768 dimensions in float32.
 _CHUNK = 32_768
+
+# Share of this machine's memory that the rows of cells may take.
+_MEMORY_SHARE = 1 / 8
 
 
 def fit(
-  rows: points.Rows,
+  rows: unit.Rows,
   levels: tuple[int, int],
   *,
   sample: np.ndarray,
@@ -43,29 +53,30 @@ def fit(
   """Clusters in two levels.
 
   Args:
-    rows: [N, D], normalised here.
+    rows: [N, D]; they need not be unit rows.
     levels: K1, and the mean number of centers of a cell; K is their product.
-    sample: rows [M, D], M >= K1, among which k-means++ finds the first coarse
+    sample: rows [M, D], M >= K1, among which k-means++ chooses the first coarse
       centers.
-    iterations: of each level.
-    seed: of both levels' first centers.
+    iterations: passes of each level.
+    seed: chooses both levels' first centers.
     mesh: of all devices, on one host.
 
   Returns:
-    centers [K, D], and the objective before and after each level as JSON
-    values.
+    Centers [K, D]; and as JSON values the objectives of the coarse passes, the
+    objectives before and after the cells were clustered, and the fewest and
+    most centers of a cell.
 
   Raises:
-    ValueError: fewer usable rows than centers.
+    ValueError: there are fewer usable rows than centers.
   """
-  coarse = kmeans.fit(
+  coarse = lloyd.fit(
     rows,
     levels[0],
     iterations=iterations,
-    init=plus_plus(points.unit_rows(sample), levels[0], seed),
+    init=plus_plus(unit.unit_rows(sample), levels[0], seed),
     mesh=mesh,
   )
-  cells, cosines = kmeans.nearest_centers(rows, coarse.centers, 1, mesh=mesh)
+  cells, cosines = nearest.nearest_centers(rows, coarse.centers, 1, mesh=mesh)
   # A row that is zero or not finite has the cosine 0 to every center.
   cells = np.where(cosines[:, 0] == 0, -1, cells[:, 0])
   sizes = np.bincount(cells[cells >= 0], minlength=levels[0])
@@ -88,7 +99,9 @@ def fit(
 
 
 def plus_plus(sample: np.ndarray, num_centers: int, seed: int) -> np.ndarray:
-  """Centers by k-means++: each drawn by its squared distance to the nearest.
+  """Chooses centers by k-means++ (Arthur and Vassilvitskii, 2007).
+
+  Each is drawn in proportion to its squared distance to the nearest before it.
 
   Args:
     sample: unit rows [M, D].
@@ -106,18 +119,18 @@ def plus_plus(sample: np.ndarray, num_centers: int, seed: int) -> np.ndarray:
     distance = np.minimum(distance, np.maximum(1 - cosine, 0))
     distance[chosen[-1]] = 0
     total = distance.sum(dtype=np.float64)
-    # All that is left are copies: any will do.
+    # If all that are left are copies of centers, any will do.
     p = distance / total if total > 0 else None
     chosen.append(int(rng.choice(len(sample), p=p)))
   return sample[chosen]
 
 
 def in_proportion(sizes: np.ndarray, total: int) -> np.ndarray:
-  """Divides `total` in proportion to sizes by the largest remainder.
+  """Divides `total` in proportion to sizes, by the largest remainder.
 
   Args:
-    sizes: integers [K1], that sum to at least `total`.
-    total: what the result sums to.
+    sizes: integers [K1], whose sum is at least `total`.
+    total: sum of the result.
 
   Returns:
     int64 [K1], none above its size.
@@ -130,55 +143,57 @@ def in_proportion(sizes: np.ndarray, total: int) -> np.ndarray:
 
 
 def _fit_cells(
-  rows: points.Rows,
+  rows: unit.Rows,
   cells: np.ndarray,
   counts: np.ndarray,
   iterations: int,
   seed: int,
 ) -> tuple[np.ndarray, float]:
-  """All cells' centers [K, D] in order, and the sum of all cosines to them."""
+  """Returns all cells' centers [K, D], and the sum of the cosines to them."""
   ends = np.cumsum(counts)
   centers = np.zeros((ends[-1], rows.shape[1]), np.float32)
   devices = jax.local_devices()
   total, running = 0.0, []
 
-  def collect():
-    nonlocal total
-    cell, c_kD, cosines = running.pop(0)
+  def collect() -> float:
+    cell, c_kD, cosine_sum = running.pop(0)
     centers[ends[cell] - counts[cell] : ends[cell]] = c_kD[: counts[cell]]
-    total += float(cosines)
+    return float(cosine_sum)
 
   for i, (cell, x_nD) in enumerate(_cells(rows, cells, counts)):
     rng = np.random.default_rng((seed, cell))
     first = rng.choice(len(x_nD), counts[cell], replace=False)
-    arguments = _padded(x_nD, _MIN_POINTS), _padded(x_nD[np.sort(first)], 16)
-    c_kD, cosines = _lloyd(
+    arguments = (
+      _padded(x_nD, _MIN_ROWS),
+      _padded(x_nD[np.sort(first)], _MIN_CENTERS),
+    )
+    c_kD, cosine_sum = _lloyd(
       *jax.device_put(arguments, devices[i % len(devices)]),
       counts[cell],
       iterations,
     )
-    running.append((cell, c_kD, cosines))
-    if len(running) > len(devices):
-      collect()
+    running.append((cell, c_kD, cosine_sum))
+    if len(running) > len(devices):  # Each device has its cell.
+      total += collect()
   while running:
-    collect()
+    total += collect()
   return centers, total
 
 
 def _cells(
-  rows: points.Rows, cells: np.ndarray, counts: np.ndarray
+  rows: unit.Rows, cells: np.ndarray, counts: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-  """Yields every cell that has centers, and its unit rows.
+  """Yields each cell that has centers, and its unit rows.
 
-  The rows are read once for as many cells as an eighth of this machine's
-  memory holds.
+  All rows are read once for as many cells as fit in a share of the memory.
   """
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 8
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   sizes = np.bincount(cells[cells >= 0], minlength=len(counts))
   for group in _groups(
-    np.flatnonzero(counts), sizes * rows.shape[1] * 4, memory
+    np.flatnonzero(counts), sizes * rows.shape[1] * 4, memory * _MEMORY_SHARE
   ):
-    wanted = np.zeros(len(counts) + 1, bool)  # The last is for cell -1.
+    # The last is for cell -1, which holds the bad rows.
+    wanted = np.zeros(len(counts) + 1, bool)
     wanted[group] = True
     members = np.flatnonzero(wanted[cells])
     place = np.empty(len(members), np.int64)
@@ -188,19 +203,19 @@ def _cells(
       a, b = np.searchsorted(members, (start, start + _CHUNK))
       if a < b:
         chunk = np.asarray(rows[start : start + _CHUNK])
-        held[place[a:b]] = points.unit_rows(chunk[members[a:b] - start])
+        held[place[a:b]] = unit.unit_rows(chunk[members[a:b] - start])
     ends = np.cumsum(sizes[group])
     for cell, end in zip(group, ends):
       yield cell, held[end - sizes[cell] : end]
 
 
 def _groups(
-  cells: np.ndarray, num_bytes: np.ndarray, most: int
+  cells: np.ndarray, num_bytes: np.ndarray, limit: float
 ) -> Iterator[Sequence[int]]:
-  """Cuts cells into runs of at most so many bytes, or of one cell."""
+  """Cuts cells into groups of at most so many bytes, or of one cell."""
   group, size = [], 0
   for cell in cells.tolist():
-    if group and size + num_bytes[cell] > most:
+    if group and size + num_bytes[cell] > limit:
       yield group
       group, size = [], 0
     group.append(cell)
@@ -210,9 +225,9 @@ def _groups(
 
 
 def _padded(x: np.ndarray, length: int) -> np.ndarray:
-  """Adds zero rows up to one of few lengths, so that few programs compile.
+  """Adds zero rows up to one of few lengths.
 
-  They are the powers of two from `length` on, and the middle between two.
+  The lengths are `length` times a power of two, and the middles between two.
   """
   while length < len(x):
     length += length // 2 if length & (length - 1) == 0 else length // 3
@@ -223,9 +238,9 @@ def _padded(x: np.ndarray, length: int) -> np.ndarray:
 def _lloyd(
   x_nD: jax.Array, c_kD: jax.Array, count: jax.Array, iterations: int
 ) -> tuple[jax.Array, jax.Array]:
-  """One cell's centers, and the sum of its points' cosines to them.
+  """Returns one cell's centers, and the sum of its rows' cosines to them.
 
-  Points that are zero are padding, and centers from `count` on.
+  Rows that are zero are padding, and so are centers from `count` on.
   """
   k, dim = c_kD.shape
   used_k1 = (jnp.arange(k) < count)[:, None]
@@ -246,7 +261,7 @@ def _lloyd(
   def iterate(_, c_kD):
     sums_kD, _ = assign(c_kD)
     norm_k1 = jnp.linalg.norm(sums_kD, axis=1, keepdims=True)
-    # An empty one stays where it is; the flat passes restart it.
+    # A center without rows stays; the flat passes restart it.
     return jnp.where(norm_k1 > 0, sums_kD / jnp.maximum(norm_k1, 1e-30), c_kD)
 
   c_kD = lax.fori_loop(0, iterations, iterate, c_kD)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from mlcd_jax import kmeans
-from mlcd_jax import points
 from mlcd_jax import sharding
-from tests import fits
+from tests.kmeans import fits
 
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
@@ -41,14 +40,14 @@ def lloyd(x, centers, iterations):
 def test_equals_numpy(mesh_shape):
   x = make_rows(1_100)
   init = np.arange(0, 1_100, 37)  # 30 rows, not a multiple of any tile.
-  fit = kmeans.fit(
+  fit = fits.states(
     x * 3,  # Rows are normalised inside.
     len(init),
     iterations=6,
     init=init,
-    score_dtype=jnp.float32,
+    assigner=fits.plain(jnp.float32),
     mesh=sharding.make_mesh(*mesh_shape),
-  )
+  )[-1]
   centers, objective = lloyd(x, x[init], 6)
   np.testing.assert_allclose(fit.objective, objective, rtol=1e-5)
   np.testing.assert_allclose(fit.centers, centers, atol=1e-4)
@@ -58,11 +57,11 @@ def test_equals_numpy(mesh_shape):
 
 def test_bfloat16_scores_keep_the_objective():
   x = make_rows(2_000, seed=1)
-  runs = [
-    kmeans.fit(x, 40, iterations=8, score_dtype=dtype).objective[-1]
+  fine, coarse = (
+    fits.states(x, 40, iterations=8, assigner=fits.plain(dtype))[-1]
     for dtype in (jnp.float32, jnp.bfloat16)
-  ]
-  assert abs(runs[0] - runs[1]) < 2e-3
+  )
+  assert abs(fine.objective[-1] - coarse.objective[-1]) < 2e-3
 
 
 def test_one_pass_is_equal_on_every_mesh():
@@ -108,25 +107,26 @@ def test_same_seed_same_bits():
   assert not np.array_equal(a, c)
 
 
-def test_goes_on_with_the_same_bits():
+@pytest.mark.parametrize('method', ['auto', 'exact'])
+def test_goes_on_with_the_same_bits(method):
   x = make_rows(900)
   x[5] = 0
-  saved = []
-  options = dict(iterations=6, seed=3, init=np.repeat(7, 50))  # Reseeds.
-  whole = kmeans.fit(x, 50, save=saved.append, **options)
+  options = dict(iterations=6, method=method)
+  saved = list(kmeans.iterate(x, 50, init=np.repeat(7, 50), **options))
+  whole = saved[-1]
   assert len(saved) == 6 and max(whole.reseeded) > 0
-  again = kmeans.fit(x, 50, resume=saved[2], **options)
-  np.testing.assert_array_equal(again.centers, whole.centers)
-  np.testing.assert_array_equal(again.counts, whole.counts)
-  assert again.objective == whole.objective
-  assert again.reseeded == whole.reseeded
-  assert (again.skipped, again.bad_rows) == (1, [5])
-  assert whole.carried is None
+  assert (whole.skipped, whole.bad_rows) == (1, [5])
+  assert (whole.assigner, dict(whole.assigner_state)) == ('plain', {})
+  fits.assert_same(kmeans.fit(x, 50, init=np.repeat(7, 50), **options), whole)
+  fits.assert_same(kmeans.fit(x, 50, init=saved[2], **options), whole)
+  rest = kmeans.iterate(x, 50, init=saved[2], **options)
+  assert [len(state.objective) for state in rest] == [4, 5, 6]
+  assert not list(kmeans.iterate(x, 50, init=whole, **options))
+  fits.assert_same(kmeans.fit(x, 50, init=whole, **options), whole)
 
 
 @pytest.mark.parametrize('dtype', [np.float16, np.float32])
-def test_read_anew_or_held_gives_the_same_bits(monkeypatch, dtype):
-  monkeypatch.setattr(points, '_CPU_CHUNK', 512)
+def test_read_anew_or_held_gives_the_same_bits(dtype):
   x = make_rows(5_000).astype(dtype)
   x[4_999] = np.nan
   mesh = sharding.make_mesh(2, 1, devices=jax.devices()[:2])
@@ -139,10 +139,10 @@ def test_read_anew_or_held_gives_the_same_bits(monkeypatch, dtype):
       reads.append(rows)
       return x[rows]
 
-  held = kmeans.fit(Counted(), 60, iterations=4, mesh=mesh)
+  options = dict(iterations=4, mesh=mesh, chunk=512)
+  held = fits.states(Counted(), 60, hold=True, **options)[-1]
   reads_held = len(reads)
-  monkeypatch.setattr(points, '_CPU_HELD_BYTES', 0)
-  streamed = kmeans.fit(Counted(), 60, iterations=4, mesh=mesh)
+  streamed = fits.states(Counted(), 60, hold=False, **options)[-1]
   in_chunks = [rows for rows in reads if rows.stop - rows.start > 1]
   chunks_held = sum(r.stop - r.start > 1 for r in reads[:reads_held])
   assert len(in_chunks) - chunks_held > 3 * chunks_held // 2
@@ -194,16 +194,17 @@ def test_unusable_rows_are_left_out():
 def test_tolerance_stops_early():
   fit = kmeans.fit(make_rows(400), 10, iterations=50, tolerance=1e-3)
   assert len(fit.objective) < 50
+  fit = kmeans.fit(make_rows(400), 10, iterations=50)
+  assert len(fit.objective) == 50
 
 
 def test_data_with_a_large_mean_keeps_its_precision():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2_000, 32)) * np.linspace(0.04, 0.4, 32) + 3
   coarse, fine = (
-    kmeans.fit(x, 30, iterations=30, score_dtype=dtype).objective
+    fits.states(x, 30, iterations=30, assigner=fits.plain(dtype))[-1].objective
     for dtype in (jnp.bfloat16, jnp.float32)
   )
-  assert len(coarse) == len(fine) == 30  # Tolerance 0 never stops.
   assert np.diff(coarse).min() > -1e-6
   assert coarse[-1] == pytest.approx(fine[-1], abs=1e-4)
 
@@ -214,8 +215,10 @@ def test_wrong_uses_are_refused():
     kmeans.fit(x, 21)
   with pytest.raises(ValueError, match='init has shape'):
     kmeans.fit(x, 4, init=np.zeros((3, 16)))
-  with pytest.raises(ValueError, match='auto or off'):
-    kmeans.fit(x, 4, screening='on')
+  with pytest.raises(ValueError, match='auto or exact'):
+    kmeans.fit(x, 4, method='on')
+  with pytest.raises(ValueError, match='init has centers of shape'):
+    kmeans.fit(x, 4, init=kmeans.fit(x, 5, iterations=1))
   with pytest.raises(ValueError, match='5 labels from 4'):
     kmeans.nearest_centers(x, x[:4], 5)
   with pytest.raises(ValueError, match='dimensions'):

@@ -1,0 +1,1 @@
+"""Approximate passes for CPUs, behind the interface of `kmeans.assign`."""

@@ -1,0 +1,65 @@
+"""Rows of length one, in NumPy and in JAX.
+
+Shapes: N rows, D dimensions.
+"""
+
+from typing import Protocol
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Rows(Protocol):
+  """Rows [N, D] that are read by slices: an array, or files read as one."""
+
+  shape: tuple[int, int]
+
+  def __getitem__(self, rows: slice) -> np.ndarray: ...
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+  """Scales rows to length one.
+
+  Args:
+    rows: [..., D] of any number type.
+
+  Returns:
+    float32 of the same shape. A row that is zero or not finite becomes zero.
+  """
+  rows = np.asarray(rows, np.float32)
+  norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
+  usable = np.isfinite(norm) & (norm > 0)
+  return np.where(usable, rows / np.where(usable, norm, 1), 0)
+
+
+def unit_rows_at(rows: Rows, indices: np.ndarray) -> np.ndarray:
+  """Reads the rows with these numbers, and scales them as `unit_rows` does."""
+  return unit_rows(np.concatenate([rows[i : i + 1] for i in indices.tolist()]))
+
+
+def unit_rows_jax(x_ND: jax.Array) -> jax.Array:
+  """Does in JAX what `unit_rows` does in NumPy, up to rounding.
+
+  Args:
+    x_ND: of any float type.
+
+  Returns:
+    float32 [N, D]. A row that is zero or not finite becomes zero.
+  """
+  x_ND = x_ND.astype(jnp.float32)
+  square_N1 = jnp.sum(jnp.square(x_ND), axis=1, keepdims=True)
+  usable_N1 = jnp.isfinite(square_N1) & (square_N1 > 0)
+  scale_N1 = lax.rsqrt(jnp.where(usable_N1, square_N1, 1))
+  return jnp.where(usable_N1, x_ND * scale_N1, 0)
+
+
+def unit_embeddings(x_ND: jax.Array) -> jax.Array:
+  """Scales the output [N, D] of an encoder to rows of length one.
+
+  Unlike `unit_rows_jax` it can be differentiated, and rows that are not finite
+  stay so: they show that the encoder is broken.
+  """
+  norm_N1 = jnp.linalg.norm(x_ND, axis=1, keepdims=True)
+  return x_ND / jnp.maximum(norm_N1, jnp.finfo(jnp.float32).tiny)
