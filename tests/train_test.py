@@ -377,8 +377,12 @@ def test_goes_on_where_devices_do_not_divide_the_classes(start, tmp_path):
 
 _80_DEVICES = """
 import json, pathlib, sys
+import jax
 from mlcd_jax import stages
 from tests import conftest
+devices = int(sys.argv[2])
+jax.config.update('jax_num_cpu_devices', devices)  # conftest says eight.
+assert jax.device_count() == devices
 config = conftest.tiny_config.__wrapped__()
 config.train.steps, config.train.batch_size = 4, 80
 config.evaluate.batch_size = 80
@@ -393,7 +397,7 @@ def test_eighty_devices_as_one(tmp_path):
   for devices in (1, 80):
     workdir = tmp_path / str(devices)
     code, _, err = commands.run(
-      workdir, script=_80_DEVICES, devices=devices, timeout=600
+      workdir, devices, script=_80_DEVICES, timeout=600
     )
     assert code == 0, err[-3000:]
     curves.append(list(losses(workdir).values()))
