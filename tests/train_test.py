@@ -397,7 +397,7 @@ def test_eighty_devices_as_one(tmp_path):
   for devices in (1, 80):
     workdir = tmp_path / str(devices)
     code, _, err = commands.run(
-      workdir, devices, script=_80_DEVICES, timeout=600
+      workdir, devices, script=_80_DEVICES, timeout=1_200
     )
     assert code == 0, err[-3000:]
     curves.append(list(losses(workdir).values()))
