@@ -14,13 +14,17 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile
 
-# Whole runs, killed and stopped, in one process and two; the report in
-# Chromium, which is installed where that is allowed.
+# Whole runs, killed and stopped; the report in Chromium, which is installed
+# where that is allowed. First what two processes of tests may share the cores
+# for, then, one by one, what waits for other processes only so long. Programs
+# are optimized as users' are: without XLA_FLAGS, see tests/conftest.py.
+test-slow: export XLA_FLAGS :=
 test-slow: .venv/installed-test
 	@command -v chromium > /dev/null || [ "$$(id -u)" != 0 ] || \
 	  { apt-get update && apt-get install -y --no-install-recommends chromium; } \
 	  || echo 'no Chromium: the tests of report.html are skipped' >&2
-	$(BIN)/python -m pytest -q -rs -m slow
+	$(BIN)/python -m pytest -q -rs -m 'slow and not alone' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -rs -m 'slow and alone'
 
 # docs/api/index.html, from the docstrings; two commands whose flags have the
 # same names cannot be imported together.

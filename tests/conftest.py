@@ -1,4 +1,7 @@
-"""Eight CPU devices in one process, strict broadcasting, compile caches."""
+"""Eight CPU devices, strict broadcasting, and programs that compile quickly.
+
+`make test-slow` sets XLA_FLAGS to nothing, and so has the optimizer users have.
+"""
 
 import os
 import pathlib
@@ -9,6 +12,7 @@ import pytest
 
 from mlcd_jax import config as config_lib
 from mlcd_jax import presets
+from mlcd_jax.models import vit
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -24,10 +28,17 @@ def _take_one_core():
 
 _take_one_core()
 
+# Most programs of the tests run a few times, and unoptimized ones compile in
+# half the time. Processes that a test starts inherit it.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+
+# Smaller than any that users can name: each block is compiled anew.
+vit.VARIANTS['Pico'] = dict(width=48, depth=2, heads=3, mlp_dim=96)
+
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_compilation_cache_dir', str(_ROOT / '.cache/jax'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 # Grain's worker processes read absl's flags.
 flags.FLAGS.mark_as_parsed()
@@ -42,7 +53,7 @@ def tiny_config():
   config.embed.shard_rows = 100
   config.cluster.num_centers = 64
   config.cluster.iterations = 5
-  config.model.variant = 'Nano/14'
+  config.model.variant = 'Pico/14'
   config.model.image_size = 28
   config.model.embedding_dim = 32
   config.model.pooling = 'average'

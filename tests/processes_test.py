@@ -77,6 +77,7 @@ def test_rows_keep_their_order_and_process_0_decides_what_files_say(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_text_tower_is_tuned_twenty_times():
   busy = subprocess.Popen(['sh', '-c', 'while :; do :; done'])
   try:
@@ -123,6 +124,7 @@ def test_one_task_a_node_gets_all_of_its_gpus(tasks_per_node, visible):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_two_processes_do_what_one_does(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
   processes = start(two)
@@ -164,6 +166,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_signal_to_one_stops_both_after_saving(tmp_path):
   arguments = ('--config.train.steps=100000', '--stages=embed,cluster,train')
   processes = start(tmp_path, *arguments)
@@ -186,6 +189,7 @@ def test_a_signal_to_one_stops_both_after_saving(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(('index', 'devices'), [(0, 4), (1, 4), (1, 1)])
 def test_a_killed_process_is_named(tmp_path, index, devices):
   arguments = ('--config.train.steps=100000',)
@@ -201,6 +205,7 @@ def test_a_killed_process_is_named(tmp_path, index, devices):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_signal_before_training_ends_both(tmp_path):
   processes = start(tmp_path, '--config.cluster.iterations=1000000')
   manifest = tmp_path / 'clusters/manifest.json'

@@ -13,7 +13,7 @@ import pytest
 
 from tests import commands
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 _CONFIG = """
 ClusterName=test

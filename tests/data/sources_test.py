@@ -77,7 +77,7 @@ def test_whole_job(root, source, tmp_path):
   config.embed.shard_rows = 32
   config.cluster.num_centers = 16
   config.cluster.iterations = 2
-  config.model.variant = 'Nano/14'
+  config.model.variant = 'Pico/14'
   config.model.image_size = 28
   config.model.embedding_dim = 16
   config.model.pooling = 'average'

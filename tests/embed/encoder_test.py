@@ -45,7 +45,7 @@ def test_a_run_embeds_for_the_next_one(trained, tiny_config, tmp_path):
   embedder = embedders.load_embedder(manifest)
   images = np.stack([embed._image(embedder, source[i]) for i in range(300)])
   assert images.shape[1:] == (28, 28, 3)
-  expected = model.apply({'params': params}, images)['embedding']
+  expected = jax.jit(model.apply)({'params': params}, images)['embedding']
   expected /= np.linalg.norm(expected, axis=1, keepdims=True)
   np.testing.assert_allclose(rows[:], expected, atol=2e-3)
 

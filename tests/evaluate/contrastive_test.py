@@ -38,7 +38,8 @@ def mesh_of(data, fsdp):
 @pytest.mark.parametrize('mesh', MESHES)
 @pytest.mark.parametrize('name', contrastive.LOSSES)
 def test_loss_and_gradients_equal_the_dense_ones(name, mesh):
-  for chunk in (7, 8, 1_024):  # 7 leaves a rest.
+  # 7 leaves a rest. One mesh of two axes has the others too.
+  for chunk in (7, 8, 1_024) if mesh == (2, 4) else (7,):
     loss = contrastive.make(name, mesh_of(*mesh), chunk=chunk)
     found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(
       *arguments()

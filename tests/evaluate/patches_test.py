@@ -16,10 +16,10 @@ def test_patches_at_another_resolution(tiny_config, pooling):
   tiny_config.model.pooling = pooling
   model = models.make(tiny_config.model)
   images = np.random.default_rng(0).integers(0, 256, (2, 56, 28, 3), np.uint8)
-  params = model.init(jax.random.key(0), images[:, :28])['params']
+  params = jax.jit(model.init)(jax.random.key(0), images[:, :28])['params']
   found = patches.patch_features(model, params, images)
   assert found.shape == (2, 4, 2, model.width)
-  tokens = model.apply({'params': params}, images)['tokens']
+  tokens = jax.jit(model.apply)({'params': params}, images)['tokens']
   first = int(pooling == 'class_token')
   np.testing.assert_allclose(found[1, 3, 1], tokens[1, first + 7], atol=1e-5)
   with pytest.raises(ValueError, match='57 x 28'):

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests import commands
 
 _RUN = (
@@ -21,6 +23,7 @@ def measure(rows):
   return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows():
   small, large = measure(100_000), measure(300_000)
   grown = large['data_gib'] - small['data_gib']

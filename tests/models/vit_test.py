@@ -10,7 +10,6 @@ from mlcd_jax import models
 from mlcd_jax.models import matmul
 from mlcd_jax.models import vit
 from mlcd_jax.runtime import errors
-from mlcd_jax.weights import huggingface
 
 
 def make(**fields):
@@ -24,6 +23,13 @@ def make(**fields):
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), np.uint8)
+
+
+def count(model):
+  """Returns the number of parameters without the projection."""
+  params = dict(convert.abstract_params(model))
+  del params['projection']
+  return sum(x.size for x in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
@@ -43,10 +49,9 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), np.uint8)
 )
 def test_variants_have_the_published_sizes(variant, millions):
   model = make(variant=variant, image_size=224)
-  params = dict(huggingface.abstract_params(model))
-  del params['projection']
-  found = sum(x.size for x in jax.tree.leaves(params)) / 1e6
-  assert found == pytest.approx(millions, rel=5e-3)
+  one, two = (count(model.clone(depth=depth)) for depth in (1, 2))
+  found = one + (model.depth - 1) * (two - one)  # Blocks are alike.
+  assert found / 1e6 == pytest.approx(millions, rel=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,9 @@ def test_variants_have_the_published_sizes(variant, millions):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_shapes_and_types(pooling, tokens, dtype):
   model = make(pooling=pooling, dtype=dtype)
-  out, variables = model.init_with_output(jax.random.key(0), IMAGES)
+  out, variables = jax.eval_shape(
+    model.init_with_output, jax.random.key(0), IMAGES
+  )
   shapes = {k: v.shape for k, v in out.items()}
   assert shapes == {
     'hidden': (3, tokens, 96),
@@ -70,26 +77,25 @@ def test_shapes_and_types(pooling, tokens, dtype):
 def test_scan_has_the_same_parameters_and_numbers(position):
   plain = make(position=position)
   scanned = make(position=position, scan_layers=True, remat='full')
-  variables = plain.init(jax.random.key(0), IMAGES)
-  again = scanned.init(jax.random.key(0), IMAGES)
+  variables = jax.jit(plain.init)(jax.random.key(0), IMAGES)
+  again = jax.jit(scanned.init)(jax.random.key(0), IMAGES)
   jax.tree.map(np.testing.assert_array_equal, variables, again)
   assert {'block_00', 'block_01', 'block_02'} < set(variables['params'])
   np.testing.assert_allclose(
-    plain.apply(variables, IMAGES)['embedding'],
-    scanned.apply(variables, IMAGES)['embedding'],
+    jax.jit(plain.apply)(variables, IMAGES)['embedding'],
+    jax.jit(scanned.apply)(variables, IMAGES)['embedding'],
     atol=1e-5,
   )
 
 
 def test_drop_path_only_with_a_key_and_the_mean_is_kept():
   plain, dropping = make(), make(drop_path=0.5)
-  variables = plain.init(jax.random.key(0), IMAGES)
-  expected = plain.apply(variables, IMAGES)['tokens']
-  found = dropping.apply(variables, IMAGES)['tokens']
+  variables = jax.jit(plain.init)(jax.random.key(0), IMAGES)
+  expected = jax.jit(plain.apply)(variables, IMAGES)['tokens']
+  found = jax.jit(dropping.apply)(variables, IMAGES)['tokens']
   np.testing.assert_array_equal(found, expected)
-  weights = jnp.stack(
-    [dropping._drop_path(jax.random.key(i), 8) for i in range(300)]
-  )
+  keys = jax.random.split(jax.random.key(0), 300)
+  weights = jax.vmap(lambda key: dropping._drop_path(key, 8))(keys)
   np.testing.assert_array_equal(weights[:, 0], 1)  # The first block stays.
   assert set(np.unique(weights[:, 2])) == {0, 2}
   np.testing.assert_allclose(weights.mean((0, 2, 3, 4, 5)), 1, atol=0.05)
@@ -120,21 +126,26 @@ def test_products_accumulate_in_float32_both_ways():
   ],
 )
 def test_every_parameter_has_a_gradient(fields):
-  model = make(**fields)
-  params = model.init(jax.random.key(0), IMAGES)['params']
+  model = make(variant='Pico/7', **fields)
+  params = jax.jit(model.init)(jax.random.key(0), IMAGES)['params']
   target = jax.random.normal(jax.random.key(1), (3, 16))
-  gradients = jax.grad(
-    lambda p: jnp.sum(model.apply({'params': p}, IMAGES)['embedding'] * target)
-  )(params)
+
+  def total(params):
+    return jnp.sum(
+      model.apply({'params': params}, IMAGES)['embedding'] * target
+    )
+
+  gradients = jax.jit(jax.grad(total))(params)
   for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
     assert jnp.isfinite(gradient).all() and gradient.any(), path
 
 
 def test_images_of_another_size_and_shape():
   model = make()
-  variables = model.init(jax.random.key(0), IMAGES)
+  variables = jax.jit(model.init)(jax.random.key(0), IMAGES)
   images = np.zeros((2, 21, 30, 3), np.uint8)  # Two columns are left over.
-  assert model.apply(variables, images)['tokens'].shape == (2, 13, 96)
+  out = jax.jit(model.apply)(variables, images)
+  assert out['tokens'].shape == (2, 13, 96)
 
 
 def test_rotary_positions_need_heads_that_four_divides(monkeypatch):

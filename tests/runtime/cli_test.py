@@ -21,6 +21,9 @@ _TINY = (
   '--config.data.split=train[:300]',
   '--config.cluster.num_centers=64',
   '--config.cluster.iterations=3',
+  '--config.model.variant=Nano/14',
+  '--config.model.embedding_dim=32',
+  '--config.train.batch_size=32',
   '--config.train.log_every_steps=1',
   '--config.train.checkpoint_every_steps=1000',
 )

@@ -1,6 +1,5 @@
 """The sharded classifier against the paper's equations in float64 numpy."""
 
-import itertools
 import re
 
 import jax
@@ -158,13 +157,29 @@ def check_against_reference(num_classes, config, mesh, *, positives=POSITIVES):
       )
 
 
+def every_loss(*settings):
+  """Returns (mesh shape, fields) of every loss in every setting.
+
+  `make test` takes each loss and each setting once, `make test-slow` the rest.
+
+  Args:
+    *settings: mesh shapes and fields.
+  """
+  return [
+    pytest.param(
+      mesh_shape,
+      dict(name=name, **fields),
+      marks=() if i == j % len(settings) else pytest.mark.slow,
+    )
+    for i, (mesh_shape, fields) in enumerate(settings)
+    for j, name in enumerate(config_lib.LOSSES)
+  ]
+
+
 @pytest.mark.parametrize(
   ('mesh_shape', 'fields'),
   [
-    *itertools.product(
-      ((8, 1), (4, 2), (2, 4), (1, 8)),
-      [dict(name=name) for name in config_lib.LOSSES],
-    ),
+    *every_loss(((8, 1), {}), ((4, 2), {}), ((2, 4), {}), ((1, 8), {})),
     ((1, 1), dict(name='mlcd', margin_type='arcface')),
     ((2, 1), dict(name='mlcd', interclass_filter=0.5)),
   ],
@@ -181,16 +196,12 @@ def test_all_classes(mesh_shape, fields):
 @pytest.mark.parametrize(
   ('mesh_shape', 'fields'),
   [
-    (mesh_shape, dict(name=name, sample_rate=rate, negatives=negatives))
-    for mesh_shape, rate, negatives in (
-      ((8, 1), 0.1, 'uniform'),
-      ((4, 2), 0.05, 'partial_fc'),
-      ((2, 4), 0.3, 'uniform'),
-      ((1, 8), 0.5, 'partial_fc'),
-    )
-    for name in config_lib.LOSSES
-  ]
-  + [
+    *every_loss(
+      ((8, 1), dict(sample_rate=0.1, negatives='uniform')),
+      ((4, 2), dict(sample_rate=0.05, negatives='partial_fc')),
+      ((2, 4), dict(sample_rate=0.3, negatives='uniform')),
+      ((1, 8), dict(sample_rate=0.5, negatives='partial_fc')),
+    ),
     ((1, 1), dict(name='sigmoid', sample_rate=0.01)),
     ((1, 2), dict(name='mlcd', sample_rate=1e-9, interclass_filter=0.4)),
     ((1, 4), dict(name='mean_softmax', sample_rate=0.2, margin_type='arcface')),

@@ -13,6 +13,7 @@ from mlcd_jax import stages
 from mlcd_jax.cluster import labels
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
+from mlcd_jax.models import vit
 from mlcd_jax.runtime import chips
 from mlcd_jax.runtime import errors
 from mlcd_jax.train import flops as flops_lib
@@ -52,6 +53,19 @@ def fixture_start(tiny_config, clustered):
   return start
 
 
+@pytest.fixture(scope='module', name='whole_folder')
+def fixture_whole_folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('whole')
+
+
+@pytest.fixture(name='whole')
+def fixture_whole(start, whole_folder):
+  """The workdir of a finished run; made once, and only read."""
+  if not (whole_folder / 'metrics.jsonl').exists():
+    assert start(whole_folder).complete
+  return whole_folder
+
+
 def two_devices():
   return sharding.make_mesh(2, 1, devices=jax.devices()[:2])
 
@@ -77,9 +91,10 @@ def final_params(workdir, config):
   return jax.tree.map(np.asarray, state.params)
 
 
-def test_stopped_and_continued_is_bit_equal(start, tiny_config, tmp_path):
-  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-  assert start(whole).complete
+def test_stopped_and_continued_is_bit_equal(
+  start, whole, tiny_config, tmp_path
+):
+  parts = tmp_path / 'parts'
   assert not start(parts, **{'train.stop_after_steps': 5}).complete
   assert checkpoint.latest_step(parts / 'checkpoints') == 5
   assert not start(parts).complete
@@ -94,9 +109,8 @@ def test_stopped_and_continued_is_bit_equal(start, tiny_config, tmp_path):
   )
 
 
-def test_continues_from_the_last_whole_checkpoint(start, tmp_path):
-  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-  start(whole)
+def test_continues_from_the_last_whole_checkpoint(start, whole, tmp_path):
+  killed = tmp_path / 'killed'
   start(killed, **{'train.stop_after_steps': 8})
   # A kill after step 4 was saved, while step 8 was being written.
   folder = killed / 'checkpoints'
@@ -106,21 +120,34 @@ def test_continues_from_the_last_whole_checkpoint(start, tmp_path):
   assert losses(whole) == losses(killed)
 
 
-@pytest.mark.parametrize('sample_rate', [1.0, 0.1])
+@pytest.mark.parametrize(
+  'sample_rate', [pytest.param(1.0, marks=pytest.mark.slow), 0.1]
+)
 def test_meshes_give_the_same_loss_curve(start, tmp_path, sample_rate):
   curves = {}
   for devices, shape in ((1, (1, 1)), (8, (2, 4))):
     workdir = tmp_path / f'{shape}'
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[:devices])
-    start(workdir, mesh, **{'train.steps': 20, 'loss.sample_rate': sample_rate})
+    start(
+      workdir,
+      mesh,
+      **{'loss.sample_rate': sample_rate, 'train.checkpoint_every_steps': 1000},
+    )
     curves[shape] = np.array(list(losses(workdir).values()))
-    assert len(curves[shape]) == 20
+    assert len(curves[shape]) == 12
   for curve in curves.values():
     np.testing.assert_allclose(curve, curves[1, 1], rtol=1e-4)
 
 
 def test_loss_falls(start, tmp_path):
-  start(tmp_path, **{'train.steps': 50, 'optimizer.learning_rate': 2e-3})
+  start(
+    tmp_path,
+    **{
+      'train.steps': 50,
+      'train.checkpoint_every_steps': 1000,
+      'optimizer.learning_rate': 2e-3,
+    },
+  )
   curve = list(losses(tmp_path).values())
   assert np.mean(curve[-5:]) < np.mean(curve[:5]) - 0.5
 
@@ -138,16 +165,18 @@ def test_utilisation_is_logged_where_the_peak_is_known(
     )
 
 
-def test_bfloat16_stays_close_to_float32(start, tmp_path):
-  start(tmp_path / 'a')
-  start(tmp_path / 'b', **{'model.dtype': 'bfloat16'})
-  a, b = (list(losses(tmp_path / name).values()) for name in 'ab')
+def test_bfloat16_stays_close_to_float32(start, whole, tmp_path):
+  start(tmp_path, **{'model.dtype': 'bfloat16'})
+  a, b = (list(losses(workdir).values()) for workdir in (whole, tmp_path))
   assert a != b
   np.testing.assert_allclose(a, b, rtol=2e-2)
 
 
-def test_state_is_sharded_as_its_parameters(tiny_config):
-  tiny_config.model.variant = 'S/14'  # Large enough for FSDP.
+def test_state_is_sharded_as_its_parameters(tiny_config, monkeypatch):
+  # Large enough for FSDP.
+  wide = vit.VARIANTS['S'] | dict(depth=1)
+  monkeypatch.setitem(vit.VARIANTS, 'Wide', wide)
+  tiny_config.model.variant = 'Wide/14'
   program = step_lib.Program(
     config=tiny_config, num_classes=1_500, steps=10,
     mesh=sharding.make_mesh(2, 4),
@@ -261,12 +290,11 @@ def test_batches_that_are_not_finite_are_skipped(
     start(tmp_path / 'b', **{'train.max_skipped_steps': 1})
 
 
-def test_skipping_changes_nothing_else(start, tmp_path):
-  start(tmp_path / 'a')
-  start(tmp_path / 'b', **{'train.max_skipped_steps': 3})
+def test_skipping_changes_nothing_else(start, whole, tmp_path):
+  start(tmp_path, **{'train.max_skipped_steps': 3})
   np.testing.assert_allclose(
-    list(losses(tmp_path / 'a').values()),
-    list(losses(tmp_path / 'b').values()),
+    list(losses(whole).values()),
+    list(losses(tmp_path).values()),
     rtol=1e-6,
   )
 
@@ -318,14 +346,15 @@ def test_a_spike_is_left_out(start, tmp_path, monkeypatch, tiny_config):
     start(tmp_path / 'b', **spikes, **{'train.max_skipped_steps': 0})
 
 
-def test_a_rule_for_spikes_changes_nothing_else(start, tmp_path, tiny_config):
-  start(tmp_path / 'a')
+def test_a_rule_for_spikes_changes_nothing_else(
+  start, whole, tmp_path, tiny_config
+):
   off = tiny_config.train.max_loss_ratio
-  start(tmp_path / 'b', **{'train.max_loss_ratio': 2.0})
+  start(tmp_path, **{'train.max_loss_ratio': 2.0})
   assert off == 0
   np.testing.assert_allclose(
-    list(losses(tmp_path / 'a').values()),
-    list(losses(tmp_path / 'b').values()),
+    list(losses(whole).values()),
+    list(losses(tmp_path).values()),
     rtol=1e-6,
   )
 
@@ -349,8 +378,12 @@ def test_goes_on_where_devices_do_not_divide_the_classes(start, tmp_path):
 
 _80_DEVICES = """
 import json, pathlib, sys
+import jax
 from mlcd_jax import stages
 from tests import conftest
+devices = int(sys.argv[2])
+jax.config.update('jax_num_cpu_devices', devices)  # conftest says eight.
+assert jax.device_count() == devices
 config = conftest.tiny_config.__wrapped__()
 config.train.steps, config.train.batch_size = 4, 80
 config.evaluate.batch_size = 80
@@ -365,7 +398,7 @@ def test_eighty_devices_as_one(tmp_path):
   for devices in (1, 80):
     workdir = tmp_path / str(devices)
     code, _, err = commands.run(
-      workdir, script=_80_DEVICES, devices=devices, timeout=600
+      workdir, devices, script=_80_DEVICES, timeout=1_200
     )
     assert code == 0, err[-3000:]
     curves.append(list(losses(workdir).values()))

@@ -22,7 +22,7 @@ _cache = {}
 def fixture_step(tiny_config):
   """(**config fields) -> the states of two steps on two devices, metrics."""
   tiny_config.cluster.num_centers = NUM_CLASSES
-  tiny_config.model.variant = 'Nano/14'
+  tiny_config.model.variant = 'Pico/14'
   tiny_config.train.batch_size = 16
   tiny_config.optimizer.warmup_steps = 1
   tiny_config.loss.sample_rate = 0.2

@@ -82,8 +82,8 @@ def test_export_and_import_give_the_same_parameters(run, config, tmp_path):
   assert_same(variables['params'], params)
   assert found['step'] == 2
   assert_same(
-    model.apply(variables, images(28))['embedding'],
-    expected.apply({'params': params}, images(28))['embedding'],
+    jax.jit(model.apply)(variables, images(28))['embedding'],
+    jax.jit(expected.apply)({'params': params}, images(28))['embedding'],
   )
   saved = json.loads((tmp_path / 'exported/config.json').read_text())
   assert saved['architectures'] == ['CLIPVisionModelWithProjection']
@@ -140,7 +140,7 @@ def test_the_average_is_what_is_exported(run, config):
 def test_rotary_models_are_exported_as_mlcd(config, tmp_path):
   config.model.position = 'rope2d'
   model = models.make(config.model)
-  variables = model.init(jax.random.key(0), images(28))
+  variables = jax.jit(model.init)(jax.random.key(0), images(28))
   export.to_huggingface(tmp_path, model, variables)
   again, found = huggingface.from_huggingface(tmp_path)
   expected = dict(variables['params'])
@@ -265,7 +265,7 @@ def test_classifier_starts_from_the_centers(run, config):
 def test_released_weights_start_training(run, config, tmp_path):
   config.model.activation = 'quick_gelu'
   model = models.make(config.model)
-  variables = model.init(jax.random.key(9), images(28))
+  variables = jax.jit(model.init)(jax.random.key(9), images(28))
   export.to_huggingface(tmp_path, model, variables)
   config.model.init_from = str(tmp_path)
   config.model.embedding_dim = 16
