@@ -2,8 +2,8 @@
 
 import pytest
 
-from mlcd_jax import errors
 from mlcd_jax import manifests
+from mlcd_jax.runtime import errors
 
 
 def test_a_renamed_field_is_compared_by_its_new_name():

@@ -27,7 +27,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 14, 14, 3), np.uint8)
 
 def count(model):
   """Returns the number of parameters without the projection."""
-  params = dict(convert.abstract_params(model))
+  params = dict(huggingface.abstract_params(model))
   del params['projection']
   return sum(x.size for x in jax.tree.leaves(params))
 
