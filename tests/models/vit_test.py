@@ -10,6 +10,7 @@ from mlcd_jax import models
 from mlcd_jax.models import matmul
 from mlcd_jax.models import vit
 from mlcd_jax.runtime import errors
+from mlcd_jax.weights import huggingface
 
 
 def make(**fields):
