@@ -26,9 +26,10 @@ test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -q -rs -m 'slow and not alone' -n 2 --dist loadfile
 	$(BIN)/python -m pytest -q -rs -m 'slow and alone'
 
-# docs/api/index.html, from the docstrings; two commands whose flags have the
+# docs/config.md from the fields, docs/api/index.html from the docstrings; two commands whose flags have the
 # same names cannot be imported together.
 docs: .venv/installed-docs
+	$(BIN)/python -c 'from mlcd_jax.config import fields; print(fields.page(), end="")' > docs/config.md
 	$(BIN)/pdoc --docformat google --output-directory docs/api \
 	  mlcd_jax '!mlcd_jax.main' '!mlcd_jax.check_data'
 

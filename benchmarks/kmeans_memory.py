@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import presets
 from mlcd_jax import stages
+from mlcd_jax.config import presets
 from mlcd_jax.runtime import errors
 
 _FILE_ROWS = 250_000

@@ -31,8 +31,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from mlcd_jax import presets
 from mlcd_jax import sharding
+from mlcd_jax.config import presets
 from mlcd_jax.train import step as step_lib
 
 _SCALE, _MARGIN = 64.0, 0.3

@@ -10,7 +10,7 @@ configs/quickstart.py:lit, was. Each host holds the features of all captioned
 images, 3 KB each: name as many tars in --config.data.path as it has memory for.
 """
 
-from mlcd_jax import presets
+from mlcd_jax.config import presets
 
 
 def get_config(preset=None):

@@ -18,7 +18,7 @@ section 4.1, which is about ViTs, is kept: that this holds for its ResNet-50 too
 is our guess, and so is what is set here.
 """
 
-from mlcd_jax import presets
+from mlcd_jax.config import presets
 
 
 def get_config(preset=None):

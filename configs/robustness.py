@@ -11,7 +11,7 @@ tower, --config.lit.steps and --config.data.* say on what one is tuned. Not run:
 the data must be downloaded.
 """
 
-from mlcd_jax import presets
+from mlcd_jax.config import presets
 
 
 def get_config(arg=None):

@@ -8,7 +8,7 @@ two busy cores; 30 steps teach it nothing (linear probe 89 %, before them 90 %).
 not run.
 """
 
-from mlcd_jax import presets
+from mlcd_jax.config import presets
 
 
 def get_config(preset=None):

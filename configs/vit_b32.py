@@ -16,7 +16,7 @@ All but (a) share the clusters: --config.cluster.path=runs/vit_b32_laion400m.
 Table 6 has 32 epochs, once with --config.loss.name=mlc.
 """
 
-from mlcd_jax import presets
+from mlcd_jax.config import presets
 
 
 def get_config(preset=None):

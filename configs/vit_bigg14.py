@@ -9,7 +9,7 @@ runs a few steps on the embedded digits. Not run: its state takes 30 GB.
 not run either.
 """
 
-from mlcd_jax import presets
+from mlcd_jax.config import presets
 
 
 def get_config(preset=None):

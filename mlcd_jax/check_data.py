@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from mlcd_jax.config import fields
 from mlcd_jax.runtime import cli
 from mlcd_jax.runtime import errors
 
@@ -31,7 +32,7 @@ def main(rest: list[str]) -> None:
   if rest:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
   path = cli.workdir() / 'bad_keys.txt'
-  from mlcd_jax import config_check
+  from mlcd_jax.config import check as config_check
   from mlcd_jax.runtime import files
 
   config_check.check(_CONFIG.value)
@@ -87,4 +88,4 @@ def find_bad(data) -> tuple[list[bytes], Any]:
 
 
 if __name__ == '__main__':
-  cli.run(main, required=('config',))
+  cli.run(main, required=('config',), fields=fields.NAMES)

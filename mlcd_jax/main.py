@@ -11,6 +11,7 @@ writes to runs/vit_b16_laion400m. Run the same command again to continue.
 from absl import flags
 from ml_collections import config_flags
 
+from mlcd_jax.config import fields
 from mlcd_jax.runtime import cli
 from mlcd_jax.runtime import errors
 
@@ -69,4 +70,4 @@ def _preset():
 
 
 if __name__ == '__main__':
-  cli.run(main, required=('config',))
+  cli.run(main, required=('config',), fields=fields.NAMES)

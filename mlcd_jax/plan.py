@@ -31,6 +31,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from mlcd_jax.config import fields
+from mlcd_jax.config import mesh as mesh_lib
 from mlcd_jax.runtime import chips as chips_lib
 from mlcd_jax.runtime import cli
 from mlcd_jax.runtime import errors
@@ -78,7 +80,7 @@ def make(
   Raises:
     UserError: libtpu is missing, or config and topology do not fit.
   """
-  from mlcd_jax import config_check
+  from mlcd_jax.config import check as config_check
 
   # Those say what to read, and nothing is read.
   config_check.check(config, skip=('data', 'embed', 'evaluate'))
@@ -124,7 +126,7 @@ def _devices(topology: str, slices: int) -> list[Any]:
 def _embed(config, devices, utilisation) -> dict[str, Any]:
   """A batch of the embedder; nothing where its architecture is not known."""
   from mlcd_jax import models
-  from mlcd_jax import presets
+  from mlcd_jax.config import presets
   from mlcd_jax.embed import encoder
   from mlcd_jax.weights import huggingface
 
@@ -156,14 +158,13 @@ def _embed(config, devices, utilisation) -> dict[str, Any]:
 def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   """One pass of k-means; nothing where the embeddings' width is not known."""
   from mlcd_jax import kmeans
-  from mlcd_jax import presets
-  from mlcd_jax import sharding
+  from mlcd_jax.config import presets
 
   fields, num_images = presets.embedder(config), presets.num_images(config)
   if fields is None or not num_images:
     return {}
   dim = fields.embedding_dim
-  mesh = sharding.from_config(config, devices=devices)
+  mesh = mesh_lib.from_config(config, devices=devices)
   num_centers = config.cluster.num_centers
   out = _compile('kmeans', *kmeans.abstract_pass(mesh, num_centers, dim))
   chip = _chip(devices)
@@ -188,11 +189,10 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
 
 def _train(config, devices, utilisation) -> dict[str, Any]:
   """The train step."""
-  from mlcd_jax import presets
-  from mlcd_jax import sharding
+  from mlcd_jax.config import presets
   from mlcd_jax.train import step
 
-  mesh = sharding.from_config(config, devices=devices)
+  mesh = mesh_lib.from_config(config, devices=devices)
   num_images = presets.num_images(config)
   steps = config.train.steps
   if not steps and num_images:
@@ -376,4 +376,4 @@ def _define_flags() -> None:
 
 if __name__ == '__main__':
   _define_flags()
-  cli.run(main, required=('config', 'topology'))
+  cli.run(main, required=('config', 'topology'), fields=fields.NAMES)

@@ -15,11 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-import ml_collections
 import numpy as np
-
-from mlcd_jax import config as config_lib
-from mlcd_jax.runtime import errors
 
 AXES = ('data', 'fsdp')
 REPLICATED = PartitionSpec()
@@ -80,40 +76,6 @@ def make_mesh(
     AXES,
     axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
   )
-
-
-def from_config(
-  config: ml_collections.ConfigDict,
-  *,
-  devices: Sequence[jax.Device] | None = None,
-) -> Mesh:
-  """Makes the mesh of a config, and checks what must divide over it.
-
-  Raises:
-    UserError: sizes that do not fit.
-  """
-  c = config.mesh
-  try:
-    mesh = make_mesh(c.data, c.fsdp, slices=c.slices, devices=devices)
-  except ValueError as e:
-    raise errors.UserError(str(e)) from e
-  parts = config.train.accumulate_steps
-  if config.train.batch_size % (parts * mesh.size):
-    raise errors.UserError(
-      f'train.batch_size={config.train.batch_size} is not divisible by '
-      + f'train.accumulate_steps={parts} times ' * (parts > 1)
-      + f'the {mesh.size} devices'
-    )
-  names = ['batch_size']
-  if 'finetune' in config_lib.tasks(config):
-    names.append('finetune_batch_size')
-  for name in names:
-    size = config.evaluate[name]
-    if size % mesh.size:
-      raise errors.UserError(
-        f'evaluate.{name}={size} is not divisible by the {mesh.size} devices'
-      )
-  return mesh
 
 
 def _by_slice(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:

@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 import ml_collections
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import config_check
 from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax import sharding
 from mlcd_jax.cluster import labels
 from mlcd_jax.cluster import stage as cluster_lib
+from mlcd_jax.config import check as config_check
+from mlcd_jax.config import fields as config_fields
+from mlcd_jax.config import mesh as mesh_lib
 from mlcd_jax.data import sources
 from mlcd_jax.embed import embedders
 from mlcd_jax.embed import stage as embed
@@ -48,74 +50,6 @@ _FOLDERS = {
   'cluster': 'clusters',
   'train': 'checkpoints',
   'evaluate': 'evaluation',
-}
-
-# The config fields that a stage's files depend on; a section stands for all
-# of its fields but those of _EXECUTION. On what devices a run goes and how
-# often it logs and saves is not among them.
-_FIELDS = {
-  'embed': (
-    'data.source',
-    'data.path',
-    'data.data_dir',
-    'data.split',
-    'data.image_key',
-    'data.caption_key',
-    'embed',
-  ),
-  'cluster': (
-    'seed',
-    'cluster.num_centers',
-    'cluster.iterations',
-    'cluster.tolerance',
-    'cluster.levels',
-    'cluster.repair_iterations',
-    'cluster.method',
-    'cluster.num_labels',
-  ),
-  'train': (
-    'seed',
-    'data.source',
-    'data.path',
-    'data.data_dir',
-    'data.split',
-    'data.image_key',
-    'data.crop_area',
-    'data.flip',
-    'model',
-    'loss',
-    'optimizer',
-    'train.steps',
-    'train.epochs',
-    'train.batch_size',
-    'train.ema_decay',
-    'train.max_loss_ratio',
-  ),
-  # Images of `data` are what a text tower is tuned on; fine-tuning crops.
-  'evaluate': (
-    'seed',
-    'data.source',
-    'data.path',
-    'data.data_dir',
-    'data.split',
-    'data.image_key',
-    'data.caption_key',
-    'data.crop_area',
-    'data.flip',
-    'optimizer',
-    'evaluate',
-    'lit',
-  ),
-}
-
-# What changes memory and speed alone.
-_EXECUTION = {
-  'embed.batch_size',
-  'model.remat',
-  'model.scan_layers',
-  'loss.chunk_megabytes',
-  'evaluate.batch_size',
-  'evaluate.every_steps',
 }
 
 
@@ -147,7 +81,7 @@ def run(
       raise errors.UserError(
         f'--stages: {stage!r} is unknown; use any of: ' + ', '.join(STAGES)
       )
-  mesh = sharding.from_config(config)
+  mesh = mesh_lib.from_config(config)
   # Mistakes in what comes last are found before what comes first.
   models.make(config.model)
   if 'evaluate' in stages:
@@ -172,11 +106,10 @@ def run(
 
 def fields(config: ml_collections.ConfigDict, stage: str) -> dict[str, Any]:
   """Dotted names and values of what a stage's files depend on."""
-  names = _FIELDS[stage]
+  values = config_fields.of_stage(config_lib.to_dict(config), stage)
   if stage == 'train' and _parts_matter(config):
-    names += ('train.accumulate_steps',)
-  found = _flatten(config_lib.to_dict(config), names)
-  return {k: v for k, v in found.items() if k not in _EXECUTION}
+    values['train.accumulate_steps'] = config.train.accumulate_steps
+  return values
 
 
 def _parts_matter(config: ml_collections.ConfigDict) -> bool:
@@ -438,17 +371,3 @@ def _with_bad_keys(
   config = config.copy_and_resolve_references()
   config.data.bad_keys = str(found)
   return config
-
-
-def _flatten(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
-  """Dotted field -> value, with sections spread into their fields."""
-  out = {}
-  for field in fields:
-    value = config
-    for part in field.split('.'):
-      value = value[part]
-    if isinstance(value, dict):
-      out |= _flatten(config, [f'{field}.{name}' for name in value])
-    else:
-      out[field] = value
-  return out

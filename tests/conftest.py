@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import presets
+from mlcd_jax.config import presets
 from mlcd_jax.models import vit
 
 _ROOT = pathlib.Path(__file__).parent.parent

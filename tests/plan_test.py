@@ -11,7 +11,7 @@ import pytest
 
 from mlcd_jax import config as config_lib
 from mlcd_jax import plan
-from mlcd_jax import presets
+from mlcd_jax.config import presets
 from mlcd_jax.runtime import chips
 from mlcd_jax.runtime import hlo
 from mlcd_jax.train import flops

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mlcd_jax import sharding
-from mlcd_jax.runtime import errors
 
 
 def test_the_rest_goes_to_the_axis_left_open():
@@ -60,26 +59,6 @@ def test_every_split_of_a_tpu_slice(kind, slice_shape):
       mesh = sharding.make_mesh(-1, fsdp, devices=chips)
       assert mesh.shape['fsdp'] == fsdp
       assert {c.id for c in mesh.devices.flat} == set(range(len(chips)))
-
-
-def test_what_must_divide_over_the_devices(tiny_config):
-  assert sharding.from_config(tiny_config).size == 8
-  tiny_config.train.accumulate_steps = 8
-  with pytest.raises(errors.UserError, match='train.accumulate_steps=8'):
-    sharding.from_config(tiny_config)
-  tiny_config.train.accumulate_steps = 1
-  tiny_config.train.batch_size = 30
-  with pytest.raises(errors.UserError, match='train.batch_size=30'):
-    sharding.from_config(tiny_config)
-
-
-def test_batches_of_tasks_that_do_not_run_need_not_divide(tiny_config):
-  tiny_config.evaluate.finetune_batch_size = 12
-  tiny_config.evaluate.tasks = ('linear',)
-  assert sharding.from_config(tiny_config).size == 8
-  tiny_config.evaluate.tasks = ('finetune',)
-  with pytest.raises(errors.UserError, match='finetune_batch_size=12'):
-    sharding.from_config(tiny_config)
 
 
 def test_specs_hold_for_parameters_and_their_moments_alike():

@@ -28,16 +28,22 @@ _HELP = ('help', 'helpshort', 'helpfull', 'h', '?')
 _CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
 
-def run(main: Callable[[Sequence[str]], None], *, required: Sequence[str]):
+def run(
+  main: Callable[[Sequence[str]], None],
+  *,
+  required: Sequence[str],
+  fields: Sequence[str] = (),
+):
   """Runs a command and exits: 0, or as `errors` says.
 
   Args:
     main: takes the arguments that are not flags.
     required: flags that must be given.
+    fields: dotted names of the config, to propose for one that is unknown.
   """
 
   def parse(argv):
-    rest = _parse(argv)
+    rest = _parse(argv, fields)
     for name in required:
       if flags.FLAGS[name].value in (None, ''):
         raise _missing(name, rest[1:])
@@ -121,7 +127,7 @@ def _exit(e: BaseException) -> None:
   os._exit(e.exit_code)
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
+def _parse(argv: Sequence[str], fields: Sequence[str]) -> Sequence[str]:
   """Parses the flags; a mistake in them becomes a UserError."""
   argv = ['--help' if arg == '-h' else arg for arg in argv]
   # A shell leaves ~ alone within an argument.
@@ -141,9 +147,9 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
       raise SystemExit(0) from e  # absl exits with 1 after its help.
     raise
   except flags.Error as e:
-    raise _as_user_error(e, argv) from e
+    raise _as_user_error(e, argv, fields) from e
   except Exception as e:  # The config file is the user's code.
-    raise _from_config_file(argv, path, e) from e
+    raise _from_config_file(argv, path, e, fields) from e
 
 
 def _missing(name: str, rest: Sequence[str]) -> errors.UserError:
@@ -186,7 +192,7 @@ def _configs(value: str = '') -> str:
 
 
 def _from_config_file(
-  argv: Sequence[str], path: str, e: Exception
+  argv: Sequence[str], path: str, e: Exception, known: Sequence[str]
 ) -> errors.UserError:
   """An unknown field, named whole, or what the config file itself did."""
   while e.args and isinstance(e.args[0], Exception):
@@ -197,14 +203,16 @@ def _from_config_file(
     if isinstance(e, KeyError) and any(f"'{f}'" in said for f in fields):
       said = said.replace("' Did", "'. Did")
       if 'Did you mean' not in said:
-        said += f'; {_fields(fields[-1])}'
+        said += f'; {_fields(fields[-1], known)}'
       return errors.UserError(f'{flag}: the config has no field {said}')
   return errors.UserError(
     f'--config={path}: the file fails with {type(e).__name__}: {said}'
   )
 
 
-def _as_user_error(e: Exception, argv: Sequence[str]) -> errors.UserError:
+def _as_user_error(
+  e: Exception, argv: Sequence[str], known: Sequence[str]
+) -> errors.UserError:
   """The innermost explanation of a flag that could not be parsed."""
   cause = e
   while cause is not None:
@@ -217,23 +225,19 @@ def _as_user_error(e: Exception, argv: Sequence[str]) -> errors.UserError:
     if e.flagname.startswith('config.'):
       return _missing('config', argv[1:])
     if 'Did you mean' not in said:
-      said += f'; {_fields(e.flagname.rpartition(".")[2])}'
+      said += f'; {_fields(e.flagname.rpartition(".")[2], known)}'
   return errors.UserError(said)
 
 
-def _fields(name: str) -> str:
-  """Says which fields of a config have that name, or one like it."""
-  from mlcd_jax import config
-
-  sections = config.default()
-  by_name = {'seed': ['seed']}
-  for section in set(sections) - {'seed'}:
-    for field in sections[section]:
-      by_name.setdefault(field, []).append(f'{section}.{field}')
+def _fields(name: str, known: Sequence[str]) -> str:
+  """Says which of the known fields have that name, or one like it."""
+  by_name = {}
+  for field in known:
+    by_name.setdefault(field.rpartition('.')[2], []).append(field)
   close = [name] if name in by_name else []
   close = close or [n for n in by_name if name in n.split('_')]
   close = close or difflib.get_close_matches(name, by_name, 2)
   meant = sorted(field for n in close for field in by_name[n])
   if not meant:
-    return 'see --help, and mlcd_jax/config.py for what --config.FIELD sets'
+    return 'see --help, and docs/config.md for what --config.FIELD sets'
   return 'did you mean ' + ' or '.join(f'--config.{m}' for m in meant) + '?'

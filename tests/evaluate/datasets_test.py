@@ -5,7 +5,7 @@ import logging
 from PIL import Image
 import pytest
 
-from mlcd_jax import config_check
+from mlcd_jax.config import check as config_check
 from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import stage
 from mlcd_jax.runtime import errors

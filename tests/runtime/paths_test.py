@@ -6,7 +6,7 @@ import pwd
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import config_check
+from mlcd_jax.config import check as config_check
 from mlcd_jax.embed import precomputed
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import paths

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from mlcd_jax import config_check
+from mlcd_jax.config import check as config_check
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import progress
 from mlcd_jax.train import metrics

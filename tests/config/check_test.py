@@ -4,8 +4,8 @@ import ml_collections
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import config_check
 from mlcd_jax import models
+from mlcd_jax.config import check as config_check
 from mlcd_jax.runtime import errors
 
 

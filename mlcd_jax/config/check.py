@@ -1,11 +1,11 @@
 """The checks that a config must pass before anything runs."""
 
 import importlib.util
-from typing import Any
 
 import ml_collections
 
 from mlcd_jax import config as config_lib
+from mlcd_jax.config import fields
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import paths
 
@@ -20,38 +20,21 @@ def check(
     skip: sections whose choices are not checked.
   """
   _check_fields(config)
-  for field, choices in {
-    'data.source': config_lib.SOURCES,
-    'embed.embedder': config_lib.EMBEDDERS,
-    'embed.dtype': ('float32', 'bfloat16'),
-    'model.pooling': ('class_token', 'average', 'attention'),
-    'model.position': ('learned', 'rope2d'),
-    'model.activation': ('gelu', 'quick_gelu', 'gelu_tanh'),
-    'model.init_classifier': ('fresh', 'kept', 'centers'),
-    'model.dtype': ('float32', 'bfloat16'),
-    'model.remat': ('none', 'dots', 'full'),
-    'loss.name': config_lib.LOSSES,
-    'cluster.method': ('auto', 'exact'),
-    'loss.label_choice': ('nearest', 'random'),
-    'loss.margin_type': ('cosface', 'arcface'),
-    'loss.negatives': ('uniform', 'partial_fc'),
-    'optimizer.schedule': ('cosine', 'polynomial', 'constant'),
-    'optimizer.head_update': ('dense', 'sparse'),
-    'train.best_is': ('lowest', 'highest'),
-    'lit.loss': ('softmax', 'sigmoid'),
-    'lit.dtype': ('float32', 'bfloat16'),
-  }.items():
-    if field.partition('.')[0] in skip:
+  for field in fields.FIELDS:
+    value = fields.get(config, field.name)
+    if field.name.partition('.')[0] in skip and field.choices:
       continue
-    if _get(config, field) not in choices:
+    if field.choices and value not in field.choices:
       raise errors.UserError(
-        f'{field}={_get(config, field)!r} is unknown; use one of: '
-        + ', '.join(choices)
+        f'{field.name}={value!r} is unknown; use one of: '
+        + ', '.join(field.choices)
       )
-  for field, low, high in _RANGES:
-    value = _get(config, field)
-    if not low <= value <= high:
-      raise errors.UserError(f'{field}={value} is outside {low:g} to {high:g}')
+  for field in fields.FIELDS:
+    value = fields.get(config, field.name)
+    if field.low is not None and not field.low <= value <= field.high:
+      raise errors.UserError(
+        f'{field.name}={value} is outside {field.low:g} to {field.high:g}'
+      )
   for check_section in (
     _check_data,
     _check_embed,
@@ -64,86 +47,26 @@ def check(
 
 
 def _check_fields(config: ml_collections.ConfigDict) -> None:
-  """Every field of `default` must be there, with a value of its type."""
-  known = config_lib.default()
-  for section in known:
-    fields = known[section]
-    if not isinstance(fields, ml_collections.ConfigDict):
-      fields = {'': fields}
-    for name, value in fields.items():
-      field = f'{section}.{name}' if name else section
-      try:
-        given = _get(config, field)
-      except (AttributeError, KeyError, TypeError) as e:
-        raise errors.UserError(
-          f'{field} is missing; begin a config with mlcd_jax.config.default()'
-        ) from e
-      accepted = (int, float) if isinstance(value, float) else type(value)
-      if isinstance(value, tuple):
-        accepted = (tuple, list)
-      if not isinstance(given, accepted):
-        raise errors.UserError(
-          f'{field}={given!r}: needs a value such as {value!r}'
-        )
-
-
-_MOST = 2**31 - 1
-_RANGES = (
-  ('seed', 0, _MOST),
-  ('data.num_workers', 0, 1_024),
-  ('data.max_bad_fraction', 0, 1),
-  ('embed.text_weight', 0, 1),
-  ('embed.image_size', 0, 16_384),
-  ('embed.batch_size', 1, _MOST),
-  ('embed.shard_rows', 1, _MOST),
-  ('cluster.num_centers', 1, _MOST),
-  ('cluster.iterations', 1, _MOST),
-  ('cluster.tolerance', 0, 1),
-  ('cluster.repair_iterations', 1, _MOST),
-  ('cluster.num_labels', 1, 1_024),
-  ('model.image_size', 1, 16_384),
-  ('model.embedding_dim', 1, 65_536),
-  ('model.drop_path', 0, 0.999),
-  ('loss.num_positives', 1, 1_024),
-  ('loss.min_similarity', -1, 1),
-  ('loss.margin', 0, 2),
-  ('loss.scale', 1e-6, 1e6),
-  ('loss.sample_rate', 1e-9, 1),
-  ('loss.interclass_filter', 0, 1),
-  ('loss.chunk_megabytes', 1e-3, 1e6),
-  ('optimizer.learning_rate', 0, 1e3),
-  ('optimizer.weight_decay', 0, 1e3),
-  ('optimizer.b1', 0, 0.999999),
-  ('optimizer.b2', 0, 0.999999),
-  ('optimizer.warmup_steps', 0, _MOST),
-  ('optimizer.gradient_clip_norm', 0, 1e9),
-  ('optimizer.head_learning_rate_multiplier', 0, 1e6),
-  ('train.steps', 0, _MOST),
-  ('train.epochs', 0, 1e6),
-  ('train.batch_size', 1, _MOST),
-  ('train.accumulate_steps', 1, _MOST),
-  ('train.ema_decay', 0, 1),
-  ('train.checkpoint_every_steps', 1, _MOST),
-  ('train.checkpoint_every_minutes', 0, 1e6),
-  ('train.keep_checkpoints', 1, 1_000_000),
-  ('train.keep_every_steps', 0, _MOST),
-  ('train.max_skipped_steps', 0, _MOST),
-  ('train.max_loss_ratio', 0, 1e6),
-  ('train.log_every_steps', 1, _MOST),
-  ('train.stop_after_steps', 0, _MOST),
-  ('evaluate.batch_size', 1, _MOST),
-  ('evaluate.every_steps', 0, _MOST),
-  ('evaluate.finetune_epochs', 0, 1e6),
-  ('evaluate.finetune_batch_size', 1, _MOST),
-  ('evaluate.finetune_learning_rate', 0, 1e3),
-  ('evaluate.finetune_layer_decay', 0, 1),
-  ('lit.steps', 0, _MOST),
-  ('lit.batch_size', 1, _MOST),
-  ('lit.learning_rate', 0, 1e3),
-  ('lit.width', 1, 65_536),
-  ('lit.depth', 1, 1_024),
-  ('lit.context', 3, 1_024),
-)
+  """Every field must be there, with a value of its default's type."""
+  for name, default, *_ in fields.FIELDS:
+    try:
+      given = fields.get(config, name)
+    except (AttributeError, KeyError, TypeError) as e:
+      raise errors.UserError(
+        f'{name} is missing; begin a config with mlcd_jax.config.default()'
+      ) from e
+    accepted = (int, float) if isinstance(default, float) else type(default)
+    if isinstance(default, tuple):
+      accepted = (tuple, list)
+    if not isinstance(given, accepted):
+      raise errors.UserError(
+        f'{name}={given!r}: needs a value such as {default!r}'
+      )
+  if not isinstance(config.evaluate.get('datasets'), ml_collections.ConfigDict):
+    raise errors.UserError(
+      'evaluate.datasets is missing; begin a config with '
+      'mlcd_jax.config.default()'
+    )
 
 
 # What embed.path names, of the embedders that need it.
@@ -281,13 +204,7 @@ def _check_mesh(c: ml_collections.ConfigDict) -> None:
   if c.mesh.slices < 1:
     raise errors.UserError(f'mesh.slices={c.mesh.slices}: use at least 1')
   for field in ('mesh.data', 'mesh.fsdp'):
-    if _get(c, field) < 1 and _get(c, field) != -1:
-      raise errors.UserError(f'{field}={_get(c, field)}: use -1 or at least 1')
-
-
-def _get(config: ml_collections.ConfigDict, field: str) -> Any:
-  """Returns the value of a dotted field."""
-  value = config
-  for part in field.split('.'):
-    value = value[part]
-  return value
+    if fields.get(c, field) < 1 and fields.get(c, field) != -1:
+      raise errors.UserError(
+        f'{field}={fields.get(c, field)}: use -1 or at least 1'
+      )

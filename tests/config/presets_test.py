@@ -9,14 +9,12 @@ import ml_collections
 import pytest
 
 from mlcd_jax import config as config_lib
-from mlcd_jax import config_check
 from mlcd_jax import models
-from mlcd_jax import presets
+from mlcd_jax.config import check as config_check
+from mlcd_jax.config import presets
 from mlcd_jax.runtime import errors
 
-_CONFIGS = sorted(
-  (pathlib.Path(__file__).parent.parent / 'configs').glob('*.py')
-)
+_CONFIGS = sorted((pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'))
 _ARGUMENTS = {
   'quickstart': (None, 'lit'),
   'robustness': (None, 'imagenet_a,objectnet'),

@@ -1,0 +1,110 @@
+"""The config of a run: `default()` has every field, see `fields`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+from mlcd_jax.config.choices import EMBEDDERS
+from mlcd_jax.config.choices import LOSSES
+from mlcd_jax.config.choices import METRICS
+from mlcd_jax.config.choices import SOURCES
+from mlcd_jax.config.choices import TASKS
+from mlcd_jax.config.fields import default
+
+__all__ = (
+  'EMBEDDERS',
+  'LOSSES',
+  'METRICS',
+  'SOURCES',
+  'TASKS',
+  'add_dataset',
+  'default',
+  'split_names',
+  'tasks',
+  'to_dict',
+)
+
+
+def add_dataset(
+  config: ml_collections.ConfigDict,
+  name: str,
+  *,
+  train_split: str = 'train',
+  test_split: str = 'test',
+  validation_split: str = '',
+  metric: str = 'accuracy',
+  attributes_key: str = '',
+  ignored_key: str = '',
+  prompts: str = '',
+  present_classes: bool = False,
+  **data: Any,
+) -> None:
+  """Adds a labelled data set to evaluate on.
+
+  Args:
+    config: to add to.
+    name: in results.json.
+    train_split: for fitting; '' = zero_shot and retrieval are all that is
+      done, and for retrieval it may be without labels.
+    test_split: for scoring.
+    validation_split: for choosing a penalty; '' = a part of train_split.
+    metric: of METRICS, for the linear probe.
+    attributes_key: tfds: the feature with several labels an image, such as
+      objects/label.
+    ignored_key: tfds: a feature with these and further labels; an image is
+      left out of the classes that only this one names.
+    prompts: for zero_shot, an entry of assets/prompts.json, or FILE:NAME.
+    present_classes: zero_shot chooses among the test split's classes only.
+    **data: override the fields of config.data.
+  """
+  dataset = ml_collections.ConfigDict(
+    dict(
+      train_split=train_split,
+      test_split=test_split,
+      validation_split=validation_split,
+      metric=metric,
+      attributes_key=attributes_key,
+      ignored_key=ignored_key,
+      prompts=prompts,
+      present_classes=present_classes,
+    )
+  )
+  for field in (
+    'source',
+    'path',
+    'data_dir',
+    'image_key',
+    'label_key',
+    'caption_key',
+    'cache_dir',
+  ):
+    dataset[field] = data.pop(field, config.data[field])
+  if data:
+    raise ValueError(f'unknown data fields: {sorted(data)}')
+  config.evaluate.datasets[name] = dataset
+
+
+def tasks(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Returns the tasks to evaluate, in the order of TASKS."""
+  wanted = split_names(config.evaluate.tasks)
+  return tuple(t for t in TASKS if t in wanted or 'all' in wanted)
+
+
+def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns plain JSON types, tuples as lists."""
+
+  def plain(value):
+    if isinstance(value, dict):
+      return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+      return [plain(v) for v in value]
+    return value
+
+  return plain(config.to_dict())
+
+
+def split_names(names: Sequence[str]) -> list[str]:
+  """Returns the names; on the command line a,b comes as one."""
+  found = [n.strip() for part in names for n in str(part).split(',')]
+  return [name for name in found if name]

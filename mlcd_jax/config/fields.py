@@ -1,0 +1,113 @@
+"""The table of all config fields, and what is made from it.
+
+A new field is one row in `inputs`, `training` or `evaluation`, and the line
+that uses it. Its default, range, choices and stages come from the row, and so
+does docs/config.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from mlcd_jax.config import evaluation
+from mlcd_jax.config import inputs
+from mlcd_jax.config import training
+from mlcd_jax.config.field import CLUSTER
+from mlcd_jax.config.field import EVALUATE
+from mlcd_jax.config.field import Field
+from mlcd_jax.config.field import MOST
+from mlcd_jax.config.field import TRAIN
+
+FIELDS = (
+  Field(
+    'seed',
+    0,
+    'Seed of all randomness.',
+    low=0,
+    high=MOST,
+    stages=(CLUSTER, TRAIN, EVALUATE),
+  ),
+  *inputs.FIELDS,
+  *training.FIELDS,
+  *evaluation.FIELDS,
+)
+
+NAMES = tuple(field.name for field in FIELDS)
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns a config with every field; configs/*.py change what they need."""
+  config = ml_collections.ConfigDict()
+  for field in FIELDS:
+    section, _, name = field.name.rpartition('.')
+    if section and section not in config:
+      config[section] = ml_collections.ConfigDict()
+    (config[section] if section else config)[name] = field.default
+  config.evaluate.datasets = ml_collections.ConfigDict()
+  return config
+
+
+def get(config: Mapping[str, Any], name: str) -> Any:
+  """Returns the value of a dotted field."""
+  value = config
+  for part in name.split('.'):
+    value = value[part]
+  return value
+
+
+def of_stage(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
+  """Returns the names and values of what a stage's files depend on.
+
+  Args:
+    config: what `config.to_dict` returns.
+    stage: embed, cluster, train or evaluate.
+  """
+  values = {f.name: get(config, f.name) for f in FIELDS if stage in f.stages}
+  if stage == EVALUATE:
+    for name, dataset in config['evaluate']['datasets'].items():
+      prefix = f'evaluate.datasets.{name}'
+      values |= {f'{prefix}.{key}': value for key, value in dataset.items()}
+  return values
+
+
+def page() -> str:
+  """Returns docs/config.md: every field, a section a table."""
+  lines = [
+    '# Settings',
+    '',
+    'Set any field on the command line, such as `--config.loss.scale=64`. A',
+    'stage is made anew only by hand: a finished one stops a run whose fields',
+    'of that stage differ. `make docs` writes this page from the fields.',
+  ]
+  last = None
+  for field in FIELDS:
+    section = field.name.partition('.')[0]
+    if section != last:
+      lines += [
+        '',
+        f'## {section}',
+        '',
+        '| field | default | values | what it does | stages |',
+        '|---|---|---|---|---|',
+      ]
+      last = section
+    cells = (
+      f'`{field.name}`',
+      f'`{field.default!r}`',
+      _values(field),
+      field.text,
+      ', '.join(field.stages),
+    )
+    row = ' | '.join(cell.replace('|', r'\|') for cell in cells)
+    lines.append(f'| {row} |')
+  return '\n'.join(lines) + '\n'
+
+
+def _values(field: Field) -> str:
+  if field.choices:
+    return ', '.join(f'`{choice}`' for choice in field.choices)
+  if field.low is None:
+    return ''
+  high = '' if field.high == MOST else f' to {field.high:g}'
+  return f'from {field.low:g}{high}'

@@ -1,0 +1,215 @@
+"""Fields of the data, the embed stage and the cluster stage."""
+
+from mlcd_jax.config import choices
+from mlcd_jax.config.field import CLUSTER
+from mlcd_jax.config.field import EMBED
+from mlcd_jax.config.field import EVALUATE
+from mlcd_jax.config.field import Field
+from mlcd_jax.config.field import MOST
+from mlcd_jax.config.field import TRAIN
+
+FIELDS = (
+  # Where the images are, and how they are cropped.
+  Field(
+    'data.source',
+    'embedded',
+    'Where the images come from.',
+    choices=choices.SOURCES,
+    stages=(EMBED, TRAIN, EVALUATE),
+  ),
+  Field(
+    'data.path',
+    '',
+    "tfds: the data set's name. coco: the folder with annotations/ and "
+    'a folder of images for each split. Otherwise a path, glob or range '
+    'such as {00000..00099}, local or an fsspec URL; {split} stands for '
+    'the split.',
+    stages=(EMBED, TRAIN, EVALUATE),
+  ),
+  Field(
+    'data.data_dir',
+    '',
+    "tfds: the folder where it was prepared; '' = TFDS's default.",
+    stages=(EMBED, TRAIN, EVALUATE),
+  ),
+  Field(
+    'data.split',
+    'train',
+    'The split that is clustered and trained on.',
+    stages=(EMBED, TRAIN, EVALUATE),
+  ),
+  Field(
+    'data.image_key',
+    'image',
+    'The feature or column of the image; in tars, its suffix.',
+    stages=(EMBED, TRAIN, EVALUATE),
+  ),
+  Field(
+    'data.label_key',
+    'label',
+    'The same of the class, which only evaluation uses.',
+  ),
+  Field(
+    'data.caption_key',
+    'caption',
+    'The same of the caption.',
+    stages=(EMBED, EVALUATE),
+  ),
+  Field(
+    'data.bad_keys',
+    '',
+    "A file with keys to leave out; '' = bad_keys.txt in the workdir.",
+  ),
+  Field(
+    'data.cache_dir',
+    '',
+    "Folder for indices and copies; '' = ~/.cache/mlcd_jax.",
+  ),
+  Field(
+    'data.num_workers',
+    0,
+    'Decoding processes, for machines with more than 16 cores; 0 = threads.',
+    low=0,
+    high=1024,
+  ),
+  Field(
+    'data.max_bad_fraction',
+    0.01,
+    'A larger share of bad images stops the run.',
+    low=0,
+    high=1,
+  ),
+  Field(
+    'data.crop_area',
+    (0.7, 1.0),
+    'Smallest and largest share of the image that a training crop keeps.',
+    stages=(TRAIN, EVALUATE),
+  ),
+  Field(
+    'data.flip',
+    True,
+    'Mirror half of the training crops.',
+    stages=(TRAIN, EVALUATE),
+  ),
+  # What embeds them.
+  Field(
+    'embed.embedder',
+    'hog',
+    'What embeds the images.',
+    choices=choices.EMBEDDERS,
+    stages=(EMBED,),
+  ),
+  Field(
+    'embed.path',
+    '',
+    'huggingface: an encoder, named as in evaluate.encoder. '
+    'precomputed: a folder or fsspec URL of embeddings made elsewhere. '
+    'checkpoint: a workdir, whose encoder embeds.',
+    stages=(EMBED,),
+  ),
+  Field(
+    'embed.column',
+    '',
+    "precomputed: the array of an .npz ('' = l14_img), or the column of "
+    'Parquet.',
+    stages=(EMBED,),
+  ),
+  Field(
+    'embed.text_weight',
+    0.0,
+    'precomputed: share of the unit text embeddings in the features.',
+    low=0,
+    high=1,
+    stages=(EMBED,),
+  ),
+  Field(
+    'embed.dtype',
+    'float32',
+    "Type of a model's products.",
+    choices=('float32', 'bfloat16'),
+    stages=(EMBED,),
+  ),
+  Field(
+    'embed.image_size',
+    0,
+    "Pixels; 0 = the embedder's own.",
+    low=0,
+    high=16384,
+    stages=(EMBED,),
+  ),
+  Field(
+    'embed.batch_size', 64, 'Images per device and call.', low=1, high=MOST
+  ),
+  Field(
+    'embed.shard_rows',
+    65536,
+    'Records per embedding file.',
+    low=1,
+    high=MOST,
+    stages=(EMBED,),
+  ),
+  # How the embeddings are clustered.
+  Field(
+    'cluster.num_centers',
+    1000,
+    'Number of centers.',
+    low=1,
+    high=MOST,
+    stages=(CLUSTER,),
+  ),
+  Field(
+    'cluster.iterations',
+    25,
+    'Passes over the data.',
+    low=1,
+    high=MOST,
+    stages=(CLUSTER,),
+  ),
+  Field(
+    'cluster.tolerance',
+    0.0,
+    'Stop when the objective gains less than this share; 0 = never.',
+    low=0,
+    high=1,
+    stages=(CLUSTER,),
+  ),
+  Field(
+    'cluster.levels',
+    (),
+    '(k1, k2) = cluster in two levels on one machine: k1 coarse '
+    'centers, and k2 in each on average, with k1 * k2 = num_centers. () '
+    '= flat.',
+    stages=(CLUSTER,),
+  ),
+  Field(
+    'cluster.repair_iterations',
+    2,
+    'Flat passes after two levels.',
+    low=1,
+    high=MOST,
+    stages=(CLUSTER,),
+  ),
+  Field(
+    'cluster.method',
+    'auto',
+    'auto: on CPUs, compare a point with a few candidates where a '
+    'sample shows that this costs little; see kmeans.fit. exact: '
+    'compare every point with every center.',
+    choices=('auto', 'exact'),
+    stages=(CLUSTER,),
+  ),
+  Field(
+    'cluster.num_labels',
+    10,
+    'Nearest centers stored for every image.',
+    low=1,
+    high=1024,
+    stages=(CLUSTER,),
+  ),
+  Field(
+    'cluster.path',
+    '',
+    'Another workdir, whose embeddings and clusters are read in place; '
+    "'' = this run's.",
+  ),
+)
