@@ -6,7 +6,6 @@ from concurrent import futures
 import logging
 import math
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -18,10 +17,10 @@ from mlcd_jax.runtime import distributed
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import watchdog
 from mlcd_jax.weights import digests
+from mlcd_jax.weights import shapes
 
 _log = logging.getLogger(__name__)
 
-_CENTERS = re.compile(r'(^|/)classifier/weight$')  # And their moments.
 _FULL = ('No space left', 'Disk quota exceeded', 'File too large')
 
 
@@ -212,7 +211,7 @@ class Checkpointer:
     """The `shapes` of a checkpoint's arrays, or its `damage`."""
     try:
       digests.check(self._folder / str(step))
-      return {'shapes': _shapes(self._manager.item_metadata(step))}
+      return {'shapes': shapes.by_path(self._manager.item_metadata(step))}
     except Exception as e:  # Orbax and TensorStore raise all kinds.
       return {'damage': _first_line(e)}
 
@@ -225,7 +224,7 @@ class Checkpointer:
   def _check_same_model(
     self, step: int, saved: Mapping[str, str], wanted: Any
   ) -> None:
-    wanted = _shapes(wanted)
+    wanted = shapes.by_path(wanted)
     differences = [
       f'{name} is {saved.get(name, "missing")} there and '
       f'{wanted.get(name, "missing")} here'
@@ -379,30 +378,3 @@ class _Explained:
 
 def _first_line(e: Exception) -> str:
   return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-  """Path -> type and shape of every array.
-
-  Class centers lie in as many rows as the devices share evenly; how many
-  classes there are, the stage's manifest says.
-  """
-  paths = jax.tree_util.tree_leaves_with_path(
-    tree, is_leaf=lambda x: hasattr(x, 'shape')
-  )
-  shapes = {}
-  for path, x in paths:
-    if hasattr(x, 'shape'):
-      name, shape = '/'.join(_name(key) for key in path), list(x.shape)
-      if _CENTERS.search(name):
-        shape[0] = 'rows'
-      shapes[name] = f'{x.dtype}{shape}'
-  return shapes
-
-
-def _name(key: Any) -> str:
-  """One part of a path, the same for attributes, keys and places."""
-  for attribute in ('key', 'name', 'idx'):
-    if hasattr(key, attribute):
-      return str(getattr(key, attribute))
-  return str(key)
