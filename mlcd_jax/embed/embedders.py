@@ -1,8 +1,15 @@
-"""The interface of an embedder, the HOG embedder, and which one a run has."""
+"""The interface of an embedder, the HOG embedder, and which one a run has.
 
+To add an embedder: write its class, name it in `EMBEDDERS` of
+config/choices.py, and give it a branch in `pin` and in `load_embedder`.
+"""
+
+from collections.abc import Callable
+from typing import Any
 from typing import Protocol
 
 import jax
+import ml_collections
 import numpy as np
 import skimage.feature
 
@@ -78,6 +85,22 @@ class Hog:
         for image in images
       ]
     ).astype(np.float32)
+
+
+def pin(
+  config: ml_collections.ConfigDict, mean_row: Callable[[Hog], np.ndarray]
+) -> dict[str, Any]:
+  """Returns what `load_embedder` needs to make the same embedder again.
+
+  Args:
+    config: the `embed` fields.
+    mean_row: returns the mean features [D] of all images, for HOG.
+  """
+  if config.embedder == 'huggingface':
+    return pinned.pin(config.path, 'embed.path')
+  if config.embedder == 'checkpoint':
+    return pinned.pin_run(config.path)
+  return {'mean': mean_row(Hog(config.image_size)).tolist()}
 
 
 def load_embedder(

@@ -27,7 +27,6 @@ from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import files
 from mlcd_jax.runtime import problems
 from mlcd_jax.runtime import progress as progress_lib
-from mlcd_jax.weights import pinned
 
 # Batches decoded, and batches embedded, ahead of the one that is waited for.
 _AHEAD = 2
@@ -50,13 +49,9 @@ def run(
   sources.check_same(source, 'data.path')
   manifests.check_bad_keys(config.data.bad_keys, manifest)
   if not {'mean', 'path'} & set(manifest.notes):
-    if config.embed.embedder == 'huggingface':
-      manifest.notes |= pinned.pin(config.embed.path, 'embed.path')
-    elif config.embed.embedder == 'checkpoint':
-      manifest.notes |= pinned.pin_run(config.embed.path)
-    else:
-      embedder = embedders.Hog(config.embed.image_size)
-      manifest.notes['mean'] = _mean_row(embedder, source).tolist()
+    manifest.notes |= embedders.pin(
+      config.embed, lambda hog: _mean_row(hog, source)
+    )
     manifest.save()
   embedder = embedders.load_embedder(
     manifest, batch_size=config.embed.batch_size

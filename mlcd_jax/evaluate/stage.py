@@ -1,10 +1,4 @@
-"""Which encoders are scored, on what, in which tasks; writes results.json.
-
-A task is a file with run(data, config) -> metric -> value. It stands in _TASKS
-here and in config.TASKS. `data` is a features.Data, `config` the whole config.
-Values are floats, None or NaN where undefined; a task that does not apply to
-an encoder or a data set returns {}.
-"""
+"""Which encoders are scored, on what, in which tasks; writes results.json."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -24,27 +18,12 @@ from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import labelled
 from mlcd_jax.evaluate import lit
-from mlcd_jax.evaluate.tasks import few_shot
-from mlcd_jax.evaluate.tasks import finetune
-from mlcd_jax.evaluate.tasks import knn
-from mlcd_jax.evaluate.tasks import linear
-from mlcd_jax.evaluate.tasks import multi_label
-from mlcd_jax.evaluate.tasks import retrieval
-from mlcd_jax.evaluate.tasks import zero_shot
+from mlcd_jax.evaluate import tasks as tasks_lib
 from mlcd_jax.runtime import distributed
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import files
 from mlcd_jax.weights import checkpoint
 
-_TASKS = {
-  'linear': linear.run,
-  'knn': knn.run,
-  'few_shot': few_shot.run,
-  'multi_label': multi_label.run,
-  'zero_shot': zero_shot.run,
-  'retrieval': retrieval.run,
-  'finetune': finetune.run,
-}
 # Tasks that need one class an image.
 _OF_CLASSES = ('knn', 'few_shot', 'finetune')
 
@@ -128,7 +107,7 @@ def score(
       if not _applies(task, data):
         continue
       given = labelled.keep(task, data, dataset)
-      for metric, value in _TASKS[task](given, config).items():
+      for metric, value in tasks_lib.RUN[task](given, config).items():
         defined = value is not None and math.isfinite(value)
         results[f'{dataset}/{task}/{metric}'] = value if defined else None
   return results

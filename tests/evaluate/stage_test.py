@@ -20,6 +20,7 @@ from mlcd_jax.evaluate import encoders as evaluate_encoders
 from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import stage
 from mlcd_jax.evaluate import table
+from mlcd_jax.evaluate import tasks
 from mlcd_jax.runtime import errors
 from mlcd_jax.weights import load as load_lib
 
@@ -27,7 +28,7 @@ _CLIP = pathlib.Path(__file__).parent.parent / 'goldens/clip'
 
 
 def test_every_task_has_a_function():
-  assert tuple(stage._TASKS) == config_lib.TASKS
+  assert tuple(tasks.RUN) == config_lib.TASKS
 
 
 def test_all_means_all_and_commas_separate(tiny_config):
@@ -179,7 +180,7 @@ def test_inside_training_nothing_is_compiled_twice(tiny_config, traced):
 
 def test_undefined_is_null(tiny_config, tmp_path, monkeypatch):
   monkeypatch.setitem(
-    stage._TASKS, 'knn', lambda data, config: {'a': float('nan'), 'b': 1.0}
+    tasks.RUN, 'knn', lambda data, config: {'a': float('nan'), 'b': 1.0}
   )
   tiny_config.evaluate.encoder = str(_CLIP)
   tiny_config.evaluate.tasks = ('knn',)
