@@ -323,7 +323,7 @@ def test_rows_missing_on_either_side_are_counted(tmp_path, monkeypatch):
   source = sources.make(config.data)
   keys = [f'{i:04d}' for i in (*range(12, 9, -1), *range(7, -1, -1), 7)]
   made = types.SimpleNamespace(keys=lambda: np.array(keys, 'S'))
-  monkeypatch.setattr(train.embeddings, 'open_made', lambda manifest: made)
+  monkeypatch.setattr(train.shards, 'open_made', lambda manifest: made)
   rows = train._label_rows(config, source, None)
   np.testing.assert_array_equal(rows, [10, 9, 8, 7, 6, 5, 4, 3, -1, -1])
   assert lines == [
