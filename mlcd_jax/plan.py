@@ -207,6 +207,7 @@ def _train(config, devices, utilisation) -> dict[str, Any]:
   images = config.train.batch_size / len(devices)
   flops = images * sum(parts.values())
   if config.model.remat == 'full':
+    # The backward pass repeats the forward pass, a third of the total.
     flops += images * parts['encoder'] / 3
   chip = _chip(devices)
   out = _compile(

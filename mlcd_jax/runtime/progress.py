@@ -1,4 +1,4 @@
-"""The progress line of a stage."""
+"""A progress line for a stage, live or in the log."""
 
 import datetime
 import logging
