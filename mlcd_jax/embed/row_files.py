@@ -218,7 +218,7 @@ class Sharded:
 
   @property
   def has_keys(self) -> bool:
-    """Whether every file has metadata."""
+    """Returns whether every file has a metadata file."""
     return None not in self._metadata
 
   def keys(self) -> np.ndarray:
