@@ -3,9 +3,9 @@
   python -m mlcd_jax.check_data --config=configs/vit_b16.py:webdataset \
     --config.data.path='data/*.tar'
 
-writes bad_keys.txt, one key a line, into the workdir of a run of that config:
-runs/vit_b16_webdataset, or --workdir. A run there leaves them out; another one
-does with --config.data.bad_keys=FILE.
+It writes bad_keys.txt, with one key a line, into the workdir of that config:
+runs/vit_b16_webdataset, or --workdir. A run in that workdir leaves these images
+out. A run in another workdir needs --config.data.bad_keys=FILE.
 """
 
 from concurrent import futures
@@ -24,11 +24,12 @@ flags.DEFINE_string(
   'workdir', None, 'Where bad_keys.txt is written; runs/NAME if not given.'
 )
 
-_CHUNK = 1_024  # Images in flight, so that memory stays bounded.
+# Images given to the threads at once. It bounds the memory for waiting tasks.
+_CHUNK = 1_024
 
 
 def main(rest: list[str]) -> None:
-  """Checks the images and writes the list."""
+  """Checks the images and writes the list of bad keys."""
   if rest:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
   path = cli.workdir() / 'bad_keys.txt'
@@ -36,7 +37,7 @@ def main(rest: list[str]) -> None:
   from mlcd_jax.runtime import files
 
   config_check.check(_CONFIG.value)
-  try:  # Before hours of reading.
+  try:  # An unwritable folder is found before hours of reading.
     path.parent.mkdir(parents=True, exist_ok=True)
   except OSError as e:
     raise errors.UserError(
@@ -49,14 +50,15 @@ def main(rest: list[str]) -> None:
 
 
 def find_bad(data) -> tuple[list[bytes], Any]:
-  """Decodes every image.
+  """Decodes every image and returns the bad ones.
 
   Args:
-    data: a config's `data`; its bad_keys are not used.
+    data: the `data` section of a config; its bad_keys are ignored.
 
   Returns:
     The keys of the images that cannot be decoded, in order, and the
-    `problems.Problems`, with what the source leaves out in any case.
+    `problems.Problems` that counts them and the files that the source leaves
+    out.
   """
   from mlcd_jax.data import sources
   from mlcd_jax.data import transforms

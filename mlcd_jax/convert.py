@@ -1,12 +1,12 @@
-"""Hugging Face weights in and out.
+"""Converts weights from and to Hugging Face formats.
 
   python -m mlcd_jax.convert import SRC DST
   python -m mlcd_jax.convert export WORKDIR DST [--layout=open_clip]
 
-`import` reads a vision tower that `transformers` or OpenCLIP wrote, a folder or
-ORG/NAME[@REVISION], or a run's, and writes it as this project keeps encoders.
-`export` writes a trained run as a folder that `transformers`, OpenCLIP or timm
-loads.
+`import` reads the vision tower of a `transformers` or OpenCLIP checkpoint or of
+a run, and writes it in this project's format. SRC is a folder or
+ORG/NAME[@REVISION]. `export` writes a trained run as a folder that
+`transformers`, OpenCLIP or timm can load.
 """
 
 from absl import flags
@@ -23,7 +23,7 @@ __all__ = ('from_huggingface', 'main')
 
 
 def main(rest: list[str]) -> None:
-  """Converts one way or the other."""
+  """Imports or exports weights, as the first argument says."""
   if len(rest) != 3 or rest[0] not in ('import', 'export'):
     raise errors.UserError(
       'convert: needs `import SRC DST` or `export WORKDIR DST`'

@@ -2,10 +2,10 @@
 
   python -m mlcd_jax.main --config=configs/quickstart.py
 
-writes everything to runs/quickstart, or to --workdir=DIR. Any config field is
-set from the command line, such as --config.train.batch_size=64, and a config's
-preset follows a colon, such as --config=configs/vit_b16.py:laion400m, which
-writes to runs/vit_b16_laion400m. Run the same command again to continue.
+It writes everything to runs/quickstart, or to --workdir=DIR. A flag sets a
+config field, such as --config.train.batch_size=64. The preset of a config
+follows a colon: --config=configs/vit_b16.py:laion400m writes to
+runs/vit_b16_laion400m. Run the same command again to continue a stopped run.
 """
 
 from absl import flags
@@ -36,11 +36,11 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 
 
 def main(rest: list[str]) -> None:
-  """Joins the other processes and hands over to the stages."""
+  """Joins the other processes and runs the stages."""
   if rest:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
   workdir = cli.workdir()
-  # Imported late, so that --help and mistakes answer at once.
+  # jax loads slowly. Importing it here keeps --help and flag errors fast.
   from mlcd_jax import stages
   from mlcd_jax.runtime import distributed
 
@@ -61,7 +61,7 @@ def main(rest: list[str]) -> None:
 
 
 def _preset():
-  """The --config as given, and its fields without the others' overrides."""
+  """Returns --config as given and its fields without other flags' overrides."""
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   fresh = flags.FlagValues()
   preset = config_flags.DEFINE_config_file('config', flag_values=fresh)

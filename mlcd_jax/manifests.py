@@ -1,4 +1,4 @@
-"""What each stage was made from, kept beside its files in manifest.json."""
+"""Manifests: records of what each stage was made from, in manifest.json."""
 
 from collections.abc import Mapping
 import hashlib
@@ -13,8 +13,8 @@ from mlcd_jax.runtime import paths
 
 NAME = 'manifest.json'
 
-# Fields that had another name when older workdirs were made: the new name, and
-# the new values where these differ.
+# Fields that were renamed since older workdirs were made: old name -> the new
+# name and the values that were renamed too.
 _RENAMED = {'cluster.screening': ('cluster.method', {'off': 'exact'})}
 
 
@@ -22,13 +22,13 @@ class Manifest:
   """The record of one stage's config, inputs and results.
 
   Attributes:
-    stage: its name.
-    folder: where its files are.
-    config: dotted config fields that its files depend on.
-    inputs: fingerprints of the stages it read.
-    notes: what it keeps for its own continuation and for later stages.
-    result: what it made; empty until it is complete.
-    complete: whether it finished.
+    stage: the name of the stage.
+    folder: the folder of its files.
+    config: the config fields that its files depend on, by dotted name.
+    inputs: the fingerprints of the stages that it read.
+    notes: values that it keeps for its continuation and for later stages.
+    result: the description of its results; empty until it is complete.
+    complete: True once the stage has finished.
   """
 
   def __init__(
@@ -51,7 +51,7 @@ class Manifest:
     self.complete = complete
 
   def save(self) -> None:
-    """Writes the file, from the first process; all then have what it has."""
+    """Writes the file from process 0 and gives all processes its content."""
 
     def write() -> dict[str, Any]:
       self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,13 +67,13 @@ class Manifest:
     self.save()
 
   def fingerprint(self) -> str:
-    """Hex digest of what the stage was made from and what it made."""
+    """Returns the hex digest of the stage's config, inputs and result."""
     identity = {k: self.as_dict()[k] for k in ('config', 'inputs', 'result')}
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
   def as_dict(self) -> dict[str, Any]:
-    """What the file holds."""
+    """Returns the content of the file."""
     return {
       'stage': self.stage,
       'config': self.config,
@@ -85,14 +85,15 @@ class Manifest:
 
 
 def load(folder: pathlib.Path) -> Manifest | None:
-  """Reads a folder's manifest as process 0 sees it; all processes call it.
+  """Reads the manifest of a folder in process 0; all processes must call it.
 
   Returns:
-    The manifest, or None where there is none, or where the stage was begun and
-    made nothing, so that a mistake that stopped it leaves nothing to undo.
+    The manifest in all processes. It is None if there is no file. It is also
+    None if the stage began but made no files, so that the user can correct a
+    mistake in the config without deleting the folder.
 
   Raises:
-    UserError: the file is there and is no manifest.
+    UserError: the file is not a manifest.
   """
 
   def look() -> dict[str, Any] | None:
@@ -104,7 +105,7 @@ def load(folder: pathlib.Path) -> Manifest | None:
 
 
 def read(folder: pathlib.Path) -> Manifest | None:
-  """As `load`, in one process."""
+  """Reads the manifest of a folder in this process alone; see `load`."""
   path = folder / NAME
   if not path.exists():
     return None
@@ -119,7 +120,7 @@ def read(folder: pathlib.Path) -> Manifest | None:
 
 
 def _other_files(folder: pathlib.Path) -> bool:
-  """Whether there is anything beside the manifest and temporary files."""
+  """Returns whether a folder has more than a manifest and temporary files."""
   return folder.exists() and any(
     p.name != NAME and not p.match('.*.tmp') for p in folder.iterdir()
   )
@@ -132,13 +133,21 @@ def open_for(
   config: Mapping[str, Any],
   inputs: Mapping[str, Any],
 ) -> Manifest:
-  """Reads a stage's manifest, or starts one.
+  """Reads the manifest of a stage or creates a new one.
+
+  Args:
+    stage: the name of the stage.
+    folder: the folder of its files.
+    config: the config fields that its files depend on, by dotted name.
+    inputs: the fingerprints of the stages that it reads.
 
   Raises:
-    UserError: the folder was made with another config or from other inputs,
-      or nothing says from what.
+    UserError: the folder was made with another config or from other inputs, or
+      it has files but no manifest.
   """
-  if distributed.is_main():  # Before others may write: `load` lets them go on.
+  # The other processes wait in `load` for process 0, so none of them writes a
+  # temporary file yet.
+  if distributed.is_main():
     files.remove_leftovers(folder)
   found = load(folder)
   if found is None:
@@ -161,9 +170,10 @@ def open_for(
 
 
 def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a manifest's fields by the names that they have now.
+  """Returns the fields of a manifest by their present names.
 
-  The file stays as it is: its fingerprint is in the next stage's manifest.
+  The file keeps the old names, because the next stage's manifest holds its
+  fingerprint.
   """
   config = dict(config)
   for old, (new, values) in _RENAMED.items():
@@ -176,7 +186,13 @@ def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
 def check_same(
   made_with: Mapping[str, Any], wanted: Mapping[str, Any], folder
 ) -> None:
-  """Raises UserError naming the first field that differs."""
+  """Raises a UserError that names the first field that differs.
+
+  Args:
+    made_with: the fields in a manifest, by dotted name.
+    wanted: the fields of this run, by dotted name.
+    folder: the folder that the error names.
+  """
   made_with = _renamed(made_with)
   for field, value in wanted.items():
     if field not in made_with:
@@ -193,7 +209,7 @@ def check_same(
 
 
 def places(workdir: pathlib.Path, folders: Mapping[str, pathlib.Path]) -> str:
-  """Returns a line for each thing that the run left, and where it lies."""
+  """Returns one line with the path of each result that exists."""
   found = {
     **folders,
     'curves': workdir / 'metrics.jsonl',
@@ -206,14 +222,20 @@ def places(workdir: pathlib.Path, folders: Mapping[str, pathlib.Path]) -> str:
 
 
 def check_bad_keys(path: str, manifest: Manifest) -> None:
-  """Notes which keys a stage leaves out; they must stay the same.
+  """Records the bad keys that a stage leaves out, or checks them.
+
+  They must stay the same, since they change the order of the images.
+
+  Args:
+    path: the file of bad keys, or ''.
+    manifest: the manifest of the stage.
 
   Raises:
-    UserError: the stage began with others, so that the order was another.
+    UserError: the stage began with other bad keys.
   """
   digest = files.sha256(paths.local(path)) if path else ''
   manifest.notes.setdefault('bad_keys', digest)
-  manifest.save()  # All processes then have what process 0 has.
+  manifest.save()  # It gives all processes the digest of process 0.
   if manifest.notes['bad_keys'] != digest:
     raise errors.UserError(
       f'data.bad_keys={path!r}: {manifest.folder} was begun with other keys '

@@ -1,20 +1,20 @@
-"""What a config needs on a TPU slice that is not there.
+"""Plans a config's memory and time on a TPU slice without having one.
 
   python -m mlcd_jax.plan --config=configs/vit_l14.py:laion400m \
     --topology=v5e:16x16 [--json]
 
-Compiles the real programs for the topology with libtpu, which needs no TPU
-(`pip install -r requirements-tpu.txt`), and prints bytes, FLOPs and
-collectives for each chip. Nothing is read or downloaded.
+It compiles the real programs for the topology and prints the bytes, FLOPs and
+collectives of each device. The compiler is libtpu, which needs no TPU (`pip
+install -r requirements-tpu.txt`). It reads no data and downloads nothing.
 """
 
 import os
 
-# Before jax is imported anywhere: a TPU of this machine is not meant, and its
-# metadata server is not asked.
+# jax reads these when it is imported. They keep it from using a TPU of this
+# machine and from asking the metadata server of the cloud.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['TPU_SKIP_MDS_QUERY'] = '1'
-# The first lines of libtpu on a machine without one.
+# Hides the errors that libtpu logs on a machine without a TPU.
 os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')
 # Another plan, or a run, may use libtpu at the same time.
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
@@ -38,12 +38,12 @@ from mlcd_jax.runtime import cli
 from mlcd_jax.runtime import errors
 from mlcd_jax.train import flops as flops_lib
 
-# Run as a command this module is __main__.
+# __name__ is __main__ when this module runs as a command.
 _log = logging.getLogger('mlcd_jax.plan')
 
 
 def main(rest: list[str]) -> None:
-  """Compiles, prints."""
+  """Makes the plan and prints it."""
   if rest:
     raise errors.UserError(f'{rest[0]!r} is not a flag; they begin with --')
   plan = make(
@@ -56,7 +56,7 @@ def main(rest: list[str]) -> None:
 
 
 def _config_name(argv: list[str]) -> str:
-  """The value of --config as given."""
+  """Returns the value of --config as given."""
   flags_given = [arg.lstrip('-') for arg in argv[1:]]
   for i, arg in enumerate(flags_given):
     if arg == 'config':  # Its value is the next argument.
@@ -69,20 +69,20 @@ def _config_name(argv: list[str]) -> str:
 def make(
   config, *, name: str, topology: str, utilisation: float = 0.5
 ) -> dict[str, Any]:
-  """Compiles every program and returns what it needs.
+  """Compiles every program and returns its memory and time per device.
 
   Args:
-    config: see config.default.
-    name: what the result calls the config.
-    topology: a TPU slice.
-    utilisation: share of a chip's peak FLOP/s that is reached.
+    config: the config; see `config.default`.
+    name: the name of the config in the result.
+    topology: the name of a TPU slice, such as v5e:16x16.
+    utilisation: the share of a chip's peak FLOP/s that is reached.
 
   Raises:
-    UserError: libtpu is missing, or config and topology do not fit.
+    UserError: libtpu is missing, or the config does not fit the topology.
   """
   from mlcd_jax.config import check as config_check
 
-  # Those say what to read, and nothing is read.
+  # These sections choose what to read, and a plan reads nothing.
   config_check.check(config, skip=('data', 'embed', 'evaluate'))
   if not 0 < utilisation <= 1:
     raise errors.UserError(f'--utilisation={utilisation} is outside 0 to 1')
@@ -99,7 +99,7 @@ def make(
 
 
 def _devices(topology: str, slices: int) -> list[Any]:
-  """The devices of a topology; nothing is computed on them."""
+  """Returns the devices of a topology; they can only be compiled for."""
   from jax.experimental import topologies
 
   try:
@@ -110,7 +110,7 @@ def _devices(topology: str, slices: int) -> list[Any]:
       'requirements-tpu.txt'
     ) from e
   kwargs = {'num_slices': slices} if slices > 1 else {}
-  if topology.startswith('v4:'):  # Where jax runs a chip's cores as one device.
+  if topology.startswith('v4:'):  # jax uses both cores of a chip as one device.
     kwargs['chip_config_name'] = 'megacore'
   try:
     found = topologies.get_topology_desc(topology, platform='tpu', **kwargs)
@@ -124,7 +124,7 @@ def _devices(topology: str, slices: int) -> list[Any]:
 
 
 def _embed(config, devices, utilisation) -> dict[str, Any]:
-  """A batch of the embedder; nothing where its architecture is not known."""
+  """Plans a batch of the embedder; {} if its architecture is unknown."""
   from mlcd_jax import models
   from mlcd_jax.config import presets
   from mlcd_jax.embed import encoder
@@ -156,7 +156,7 @@ def _embed(config, devices, utilisation) -> dict[str, Any]:
 
 
 def _kmeans(config, devices, utilisation) -> dict[str, Any]:
-  """One pass of k-means; nothing where the embeddings' width is not known."""
+  """Plans a pass of k-means; {} if the width or number of rows is unknown."""
   from mlcd_jax import kmeans
   from mlcd_jax.config import presets
 
@@ -168,7 +168,7 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   num_centers = config.cluster.num_centers
   out = _compile('kmeans', *kmeans.abstract_pass(mesh, num_centers, dim))
   chip = _chip(devices)
-  # The program sees one chunk of what the devices hold.
+  # The program takes one chunk of points; the devices hold more beside it.
   held = kmeans.held_bytes(num_images, dim, mesh, chip.memory)
   out['bytes_per_chip'] += held
   flops = 2 * num_images * num_centers * dim / len(devices)
@@ -188,7 +188,7 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
 
 
 def _train(config, devices, utilisation) -> dict[str, Any]:
-  """The train step."""
+  """Plans the train step."""
   from mlcd_jax.config import presets
   from mlcd_jax.train import step
 
@@ -207,6 +207,7 @@ def _train(config, devices, utilisation) -> dict[str, Any]:
   images = config.train.batch_size / len(devices)
   flops = images * sum(parts.values())
   if config.model.remat == 'full':
+    # The backward pass repeats the forward pass, a third of the total.
     flops += images * parts['encoder'] / 3
   chip = _chip(devices)
   out = _compile(
@@ -224,7 +225,7 @@ def _train(config, devices, utilisation) -> dict[str, Any]:
 
 
 def _compile(name: str, function, arguments) -> dict[str, Any]:
-  """Compiles for the arguments' devices and reads what that needs."""
+  """Compiles a program for its arguments' devices and returns its sizes."""
   from mlcd_jax.runtime import hlo
 
   _log.info('plan: compiling %s', name)
@@ -265,7 +266,7 @@ def _compile(name: str, function, arguments) -> dict[str, Any]:
 
 
 def _chip(devices):
-  """A device's share of what its chip can do."""
+  """Returns the limits of one device; devices of a chip share coordinates."""
   per_chip = max(
     collections.Counter(tuple(d.coords) for d in _first(devices)).values()
   )
@@ -278,15 +279,15 @@ def _chip(devices):
 
 
 def _first(devices):
-  """The devices of the first slice."""
+  """Returns the devices of the first slice."""
   index = lambda d: getattr(d, 'slice_index', None) or 0  # noqa: E731
   return [d for d in devices if index(d) == 0]
 
 
 def _bounds(out, flops, chip, utilisation) -> dict[str, Any]:
-  """The time that FLOPs and memory traffic take at least."""
+  """Returns the least time of a step by FLOPs and by memory traffic."""
   products = flops / (utilisation * chip.flops)
-  # XLA counts the body of a loop once.
+  # XLA counts the body of a loop once, so this is a lower bound.
   memory = (out['bytes_moved'] or 0) / chip.bandwidth
   return {
     'fits': out['fits'] and out['bytes_per_chip'] <= chip.memory,
@@ -298,7 +299,7 @@ def _bounds(out, flops, chip, utilisation) -> dict[str, Any]:
 
 
 def _advice(config, out, chip) -> str:
-  """The field that makes the most room."""
+  """Returns the change of a field that frees the most memory."""
   held = out['arguments']
   if held is not None and held > chip.memory / 2:
     return f'raise mesh.fsdp={config.mesh.fsdp}: the state fills the memory'
@@ -318,7 +319,7 @@ def _advice(config, out, chip) -> str:
 
 
 def table(plan: dict[str, Any]) -> str:
-  """The plan for people to read."""
+  """Returns the plan as text."""
   lines = [
     f'{plan["topology"]}, {plan["devices"]} devices; numbers are per device'
   ]
@@ -363,7 +364,10 @@ def _gigabytes(size: float | None) -> str:
 
 
 def _define_flags() -> None:
-  """The command's flags, which other commands have too."""
+  """Defines the flags of the command.
+
+  They are not defined at import, since other commands define some of them too.
+  """
   config_flags.DEFINE_config_file('config', None, 'configs/NAME.py')
   flags.DEFINE_string(
     'topology', None, 'TPU slice, such as v5e:16x16; one of mesh.slices.'

@@ -1,4 +1,4 @@
-"""The results of one or more runs as a table.
+"""Prints the results of one or more runs as a table.
 
 python -m mlcd_jax.report runs/quickstart runs/quickstart_1label
 """
@@ -20,15 +20,16 @@ _HEADINGS = {
 
 
 def table(workdirs: Sequence[pathlib.Path]) -> str:
-  """Returns accuracies in percent with their 95 % intervals.
+  """Returns a table of accuracies in percent with their 95% intervals.
 
-  The baselines are the same for runs on the same data and stand once.
+  Only the baselines of the first run are shown, since runs on the same data
+  have the same baselines.
 
   Args:
-    workdirs: of runs whose evaluation is done.
+    workdirs: the workdirs of runs whose evaluation is done.
 
   Raises:
-    UserError: one of them has no results.
+    UserError: a workdir has no results.
   """
   rows = []
   for i, workdir in enumerate(workdirs):
@@ -57,7 +58,7 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
             {t: _cell(results, f'{encoder}/{dataset}/{t}') for t in _HEADINGS},
           )
         )
-  # Runs first, baselines after them.
+  # Trained encoders stand above the baselines.
   rows.sort(key=lambda row: row[1] in evaluate_table.ENCODERS.values())
   tasks = [t for t in _HEADINGS if any(row[3][t] for row in rows)]
   lines = [('features', 'data', *(_HEADINGS[t] for t in tasks))]
@@ -69,7 +70,7 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
 
 
 def _cell(results: dict[str, float], prefix: str) -> str:
-  """'93.3 (92.0-94.5)', or '' where the task was not run."""
+  """Returns an accuracy as '93.3 (92.0-94.5)'; '' if the task was not run."""
   accuracy = results.get(f'{prefix}/accuracy')
   if accuracy is None:
     return ''
@@ -78,7 +79,7 @@ def _cell(results: dict[str, float], prefix: str) -> str:
 
 
 def main(workdirs: Sequence[str]) -> None:
-  """Prints the table of the workdirs named."""
+  """Prints the table of the given workdirs."""
   if not workdirs:
     known = sorted(pathlib.Path('runs').glob('*/results.json'))
     there = ', '.join(str(path.parent) for path in known)

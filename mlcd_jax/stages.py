@@ -1,8 +1,9 @@
-"""The stages in order: which are done, stale or due.
+"""The four stages of a run, in order: embed, cluster, train, evaluate.
 
 Each stage keeps a manifest of the config fields and inputs that its files
-depend on. A finished stage is skipped, a started one goes on, and one made
-with another config or from other inputs stops the run.
+depend on. A finished stage is skipped and an unfinished one continues. If a
+stage was made with another config or from other inputs, it is stale and stops
+the run; only the evaluation is repeated instead.
 """
 
 from collections.abc import Sequence
@@ -63,14 +64,16 @@ def run(
   """Runs the stages that are due, in order.
 
   Args:
-    config: see config.default.
-    workdir: where everything is written.
-    stages: names from STAGES; the ones before must be done.
-    preset: name and fields of what the config was made from, to show what
-      differs; the defaults where not given.
+    config: the config of the run; see `config.default`.
+    workdir: the folder that everything is written to.
+    stages: the names of the stages to run; the stages before them must be done.
+    preset: the name and fields of the preset that the config was made from. The
+      report shows what differs from it; without it, from the defaults.
 
   Raises:
-    UserError, RunError, Stopped: see `errors`.
+    UserError: the config, the data or the workdir cannot be used.
+    RunError: the run failed for a reason outside its config.
+    Stopped: a signal stopped the run.
   """
   config_check.check(config)
   config = datasets.with_named(_with_bad_keys(config, workdir))
@@ -82,7 +85,7 @@ def run(
         f'--stages: {stage!r} is unknown; use any of: ' + ', '.join(STAGES)
       )
   mesh = mesh_lib.from_config(config)
-  # Mistakes in what comes last are found before what comes first.
+  # Mistakes in the last stages are found before the first stage runs for hours.
   models.make(config.model)
   if 'evaluate' in stages:
     evaluate.open_sources(config)
@@ -105,7 +108,7 @@ def run(
 
 
 def fields(config: ml_collections.ConfigDict, stage: str) -> dict[str, Any]:
-  """Dotted names and values of what a stage's files depend on."""
+  """Returns the fields that a stage's files depend on, by dotted name."""
   values = config_fields.of_stage(config_lib.to_dict(config), stage)
   if stage == 'train' and _parts_matter(config):
     values['train.accumulate_steps'] = config.train.accumulate_steps
@@ -113,10 +116,11 @@ def fields(config: ml_collections.ConfigDict, stage: str) -> dict[str, Any]:
 
 
 def _parts_matter(config: ml_collections.ConfigDict) -> bool:
-  """Whether the parts of a batch differ from the whole.
+  """Returns whether accumulation over parts of a batch changes the result.
 
-  Batch normalisation has the statistics of a part, each part skips other
-  blocks, and `partial_fc` draws a part's own positives.
+  It does in three cases. Batch normalisation uses the statistics of a part. In
+  drop path each part skips other blocks. `partial_fc` samples negatives around
+  the positives of a part.
   """
   return (
     config.model.variant in resnet.VARIANTS
@@ -126,7 +130,7 @@ def _parts_matter(config: ml_collections.ConfigDict) -> bool:
 
 
 class _Run:
-  """One invocation: opens each stage's manifest and hands over to it."""
+  """One invocation, which opens the manifest of each stage and runs it."""
 
   def __init__(
     self,
@@ -138,7 +142,8 @@ class _Run:
     self._config = config
     self._workdir = workdir
     self._mesh = mesh
-    # Embeddings and clusters may be another run's, read in place.
+    # With cluster.path the embeddings and clusters of another run are read in
+    # place.
     self._shared = paths.local(config.cluster.path or workdir)
     if self._is_shared:
       self._check_shared()
@@ -153,7 +158,7 @@ class _Run:
     )
 
   def check_order(self, stages: Sequence[str]) -> None:
-    """Raises UserError where a stage before the ones to run is not done."""
+    """Raises a UserError if a stage before the ones to run is not done."""
     needing = set(stages)
     if self._config.evaluate.encoder:
       needing -= {'evaluate'}
@@ -170,7 +175,7 @@ class _Run:
       )
 
   def finish(self) -> None:
-    """Leaves a page of all that is there, and says where it lies."""
+    """Writes the report page and logs where the results are."""
     if distributed.is_main():
       self._page.finish()
       places = manifests.places(self._workdir, self._folders)
@@ -181,7 +186,7 @@ class _Run:
     return bool(self._config.cluster.path)
 
   def embed(self) -> None:
-    """Images -> embeddings/."""
+    """Embeds the images into embeddings/."""
     if self._is_shared:
       _log.info('embed: read from %s', self._shared)
       return
@@ -191,7 +196,7 @@ class _Run:
         embed.run(self._config, manifest)
 
   def cluster(self) -> None:
-    """embeddings/ -> clusters/."""
+    """Clusters embeddings/ into clusters/."""
     if self._is_shared:
       _log.info('cluster: read from %s', self._shared)
       return
@@ -207,7 +212,7 @@ class _Run:
         )
 
   def train(self) -> None:
-    """Images and clusters/ -> checkpoints/."""
+    """Trains on the images and the labels of clusters/ into checkpoints/."""
     made = self._done('cluster')
     manifest = self._open('train', {'clusters': made.fingerprint()})
     if not manifest.complete:
@@ -228,7 +233,7 @@ class _Run:
         )
 
   def evaluate(self) -> None:
-    """checkpoints/, or what evaluate.encoder names -> results.json."""
+    """Evaluates checkpoints/ or evaluate.encoder into results.json."""
     path = self._config.evaluate.encoder
     if path:
       manifest = self._open_evaluation(evaluate_encoders.identity(path))
@@ -277,7 +282,7 @@ class _Run:
     return fields(self._config, stage)
 
   def _open(self, stage: str, inputs: dict[str, Any]) -> manifests.Manifest:
-    """A stage's manifest, checked, new where there is none."""
+    """Returns the checked manifest of a stage, or a new one."""
     manifest = manifests.open_for(
       stage,
       self._folder(stage),
@@ -294,7 +299,11 @@ class _Run:
     return manifest
 
   def _open_evaluation(self, inputs: dict[str, Any]) -> manifests.Manifest:
-    """As `_open`; another encoder or other tasks score anew."""
+    """Returns the manifest of the evaluation.
+
+    Unlike `_open`, it starts anew if the config or the encoder differs or if
+    the results have changed.
+    """
     folder = self._folder('evaluate')
     config = self._fields('evaluate')
     found = manifests.load(folder)
@@ -315,11 +324,15 @@ class _Run:
     return manifest
 
   def _done(self, stage: str) -> manifests.Manifest:
-    """The manifest of a stage that is made."""
+    """Returns the manifest of a stage; None if the stage has not begun."""
     return manifests.load(self._folder(stage))
 
   def _is_made(self, stage: str) -> bool:
-    """Whether the stages after it find what they read."""
+    """Returns whether a stage has what the later stages read.
+
+    For training that is any checkpoint, so that an unfinished run can be
+    evaluated.
+    """
     if stage == 'train':
       folder = self._folder(stage)
       return distributed.decide(
@@ -329,7 +342,11 @@ class _Run:
     return manifest is not None and manifest.complete
 
   def _check_made(self) -> None:
-    """Every stage that was started must fit the config, due or not."""
+    """Checks that all begun stages fit the config, even those not run now.
+
+    Raises:
+      UserError: a stage was made with another config.
+    """
     for stage in ('embed', 'cluster', 'train'):
       if self._is_shared and stage != 'train':
         continue
@@ -340,7 +357,11 @@ class _Run:
         )
 
   def _check_shared(self) -> None:
-    """Another run's clusters must be whole and what the config says."""
+    """Checks that the shared clusters are complete and fit the config.
+
+    Raises:
+      UserError: they are unfinished, stale or made with other fields.
+    """
     for stage in ('embed', 'cluster'):
       if not self._is_made(stage):
         raise errors.UserError(
@@ -364,7 +385,10 @@ class _Run:
 def _with_bad_keys(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> ml_collections.ConfigDict:
-  """The config with what check_data found in the workdir, if it did."""
+  """Returns the config with the workdir's bad_keys.txt, if check_data wrote it.
+
+  A data.bad_keys of the user's own takes precedence.
+  """
   found = workdir / 'bad_keys.txt'
   if config.data.bad_keys or not distributed.decide('bad keys', found.exists):
     return config

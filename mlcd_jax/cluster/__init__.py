@@ -1,1 +1,1 @@
-"""The cluster stage: rows to centers, and labels of every row."""
+"""The cluster stage: finds centers of the embeddings and labels every row."""

@@ -23,28 +23,29 @@ from mlcd_jax.runtime import progress as progress_lib
 
 _log = logging.getLogger(__name__)
 
-# The clustering after its last whole iteration, until it is finished.
+# The state after the last complete iteration; removed once the centers exist.
 _STATE = 'unfinished.npz'
 
-# What the names of the assigner's arrays begin with in that file.
+# Prefix of the assigner's arrays in that file.
 _ASSIGNER = 'assigner_'
 
-# Rows left out that are named.
+# The most bad rows that the warning names.
 _MAX_NAMED = 20
 
-# Cosine above which two centers are as good as one.
+# Two centers with a cosine above this count as near duplicates.
 _NEAR_DUPLICATE = 0.99
 
 
 class _State(NamedTuple):
-  """What is kept between iterations.
+  """The state of the clustering between iterations.
 
   Attributes:
     fit: the clustering so far.
-    held_out: mean cosine of the held-out rows to the nearest center, before
-      each iteration and after the last.
-    relabelled: share of them that each iteration gave another center.
-    levels: what `kmeans.two_level.fit` reports; {} where it was not called.
+    held_out: the mean cosine of the held-out rows to their nearest center,
+      before each iteration and after the last.
+    relabelled: the share of the held-out rows that got another center, for each
+      iteration.
+    levels: the report of `kmeans.two_level.fit`; {} for flat clustering.
   """
 
   fit: kmeans.Fit
@@ -59,16 +60,16 @@ def run(
   folder: pathlib.Path,
   mesh: Mesh,
 ) -> None:
-  """Writes centers.npy and clustering.json; goes on where it was killed.
+  """Writes centers.npy and clustering.json, continuing an unfinished run.
 
   Args:
-    config: of the run.
-    rows: the embeddings.
-    folder: of the stage.
-    mesh: of all devices.
+    config: the config of the run.
+    rows: the embeddings [N, D].
+    folder: the folder of the cluster stage.
+    mesh: the mesh of all devices.
 
   Raises:
-    UserError: there are not as many usable rows as centers.
+    UserError: there are fewer usable rows than centers.
   """
   chosen = split.choose(rows, config)
   training = split.Training(rows, chosen.held_out)
@@ -108,9 +109,11 @@ def _start(
   chosen: split.Chosen,
   mesh: Mesh,
 ) -> _State:
-  """The centers before the first flat iteration."""
+  """Returns the state before the first flat iteration."""
   sample = rows.take(chosen.first)
   usable = unit.unit_rows(sample).any(1)
+  # Zero and non-finite rows go last, where they become centers only if there
+  # are too few usable rows.
   sample = np.concatenate([sample[usable], sample[~usable]])
   centers, levels = sample[: config.cluster.num_centers], {}
   if config.cluster.levels:
@@ -138,7 +141,7 @@ def _iterate(
   path: pathlib.Path,
   mesh: Mesh,
 ) -> _State:
-  """Makes the flat iterations, and saves the state to `path` after each."""
+  """Runs the flat iterations and saves the state to `path` after each."""
   num_points, dim = training.shape
   num_centers = config.cluster.num_centers
   iterations = config.cluster.iterations
@@ -187,14 +190,15 @@ def _iterate(
 def _measure(
   rows: np.ndarray, centers: np.ndarray, mesh: Mesh
 ) -> tuple[np.ndarray, float]:
-  """The nearest center of each row, and the mean cosine of the usable ones."""
+  """Returns each row's nearest center and the mean cosine of usable rows."""
   labels, cosines = kmeans.nearest_centers(rows, centers, 1, mesh=mesh)
+  # A zero or non-finite row has the cosine 0 to every center.
   usable = max(1, np.count_nonzero(cosines))
   return labels[:, 0], float(cosines.sum(dtype=np.float64) / usable)
 
 
 def _write_state(path: pathlib.Path, state: _State) -> None:
-  """Writes the state, from the first process."""
+  """Writes the state from process 0; all processes wait for it."""
   if distributed.is_main():
     fit = state.fit._asdict()
     assigner_state = fit.pop('assigner_state')
@@ -210,11 +214,11 @@ def _write_state(path: pathlib.Path, state: _State) -> None:
 
 
 def _read_state(path: pathlib.Path) -> _State | None:
-  """Reads what `_write_state` wrote; None where there is nothing.
+  """Reads the state of an unfinished clustering; None if there is none.
 
   Raises:
-    UserError: the file is of an earlier version.
-    RunError: processes see different files.
+    UserError: an earlier version of this package wrote the file.
+    RunError: the processes see different files.
   """
   if not distributed.decide('clustering state', path.exists):
     return None
@@ -230,7 +234,7 @@ def _read_state(path: pathlib.Path) -> _State | None:
 
 
 def _parse(arrays: dict[str, np.ndarray]) -> _State:
-  """Returns the state in the arrays of a file."""
+  """Returns the state that the arrays of the file hold."""
   return _State(
     kmeans.Fit(
       centers=arrays['fit_centers'],
@@ -255,7 +259,7 @@ def _parse(arrays: dict[str, np.ndarray]) -> _State:
 def _summary(
   state: _State, shape: tuple[int, int], held_out: int, mesh: Mesh
 ) -> dict[str, Any]:
-  """What clustering.json holds."""
+  """Returns the content of clustering.json."""
   fit = state.fit
   counts = fit.counts.astype(np.float64)
   return {
@@ -270,7 +274,7 @@ def _summary(
     'reseeded': fit.reseeded,
     'skipped_rows': fit.skipped,
     'near_duplicate_centers': _near_duplicates(fit.centers, mesh),
-    # faiss's imbalance factor: 1 where all clusters have one size.
+    # The imbalance factor of faiss: 1 if all clusters have the same size.
     'imbalance': float(
       len(counts) * np.square(counts).sum() / counts.sum() ** 2
     ),
@@ -283,7 +287,7 @@ def _summary(
 
 
 def _near_duplicates(centers: np.ndarray, mesh: Mesh) -> int:
-  """Centers with another one closer than a cosine of _NEAR_DUPLICATE."""
+  """Counts the centers whose nearest other center is a near duplicate."""
   if len(centers) < 2:
     return 0
   _, cosines = kmeans.nearest_centers(centers, centers, 2, mesh=mesh)

@@ -15,24 +15,24 @@ from mlcd_jax.runtime import files
 
 
 class Labels:
-  """The label shards of a finished cluster stage, by row.
+  """The labels of a finished cluster stage, by row of the embeddings.
 
   Attributes:
-    folder: of the cluster stage.
-    num_classes: number of centers.
+    folder: the folder of the cluster stage.
+    num_classes: the number of centers.
   """
 
   def __init__(
     self, manifest: manifests.Manifest, *, min_similarity: float = -1.0
   ):
-    """Opens the shards.
+    """Opens the label shards.
 
     Args:
-      manifest: of the cluster stage.
-      min_similarity: labels whose cosine is lower become -1.
+      manifest: the manifest of the cluster stage.
+      min_similarity: labels with a lower cosine become -1.
 
     Raises:
-      UserError: a file is not what was made.
+      UserError: a file is missing or has changed.
     """
     self.folder = manifest.folder
     self.num_classes = manifest.result['num_centers']
@@ -40,6 +40,7 @@ class Labels:
     paths = sorted(manifest.folder.glob('labels_*.npy'))
     self._shards = _open(paths)
     self._scores = None
+    # No cosine is below -1, so the default needs no scores.
     if min_similarity > -1:
       self._scores = _open(sorted(manifest.folder.glob('scores_*.npy')))
     self._min_similarity = min_similarity
@@ -57,15 +58,18 @@ class Labels:
 
 
 def _open(paths: list[pathlib.Path]) -> list[files.SharedArray]:
-  """Maps shards so that worker processes map them too."""
+  """Maps shards into memory; worker processes map the same files."""
   return [files.SharedArray(files.read_npy(path), path) for path in paths]
 
 
 def label_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
-  """The file of a shard's labels; it exists once the shard is whole."""
+  """Returns the file of a shard's labels.
+
+  It exists only once the shard is complete: the scores are written before it.
+  """
   return folder / f'labels_{shard:05d}.npy'
 
 
 def score_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
-  """The file of a shard's cosines."""
+  """Returns the file of a shard's cosines."""
   return folder / f'scores_{shard:05d}.npy'

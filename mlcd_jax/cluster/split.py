@@ -1,7 +1,7 @@
-"""Which rows are the first centers, and which are held out to measure by.
+"""Choice of the rows that are the first centers and of the held-out rows.
 
-Both hang on the rows' keys alone, not on how the rows are cut into files.
-Shapes: N rows, D dimensions.
+The choice depends on the keys of the rows, not on how they are split into
+files. Shapes: N rows, D dimensions.
 """
 
 import pathlib
@@ -14,24 +14,24 @@ from mlcd_jax import unit
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.embed import row_files
 
-# One row in so many is held out, and no more than so many rows, whose mean
-# cosine is then known to about 1e-4.
+# One row in 100 is held out, up to 100,000 rows. Those give the mean cosine to
+# about 1e-4.
 _HELD_OUT_EVERY = 100
 _MAX_HELD_OUT = 100_000
 
-# Rows that are read for each first center, should some of them be zero.
+# Rows to read per first center: 5% more than needed, since some may be zero.
 _SPARE = 1.05
 
-# Rows for each coarse center that k-means++ chooses among.
+# Rows per coarse center that k-means++ chooses from.
 _SAMPLE = 32
 
 
 class Chosen(NamedTuple):
-  """Rows by the hash of their keys.
+  """The rows that the hashes of the keys select.
 
   Attributes:
-    first: row numbers in the order in which they become centers.
-    held_out: row numbers, ascending.
+    first: the rows that become the first centers, in this order.
+    held_out: the held-out rows, ascending.
   """
 
   first: np.ndarray
@@ -39,22 +39,22 @@ class Chosen(NamedTuple):
 
 
 class Training:
-  """Rows without the held-out ones, read by slices.
+  """The rows without the held-out ones, as one array read by slices.
 
   Attributes:
-    shape: (N, D).
+    shape: (N, D), where N leaves out the held-out rows.
   """
 
   def __init__(self, rows: unit.Rows, held_out: np.ndarray):
-    """Takes all rows, and the numbers of those left out, ascending."""
+    """Takes all rows and the ascending indices of the held-out ones."""
     self._rows = rows
     self._held_out = held_out
-    # Rows that stay and come before each held-out one.
+    # For each held-out row, the number of training rows before it.
     self._before = held_out - np.arange(len(held_out))
     self.shape = (rows.shape[0] - len(held_out), rows.shape[1])
 
   def row(self, index: int) -> int:
-    """The number among all rows."""
+    """Returns the index among all rows of a training row."""
     return index + int(np.searchsorted(self._before, index, side='right'))
 
   def __getitem__(self, rows: slice) -> np.ndarray:
@@ -70,7 +70,10 @@ class Training:
 def choose(
   rows: row_files.Sharded, config: ml_collections.ConfigDict
 ) -> Chosen:
-  """The rows of the first centers, with spare ones, and those held out."""
+  """Returns the rows of the first centers, with spare ones, and the held-out.
+
+  No row is held out if the others are fewer than the centers.
+  """
   num_rows, num_centers = rows.shape[0], config.cluster.num_centers
   hashes = row_hashes(rows, config.seed)
   held_out = min(num_rows // _HELD_OUT_EVERY, _MAX_HELD_OUT)
@@ -89,14 +92,17 @@ def choose(
 
 
 def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
-  """A number for every row, by its key, or else its file's name and place.
+  """Returns a hash of every row.
+
+  It is the hash of the row's key or, without keys, of the file's name and the
+  row's place in the file.
 
   Args:
-    rows: N of them.
-    seed: gives other numbers.
+    rows: the N rows.
+    seed: the seed of the hash.
 
   Returns:
-    uint64 [N], evenly spread.
+    The hashes, uint64 [N], uniformly distributed.
   """
   parts = []
   for shard, count in enumerate(rows.shard_rows):
@@ -108,20 +114,22 @@ def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
       words = _words(keys_lib.spell([name])).repeat(count, axis=0)
       words = np.concatenate([words, place], axis=1)
     h = np.full(count, seed, np.uint64)
-    for word in words.T:  # Zero is padding, whatever the width.
+    # A word of zeros is padding. Skipping it makes the hash independent of the
+    # longest key of the file.
+    for word in words.T:
       h = np.where(word == 0, h, _mix(h ^ word))
     parts.append(_mix(h))
   return np.concatenate(parts)
 
 
 def _words(keys: np.ndarray) -> np.ndarray:
-  """Bytes [n] as uint64 [n, words], padded with zeros."""
+  """Returns byte strings [n] as uint64 [n, words], padded with zeros."""
   words = -(-keys.dtype.itemsize // 8)
   return keys.astype(f'S{8 * words}').view(np.uint64).reshape(-1, words)
 
 
 def _mix(h: np.ndarray) -> np.ndarray:
-  """The finalizer of splitmix64 (Steele et al., 2014)."""
+  """Applies the finalizer of splitmix64 (Steele et al., 2014)."""
   h = h + np.uint64(0x9E3779B97F4A7C15)
   h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""The cluster stage: embeddings to centers, and the labels of every row."""
+"""The cluster stage: finds the centers and labels every row with them."""
 
 from jax.sharding import Mesh
 import ml_collections
@@ -25,13 +25,13 @@ def run(
   """Clusters the embeddings and writes every row's nearest centers.
 
   Args:
-    config: of the run.
-    manifest: of this stage.
-    embedded: manifest of the embed stage.
-    mesh: of all devices.
+    config: the config of the run.
+    manifest: the manifest of this stage.
+    embedded: the manifest of the embed stage.
+    mesh: the mesh of all devices.
 
   Raises:
-    UserError: the embeddings are not what was made, or too few.
+    UserError: the embeddings have changed, or there are too few.
   """
   files.check_sha256(embedded.folder, embedded.result['sha256'])
   rows = shards.open_made(embedded)
@@ -78,7 +78,7 @@ def run(
 
 
 class _Part:
-  """Some rows of all, read by slices: a file may not fit in memory."""
+  """A range of the rows, read by slices as it may not fit in memory."""
 
   def __init__(self, rows: row_files.Sharded, start: int, stop: int):
     self._rows = rows

@@ -1,4 +1,4 @@
-"""The config of a run: `default()` has every field, see `fields`."""
+"""The config of a run; `default()` returns one with every field."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -43,20 +43,26 @@ def add_dataset(
   """Adds a labelled data set to evaluate on.
 
   Args:
-    config: to add to.
-    name: in results.json.
-    train_split: for fitting; '' = zero_shot and retrieval are all that is
-      done, and for retrieval it may be without labels.
-    test_split: for scoring.
-    validation_split: for choosing a penalty; '' = a part of train_split.
-    metric: of METRICS, for the linear probe.
-    attributes_key: tfds: the feature with several labels an image, such as
+    config: the config to add the data set to.
+    name: the name of the data set in results.json.
+    train_split: the split to fit on. With '' only zero_shot and retrieval run;
+      retrieval then needs no labels.
+    test_split: the split to score.
+    validation_split: the split to choose the linear probe's penalty on; ''
+      takes a part of train_split.
+    metric: the metric of the linear probe, one of METRICS.
+    attributes_key: the TFDS feature with several labels per image, such as
       objects/label.
-    ignored_key: tfds: a feature with these and further labels; an image is
-      left out of the classes that only this one names.
-    prompts: for zero_shot, an entry of assets/prompts.json, or FILE:NAME.
-    present_classes: zero_shot chooses among the test split's classes only.
-    **data: override the fields of config.data.
+    ignored_key: a TFDS feature with the labels of attributes_key and more. An
+      image is left out of the classes that only this feature names.
+    prompts: the prompts of zero_shot: an entry of assets/prompts.json, or
+      FILE:NAME.
+    present_classes: True to let zero_shot choose only among the classes of the
+      test split.
+    **data: fields that override those of config.data.
+
+  Raises:
+    ValueError: `data` has an unknown field.
   """
   dataset = ml_collections.ConfigDict(
     dict(
@@ -92,7 +98,7 @@ def tasks(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns plain JSON types, tuples as lists."""
+  """Returns the config as plain JSON types; tuples become lists."""
 
   def plain(value):
     if isinstance(value, dict):
@@ -105,6 +111,6 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def split_names(names: Sequence[str]) -> list[str]:
-  """Returns the names; on the command line a,b comes as one."""
+  """Returns the names one by one; the command line gives 'a,b' as one name."""
   found = [n.strip() for part in names for n in str(part).split(',')]
   return [name for name in found if name]

@@ -1,4 +1,4 @@
-"""The checks that a config must pass before anything runs."""
+"""Checks of a config before anything runs."""
 
 import importlib.util
 
@@ -13,11 +13,14 @@ from mlcd_jax.runtime import paths
 def check(
   config: ml_collections.ConfigDict, *, skip: tuple[str, ...] = ()
 ) -> None:
-  """Raises UserError naming the first field that cannot be used.
+  """Checks types, choices, ranges and combinations of all fields.
 
   Args:
-    config: see `default`.
-    skip: sections whose choices are not checked.
+    config: the config; see `config.default`.
+    skip: the sections whose choices are not checked.
+
+  Raises:
+    UserError: a field cannot be used; the message names the first one.
   """
   _check_fields(config)
   for field in fields.FIELDS:
@@ -47,7 +50,7 @@ def check(
 
 
 def _check_fields(config: ml_collections.ConfigDict) -> None:
-  """Every field must be there, with a value of its default's type."""
+  """Checks that every field exists and has the type of its default."""
   for name, default, *_ in fields.FIELDS:
     try:
       given = fields.get(config, name)
@@ -69,7 +72,7 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
     )
 
 
-# What embed.path names, of the embedders that need it.
+# Meaning of embed.path for the embedders that need it; errors show it.
 _EMBED_PATHS = {
   'huggingface': 'a folder, or ORG/NAME[@REVISION]',
   'precomputed': 'a folder or URL with embeddings',
@@ -78,7 +81,7 @@ _EMBED_PATHS = {
 
 
 def _check_data(c: ml_collections.ConfigDict) -> None:
-  """Where images come from and how they are cropped."""
+  """Checks the source of the images and their crops."""
   if c.data.source == 'embedded' and c.data.path not in ('', 'digits'):
     raise errors.UserError(
       f'data.path={c.data.path}: data.source=embedded has only digits; name '
@@ -96,7 +99,7 @@ def _check_data(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_embed(c: ml_collections.ConfigDict) -> None:
-  """What embeds, and from what."""
+  """Checks the embedder and its path."""
   needed = _EMBED_PATHS.get(c.embed.embedder)
   if needed and not c.embed.path:
     raise errors.UserError(
@@ -110,7 +113,7 @@ def _check_embed(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_cluster(c: ml_collections.ConfigDict) -> None:
-  """Numbers of centers and labels that fit each other."""
+  """Checks that the numbers of centers, labels and levels fit each other."""
   if c.loss.num_positives > c.cluster.num_labels:
     raise errors.UserError(
       f'loss.num_positives={c.loss.num_positives} is more than '
@@ -139,7 +142,7 @@ def _check_cluster(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_training(c: ml_collections.ConfigDict) -> None:
-  """The loss, the optimizer and the length of the run."""
+  """Checks the loss, the optimizer and the length of the run."""
   if 0 < c.train.max_loss_ratio <= 1:
     raise errors.UserError(
       f'train.max_loss_ratio={c.train.max_loss_ratio}: needs more than 1, such '
@@ -178,7 +181,7 @@ def _check_training(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_evaluate(c: ml_collections.ConfigDict) -> None:
-  """Tasks, and the data sets they run on."""
+  """Checks the tasks and the data sets that they run on."""
   for task in config_lib.split_names(c.evaluate.tasks):
     if task not in (*config_lib.TASKS, 'all'):
       raise errors.UserError(
@@ -200,7 +203,7 @@ def _check_evaluate(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_mesh(c: ml_collections.ConfigDict) -> None:
-  """Devices on each axis."""
+  """Checks the number of devices on each axis of the mesh."""
   if c.mesh.slices < 1:
     raise errors.UserError(f'mesh.slices={c.mesh.slices}: use at least 1')
   for field in ('mesh.data', 'mesh.fsdp'):

@@ -1,4 +1,4 @@
-"""The names that config fields may have."""
+"""The allowed values of config fields that several modules use."""
 
 SOURCES = (
   'embedded',
@@ -11,7 +11,7 @@ SOURCES = (
 )
 EMBEDDERS = ('hog', 'huggingface', 'precomputed', 'checkpoint')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
-# In the order of the table; evaluate/stage.py has their functions.
+# In the order of the printed table. evaluate/stage.py maps each to a function.
 TASKS = (
   'linear',
   'knn',

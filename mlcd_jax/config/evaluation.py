@@ -1,4 +1,4 @@
-"""Fields of the evaluation."""
+"""The config fields of the evaluation."""
 
 from mlcd_jax.config.field import EVALUATE
 from mlcd_jax.config.field import Field
@@ -79,8 +79,8 @@ FIELDS = (
     "Folder of the named data sets; '' = TFDS's folder.",
     stages=(EVALUATE,),
   ),
-  # The text tower that zero_shot and retrieval tune to a frozen encoder; the
-  # fields that are not here are those of optimizer.
+  # The text tower that zero_shot and retrieval tune to a frozen encoder. Its
+  # other settings come from the optimizer section.
   Field(
     'lit.loss',
     'softmax',

@@ -1,4 +1,4 @@
-"""One config field: all that is said of it anywhere."""
+"""The description of one config field."""
 
 from typing import Any
 from typing import NamedTuple
@@ -6,21 +6,21 @@ from typing import NamedTuple
 # The stages whose files may depend on a field.
 EMBED, CLUSTER, TRAIN, EVALUATE = 'embed', 'cluster', 'train', 'evaluate'
 
-MOST = 2**31 - 1
+MOST = 2**31 - 1  # The largest int32; as an upper end it means no limit.
 
 
 class Field(NamedTuple):
   """A row of the table of fields.
 
   Attributes:
-    name: dotted, such as loss.margin.
-    default: value, which also fixes the type.
-    text: what the field does, with its unit.
-    low: smallest value; None = no range.
-    high: largest value.
-    choices: the values it may have; () = any.
-    stages: whose files depend on it. A field with none changes only memory,
-      speed, logs or how often something is saved.
+    name: the dotted name, such as loss.margin.
+    default: the default value, which also sets the type.
+    text: the effect of the field, with its unit.
+    low: the smallest value, or None for no range.
+    high: the largest value.
+    choices: the allowed values, or () for any value.
+    stages: the stages whose files depend on the field. A field without stages
+      changes only memory, speed, logs or how often something is saved.
   """
 
   name: str

@@ -1,8 +1,8 @@
-"""The table of all config fields, and what is made from it.
+"""The table of all config fields.
 
-A new field is one row in `inputs`, `training` or `evaluation`, and the line
-that uses it. Its default, range, choices and stages come from the row, and so
-does docs/config.md.
+A new field needs one row in `inputs`, `training` or `evaluation`, and the code
+that uses it. The row gives the default, the range, the choices and the stages.
+docs/config.md is generated from it too.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ NAMES = tuple(field.name for field in FIELDS)
 
 
 def default() -> ml_collections.ConfigDict:
-  """Returns a config with every field; configs/*.py change what they need."""
+  """Returns a config with every field at its default."""
   config = ml_collections.ConfigDict()
   for field in FIELDS:
     section, _, name = field.name.rpartition('.')
@@ -57,10 +57,10 @@ def get(config: Mapping[str, Any], name: str) -> Any:
 
 
 def of_stage(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
-  """Returns the names and values of what a stage's files depend on.
+  """Returns the fields that a stage's files depend on, by dotted name.
 
   Args:
-    config: what `config.to_dict` returns.
+    config: the result of `config.to_dict`.
     stage: embed, cluster, train or evaluate.
   """
   values = {f.name: get(config, f.name) for f in FIELDS if stage in f.stages}
@@ -72,7 +72,7 @@ def of_stage(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
 
 
 def page() -> str:
-  """Returns docs/config.md: every field, a section a table."""
+  """Returns the text of docs/config.md, with one table for each section."""
   lines = [
     '# Settings',
     '',

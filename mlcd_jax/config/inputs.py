@@ -1,4 +1,4 @@
-"""Fields of the data, the embed stage and the cluster stage."""
+"""The config fields of the data, the embed stage and the cluster stage."""
 
 from mlcd_jax.config import choices
 from mlcd_jax.config.field import CLUSTER
@@ -9,7 +9,7 @@ from mlcd_jax.config.field import MOST
 from mlcd_jax.config.field import TRAIN
 
 FIELDS = (
-  # Where the images are, and how they are cropped.
+  # The images and their crops.
   Field(
     'data.source',
     'embedded',
@@ -91,7 +91,7 @@ FIELDS = (
     'Mirror half of the training crops.',
     stages=(TRAIN, EVALUATE),
   ),
-  # What embeds them.
+  # The embed stage.
   Field(
     'embed.embedder',
     'hog',
@@ -148,7 +148,7 @@ FIELDS = (
     high=MOST,
     stages=(EMBED,),
   ),
-  # How the embeddings are clustered.
+  # The cluster stage.
   Field(
     'cluster.num_centers',
     1000,

@@ -1,4 +1,4 @@
-"""The mesh that a config asks for."""
+"""The device mesh of a config."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,14 @@ def from_config(
   *,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """Makes the mesh of a config, and checks what must divide over it.
+  """Makes the mesh of a config and checks that the batches divide over it.
+
+  Args:
+    config: the config of the run.
+    devices: the devices of the mesh; without them, all devices.
 
   Raises:
-    UserError: sizes that do not fit.
+    UserError: the mesh does not fit the devices, or a batch does not divide.
   """
   c = config.mesh
   try:

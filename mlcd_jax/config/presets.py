@@ -1,9 +1,9 @@
 """The data presets that every ViT config takes as its argument.
 
-`configs/vit_b16.py` alone runs on the embedded digits, `:laion400m` and the
-others are the real recipes. MLCD is arXiv 2407.17331, OVE the OneVision-Encoder
-paper and code by the same authors, the closest recipe whose code is public,
-and UNICOM arXiv 2304.05884.
+`configs/vit_b16.py` without a preset runs on the embedded digits. `:laion400m`
+and the other presets are the real recipes. In comments MLCD is arXiv 2407.17331
+and UNICOM is arXiv 2304.05884. OVE is the OneVision-Encoder paper and code by
+the same authors, the closest recipe with public code.
 """
 
 import ml_collections
@@ -25,12 +25,12 @@ def make(
 
   Args:
     preset: one of NAMES; None means 'embedded'.
-    variant: of the model.
-    embedding_dim: of the classifier's input.
-    image_size: pixels, of the real recipes.
+    variant: the size and patch of the model, such as B/16.
+    embedding_dim: the width of the classifier's input.
+    image_size: the pixels of a side, except for 'embedded'.
 
   Raises:
-    UserError: unknown preset.
+    UserError: the preset is unknown.
   """
   preset = preset or 'embedded'
   if preset not in NAMES:
@@ -50,21 +50,22 @@ def make(
 
 
 def lit(config: ml_collections.ConfigDict) -> None:
-  """Scores by texts alone: zero-shot and retrieval."""
+  """Limits the evaluation to the tasks with texts: zero-shot and retrieval."""
   config.evaluate.tasks = ('zero_shot', 'retrieval')
 
 
 def robustness(config: ml_collections.ConfigDict, *names: str) -> None:
-  """Evaluates on ImageNet and the shifted sets of MLCD Table 4.
+  """Sets the evaluation to ImageNet and the shifted sets of MLCD Table 4.
 
-  CLIP's seven prompts, bare class names for ObjectNet (MLCD section 4.1).
+  The prompts are the seven of CLIP, and the bare class names for ObjectNet
+  (MLCD section 4.1).
 
   Args:
-    config: whose data sets are replaced.
-    *names: of ROBUSTNESS; all where there are none.
+    config: the config whose data sets are replaced.
+    *names: the names of sets in ROBUSTNESS; without names, all of them.
 
   Raises:
-    UserError: unknown name.
+    UserError: a name is unknown.
   """
   config.evaluate.datasets = ml_collections.ConfigDict()
   for name in names or ROBUSTNESS:
@@ -79,7 +80,7 @@ def robustness(config: ml_collections.ConfigDict, *names: str) -> None:
 
 
 def num_images(config: ml_collections.ConfigDict) -> int | None:
-  """Images of a preset's data as published; None where it is not known."""
+  """Returns the published number of images of a preset; None if unknown."""
   return {
     'laion400m/*.tar': 389_737_314,  # MLCD Table 11.
     'coyo700m/*.tar': 686_591_232,  # MLCD Table 11.
@@ -88,8 +89,9 @@ def num_images(config: ml_collections.ConfigDict) -> int | None:
 
 
 _TFDS_IMAGENET = dict(source='tfds', prompts='imagenet_robustness')
-# -A and -R have 200 of ImageNet's classes. ObjectNet is not in TFDS: a folder
-# with a folder for each of the 113 classes that it shares with ImageNet.
+# ImageNet-A and -R have 200 of the ImageNet classes. ObjectNet is not in TFDS;
+# it is read from a folder with one subfolder for each of the 113 classes that
+# it shares with ImageNet.
 ROBUSTNESS = {
   'imagenet': dict(path='imagenet2012', test_split='validation'),
   'imagenet_v2': dict(path='imagenet_v2'),
@@ -99,7 +101,8 @@ ROBUSTNESS = {
   'objectnet': dict(source='folder', path='objectnet', prompts='objectnet'),
 }
 
-# Architectures of the presets' embedders as `model` fields, by `embed.path`.
+# The architectures of the presets' embedders as `model` fields, by embed.path.
+# `plan` needs them, since it downloads nothing.
 _EMBEDDERS = {
   'openai/clip-vit-large-patch14': {
     'variant': 'L/14',
@@ -113,7 +116,7 @@ _EMBEDDERS = {
 def embedder(
   config: ml_collections.ConfigDict,
 ) -> ml_collections.ConfigDict | None:
-  """The `model` fields of a preset's embedder; None where it is not known."""
+  """Returns the `model` fields of a preset's embedder; None if unknown."""
   fields = _EMBEDDERS.get(config.embed.path)
   if config.embed.embedder != 'huggingface' or fields is None:
     return None
@@ -125,20 +128,20 @@ def embedder(
 
 
 def digits(config: ml_collections.ConfigDict) -> None:
-  """The embedded digits: data, embedder and clusters.
+  """Sets data, embedder, clusters and evaluation for the embedded digits.
 
-  HOG labels and 2.3 images a cluster, where several labels an image were
-  measured to help most at this size.
+  HOG embeds them, and a cluster has 2.3 images on average. In measurements at
+  this size several labels per image helped most with these settings.
   """
   config.data.source = 'embedded'
   config.data.crop_area = (0.5, 1.0)
-  config.data.flip = False  # A mirrored digit is another one or none.
+  config.data.flip = False  # A mirrored digit is another digit or no digit.
   config.embed.embedder = 'hog'
   config.embed.shard_rows = 1_000
   config.cluster.num_centers = 1_500
-  # As docs/evidence.md found for this size: twice the scale learns less in 300
-  # steps, and so do sampled negatives; the margin and, once trained, the form
-  # of the loss hardly matter, so these stay the paper's.
+  # docs/evidence.md has the measurements at this size. Twice the scale learns
+  # less in 300 steps, and so do sampled negatives. The margin and the form of
+  # the loss hardly matter after training, so they stay those of the paper.
   config.loss.scale = 16.0
   config.loss.sample_rate = 1.0
   config_lib.add_dataset(
@@ -154,9 +157,13 @@ def digits(config: ml_collections.ConfigDict) -> None:
 
 
 def _embedded(config: ml_collections.ConfigDict) -> None:
-  """A few steps of the real model on digits: that it runs, not what it can."""
+  """Sets a few steps of the real model on digits.
+
+  This shows that the model runs; it is too short to learn much.
+  """
   digits(config)
-  patch = config.model.variant.partition('/')[2] or 32  # Of a ResNet's maps.
+  # A ResNet reduces images by 32, which takes the place of a patch.
+  patch = config.model.variant.partition('/')[2] or 32
   config.model.image_size = 2 * int(patch)
   config.model.dtype = 'float32'  # CPUs are slower in bfloat16.
   config.train.batch_size = 32
@@ -168,7 +175,7 @@ def _embedded(config: ml_collections.ConfigDict) -> None:
 
 
 def _paper(config: ml_collections.ConfigDict) -> None:
-  """The paper's recipe; what it leaves open is marked `ours`."""
+  """Sets the paper's recipe; comments mark what it leaves open as ours."""
   # Offline clustering by CLIP ViT-L/14 (MLCD section 3.2, appendix A.2).
   config.embed.embedder = 'huggingface'
   config.embed.path = 'openai/clip-vit-large-patch14'
@@ -177,8 +184,8 @@ def _paper(config: ml_collections.ConfigDict) -> None:
   config.cluster.iterations = 20  # Ours; OVE's k-means runs 20.
   config.cluster.num_labels = 10  # OVE stores 10.
 
-  # MLCD Eq. 5. On small data `mean_softmax`, the authors' later public code,
-  # learned faster and came out equal (docs/evidence.md).
+  # MLCD Eq. 5. The authors' later public code has `mean_softmax`. On small data
+  # it learned faster and ended equal (docs/evidence.md).
   config.loss.name = 'mlcd'
   config.loss.num_positives = 8  # MLCD section 3.2; Table 5c.
   config.loss.sample_rate = 0.1  # MLCD section 3.2; Table 5b.
@@ -201,7 +208,7 @@ def _paper(config: ml_collections.ConfigDict) -> None:
   config.data.flip = True  # Ours; OVE's. Not stated.
   config.model.dtype = 'bfloat16'  # MLCD: mixed precision.
   config.model.scan_layers = True  # Ours: compiles in a fraction of the time.
-  # Ours: so that the batch fits 256 chips of 16 GiB (mlcd_jax.plan).
+  # Ours: the batch fits 256 chips of 16 GiB this way (mlcd_jax.plan).
   config.model.remat = 'none' if config.model.variant == 'B/32' else 'full'
   if config.model.variant.startswith('L'):
     config.train.accumulate_steps = 4
@@ -220,22 +227,28 @@ def _paper(config: ml_collections.ConfigDict) -> None:
 
 
 def _laion400m(config: ml_collections.ConfigDict) -> None:
-  """389,737,314 images (MLCD Table 11) in img2dataset's tars."""
+  """Sets LAION-400M: 389,737,314 images (MLCD Table 11) in img2dataset tars."""
   _tars(config, 'laion400m')
 
 
 def _coyo700m(config: ml_collections.ConfigDict) -> None:
-  """686,591,232 images (MLCD Table 11) in img2dataset's tars."""
+  """Sets COYO-700M: 686,591,232 images (MLCD Table 11) in img2dataset tars."""
   _tars(config, 'coyo700m')
 
 
 def _webdataset(config: ml_collections.ConfigDict) -> None:
-  """Anybody's tars: set data.path, cluster.num_centers and train.epochs."""
+  """Sets tars of the user's own.
+
+  The user sets data.path, cluster.num_centers and train.epochs.
+  """
   _tars(config, 'data')
 
 
 def _imagenet1k(config: ml_collections.ConfigDict) -> None:
-  """1,281,167 images by TFDS; MLCD Table 12's best has 320,000 classes."""
+  """Sets ImageNet-1k of TFDS, 1,281,167 images.
+
+  The best of MLCD Table 12 has 320,000 classes.
+  """
   config.data.source = 'tfds'
   config.data.path = 'imagenet2012'
   config.cluster.num_centers = 320_000

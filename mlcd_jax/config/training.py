@@ -1,4 +1,4 @@
-"""Fields of the model, its loss and its training."""
+"""The config fields of the model, its loss, its training and the mesh."""
 
 from mlcd_jax.config import choices
 from mlcd_jax.config.field import EVALUATE
@@ -365,7 +365,7 @@ FIELDS = (
     low=0,
     high=MOST,
   ),
-  # How the devices are split.
+  # The mesh of devices.
   Field('mesh.data', -1, 'Devices that split batch and points; -1 = the rest.'),
   Field('mesh.fsdp', 1, 'Devices that also split the weights and the centers.'),
   Field(

@@ -1,1 +1,1 @@
-"""The embed stage: images to unit rows, and readers of rows."""
+"""The embed stage, which turns images into unit rows, and readers of rows."""

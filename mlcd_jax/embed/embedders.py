@@ -1,5 +1,7 @@
 """The interface of an embedder, the HOG embedder, and which one a run has.
 
+Shapes: B images, H x W pixels, S pixels of a side, D dimensions.
+
 To add an embedder: write its class, name it in `EMBEDDERS` of
 config/choices.py, and give it a branch in `pin` and in `load_embedder`.
 """
@@ -20,29 +22,32 @@ from mlcd_jax.weights import pinned
 
 
 class Embedder(Protocol):
-  """Images in, unit rows out."""
+  """A function from images to unit rows."""
 
-  image_size: int  # Pixels of the square images it takes.
-  batch_rows: int  # Images it takes at once.
+  image_size: int  # S, the pixels of a side of its images.
+  batch_rows: int  # The most images in one call of `submit`.
 
   def prepare(self, pixels: np.ndarray) -> np.ndarray:
-    """RGB uint8 [H, W, 3] of any size -> uint8 [S, S, 3]."""
+    """Resizes an RGB image, uint8 [H, W, 3], to uint8 [S, S, 3]."""
     ...
 
   def submit(self, images: np.ndarray) -> np.ndarray | jax.Array:
-    """Up to batch_rows images -> their unit rows, maybe padded, maybe later."""
+    """Starts to embed up to `batch_rows` images.
+
+    The result may have padding rows at its end, and may still be computing.
+    """
     ...
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
-    """uint8 [B, S, S, 3] -> float32 [B, D] unit rows."""
+    """Returns the unit rows, float32 [B, D], of images uint8 [B, S, S, 3]."""
     ...
 
 
 class Hog:
-  """Histograms of oriented gradients, centered on a mean (scikit-image).
+  """Histograms of oriented gradients of scikit-image, minus a mean.
 
-  9 orientations, cells of 7 x 7 pixels, blocks of 2 x 2 cells: 324 dimensions
-  at 28 pixels.
+  They have 9 orientations, cells of 7 x 7 pixels and blocks of 2 x 2 cells. At
+  28 pixels this gives 324 dimensions.
   """
 
   def __init__(
@@ -52,7 +57,7 @@ class Hog:
     *,
     batch_size: int = 64,
   ):
-    self.image_size = image_size or 28
+    self.image_size = image_size or 28  # 4 x 4 cells.
     self.mean = mean
     self.batch_rows = batch_size
 
@@ -70,10 +75,14 @@ class Hog:
     if self.mean is not None:
       rows -= self.mean
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    # A zero row stays zero instead of NaN.
     return rows / np.maximum(norm, np.finfo(np.float32).tiny)
 
   def features(self, images: np.ndarray) -> np.ndarray:
-    """uint8 [B, S, S, 3] -> float32 [B, D], neither centered nor scaled."""
+    """Returns the raw features, float32 [B, D], of images uint8 [B, S, S, 3].
+
+    They are neither centered nor normalised.
+    """
     return np.stack(
       [
         skimage.feature.hog(
@@ -106,11 +115,15 @@ def pin(
 def load_embedder(
   manifest: manifests.Manifest, *, batch_size: int = 64
 ) -> Embedder | None:
-  """The embedder that made a finished embed stage; None if made elsewhere.
+  """Returns the embedder of an embed stage.
 
   Args:
-    manifest: of the stage.
-    batch_size: images per device and call, on which no row depends.
+    manifest: the manifest of the stage.
+    batch_size: the number of images per device and call; the rows do not depend
+      on it.
+
+  Returns:
+    The embedder, or None if the embeddings were made elsewhere.
   """
   config = manifest.config
   if config['embed.embedder'] == 'precomputed':

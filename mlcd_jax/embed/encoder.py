@@ -1,4 +1,4 @@
-"""A model as the embedder, and a run's own encoder as one.
+"""Embedders that are models: Hugging Face checkpoints and trained runs.
 
 Shapes: B images, S pixels of a side, D features.
 """
@@ -30,16 +30,16 @@ _FIELD = 'embed.path'
 
 
 class ModelEmbedder:
-  """Unit rows of a model's `embedding`.
+  """An embedder that returns unit rows of a model's `embedding`.
 
-  A call is cut into batches of one shape, so that it compiles once, and every
-  device of this host runs the same program on its part of them: a row does
-  not depend on how many devices there are.
+  A call is split into batches of one shape, so that the model compiles once.
+  Every device of this host runs the same program on its part of a batch, so
+  that a row does not depend on the number of devices.
 
   Attributes:
     image_size: S.
-    batch_rows: images of a batch over this host's devices.
-    prepare: RGB uint8 [H, W, 3] of any size to uint8 [S, S, 3].
+    batch_rows: the images of a batch, over all devices of this host.
+    prepare: resizes an RGB image uint8 [H, W, 3] to uint8 [S, S, 3].
   """
 
   def __init__(
@@ -54,11 +54,11 @@ class ModelEmbedder:
     """Puts the weights onto this host's devices.
 
     Args:
-      model: uint8 [B, S, S, 3] to a dict with `embedding` [B, D].
-      variables: of the model.
+      model: maps uint8 [B, S, S, 3] to a dict with `embedding` [B, D].
+      variables: the variables of the model.
       prepare: see the class.
       image_size: S.
-      batch_size: images per device.
+      batch_size: the number of images per device.
     """
     self.prepare = prepare
     self.image_size = image_size
@@ -70,13 +70,17 @@ class ModelEmbedder:
     self._encode = _make_encode(model, mesh)
 
   def submit(self, images: np.ndarray) -> jax.Array:
-    """Starts on up to `batch_rows` images; the rows come padded."""
+    """Starts to embed up to `batch_rows` images; see `embedders.Embedder`.
+
+    Returns:
+      [batch_rows, D]; the rows after those of the images are padding.
+    """
     missing = self.batch_rows - len(images)
     images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
     return self._encode(self._variables, jax.device_put(images, self._split))
 
   def __call__(self, images: np.ndarray) -> np.ndarray:
-    """See `embed.Embedder`."""
+    """See `embedders.Embedder`."""
     parts = [
       images[i : i + self.batch_rows]
       for i in range(0, len(images), self.batch_rows)
@@ -86,7 +90,10 @@ class ModelEmbedder:
 
 
 class Huggingface(ModelEmbedder):
-  """Unit rows of the projected output, or else of the pooled one."""
+  """An embedder from a Hugging Face checkpoint.
+
+  Its rows are the projected output, or the pooled one without a projection.
+  """
 
   def __init__(
     self, path: str, *, image_size: int, batch_size: int, dtype: str
@@ -95,9 +102,9 @@ class Huggingface(ModelEmbedder):
 
     Args:
       path: see `hub.find`.
-      image_size: S; 0 = the checkpoint's own.
-      batch_size: images per device.
-      dtype: of the products.
+      image_size: S, or 0 for the checkpoint's own size.
+      batch_size: the number of images per device.
+      dtype: the type of the matrix products.
 
     Raises:
       UserError: see `weights.load.load`.
@@ -130,13 +137,13 @@ def abstract_call(
   devices: Sequence[jax.Device],
   batch_size: int,
 ) -> tuple[Any, tuple[Any, Any]]:
-  """One call of the embedder, before any array exists.
+  """Returns one call of the embedder without creating any array.
 
   Args:
-    model: its architecture.
-    params: shapes and types of its parameters.
-    devices: that it runs on.
-    batch_size: images per device.
+    model: the architecture of the embedder.
+    params: the shapes and types of its parameters.
+    devices: the devices that it runs on.
+    batch_size: the number of images per device.
 
   Returns:
     The jitted function of a call, and its abstract arguments.
@@ -162,7 +169,10 @@ def _make_mesh(devices: Sequence[jax.Device]) -> Mesh:
 
 
 def _make_encode(model: nn.Module, mesh: Mesh):
-  """(variables, images) -> unit rows, each device its part of the images."""
+  """Returns the jitted function (variables, images) -> unit rows.
+
+  Each device embeds its part of the images.
+  """
 
   def unit_rows(variables, images):
     return unit.unit_embeddings(model.apply(variables, images)['embedding'])
@@ -177,13 +187,15 @@ def _make_encode(model: nn.Module, mesh: Mesh):
 def from_checkpoint(
   pinned: Mapping[str, Any], *, image_size: int, batch_size: int, dtype: str
 ) -> ModelEmbedder:
-  """A run's encoder as the embedder: what the classifier saw, normalised.
+  """Returns the trained encoder of a run as an embedder.
+
+  Its rows are the classifier's input, normalised.
 
   Args:
-    pinned: what `weights.pinned.pin_run` returned.
-    image_size: S; 0 = that of the training.
-    batch_size: images per device.
-    dtype: of the products.
+    pinned: the result of `weights.pinned.pin_run`.
+    image_size: S, or 0 for the size of the training.
+    batch_size: the number of images per device.
+    dtype: the type of the matrix products.
 
   Raises:
     UserError: the checkpoint is not the one that was pinned.

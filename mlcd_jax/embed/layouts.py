@@ -1,11 +1,13 @@
-"""Which files of a folder hold embeddings of images, their texts and keys.
+"""Finds the files with image embeddings, text embeddings and keys in a folder.
 
-Layouts in use name and number their files in many ways: img_emb/img_emb_0.npy
-with metadata/metadata_0.parquet (clip-retrieval), images/ texts/ metadata/
-(LAION-400M), img_emb/ beside laion2B-en-metadata/metadata_0000.parquet
-(LAION-5B), embeddings/x.npy with metadata/x.parquet, x.npz beside x.parquet
-(DataComp). So files are told apart by the words in their paths, and paired by
-name or else by number.
+Common layouts name and number their files in different ways:
+  clip-retrieval: img_emb/img_emb_0.npy, metadata/metadata_0.parquet;
+  LAION-400M: images/, texts/, metadata/;
+  LAION-5B: img_emb/, laion2B-en-metadata/metadata_0000.parquet;
+  DataComp: x.npz beside x.parquet;
+  others: embeddings/x.npy, metadata/x.parquet.
+So the words in a path tell the kind of a file, and files are paired by name or
+else by number.
 """
 
 import collections
@@ -18,7 +20,8 @@ from typing import NamedTuple
 
 from mlcd_jax.runtime import errors
 
-# Whole words of a path; a file with both of the first two is of images.
+# Whole words of a path that tell the kind of a file. The first kind that
+# matches counts, so a file with words of images and texts is of images.
 _WORDS = {
   kind: re.compile(rf'(?i)(?<![a-z])({words})s?(?![a-z])')
   for kind, words in (
@@ -30,7 +33,15 @@ _WORDS = {
 
 
 class Part(NamedTuple):
-  """Paths relative to the folder; '' where there is none."""
+  """The files of one shard of embeddings.
+
+  Paths are relative to the folder; '' means that there is no such file.
+
+  Attributes:
+    rows: the embeddings of images.
+    metadata: the Parquet file with their keys.
+    text: the embeddings of their texts.
+  """
 
   rows: str
   metadata: str
@@ -41,12 +52,12 @@ def find(names: Sequence[str], root: str, *, texts: bool) -> list[Part]:
   """Returns the files of embeddings in order, each with its keys and texts.
 
   Args:
-    names: paths of all files, relative to the folder.
-    root: the folder, for errors.
-    texts: whether embeddings of texts are wanted too.
+    names: the paths of all files, relative to the folder.
+    root: the folder that an error names.
+    texts: True to find the embeddings of texts too.
 
   Raises:
-    UserError: there are none, or it is not clear which files belong together.
+    UserError: there are no embeddings, or files cannot be paired.
   """
   rows, text_rows = _rows(names)
   if not rows:
@@ -71,12 +82,15 @@ def find(names: Sequence[str], root: str, *, texts: bool) -> list[Part]:
 
 
 def check(parts: Sequence[Part], names: Sequence[str], root: str) -> None:
-  """Raises UserError naming files whose number is missing on the other side.
+  """Checks that embeddings and metadata files are complete.
 
   Args:
-    parts: what `find` returned.
-    names: what it was given.
-    root: likewise.
+    parts: the result of `find`.
+    names: the paths of all files, as given to `find`.
+    root: the folder that an error names.
+
+  Raises:
+    UserError: embeddings lack their metadata, or the reverse.
   """
   alone = [part.rows for part in parts if not part.metadata]
   if alone and len(alone) < len(parts):
@@ -104,7 +118,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _kind(name: str) -> str:
-  """What the last part of a path says that says anything; '' without."""
+  """Returns the kind of a file by the words in its path, or ''.
+
+  The file name counts first, then the folders from the innermost outwards.
+  """
   for part in reversed(name.split('/')):
     for kind, words in _WORDS.items():
       if words.search(part):
@@ -117,7 +134,10 @@ def _is_metadata(name: str) -> bool:
 
 
 def _rows(names: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Files with rows of images, and of texts."""
+  """Returns the files of image embeddings and those of text embeddings.
+
+  The first pair of suffix and kinds that matches a file decides.
+  """
   for suffix, kinds in (
     ('.npy', ('image',)),
     ('.npz', ('image', 'keys', '')),
@@ -128,7 +148,9 @@ def _rows(names: Sequence[str]) -> tuple[list[str], list[str]]:
   ):
     of_type = [name for name in names if name.endswith(suffix)]
     if suffix == '.parquet' and any(n.endswith('.npy') for n in names):
-      break  # Beside arrays of texts alone it has their keys.
+      # All .npy files are of texts here, so the Parquet files hold their keys
+      # and no embeddings.
+      break
     rows = [name for name in of_type if _kind(name) in kinds]
     if rows:
       return rows, [name for name in of_type if _kind(name) == 'text']
@@ -138,7 +160,7 @@ def _rows(names: Sequence[str]) -> tuple[list[str], list[str]]:
 def _metadata(
   rows: Sequence[str], names: Sequence[str], root: str
 ) -> list[str]:
-  """The Parquet file with the keys of each; '' where there is none."""
+  """Returns the Parquet file with the keys for each of the rows, or ''."""
   there = set(names)
   beside = [n if (n := _beside(row)) in there else '' for row in rows]
   if all(beside) and not rows[0].endswith('.parquet'):
@@ -168,7 +190,7 @@ def _stem(name: str) -> str:
 
 
 def _number(name: str) -> int | None:
-  """'metadata_0012' -> 12, 'train-00001-of-00002' -> 1."""
+  """Returns the number of a file: 12 for metadata_0012, 1 for a-1-of-2."""
   stem = re.sub(r'-of-\d+', '', _stem(name))
   numbers = re.findall(r'\d+', stem)
   return int(numbers[-1]) if numbers else None
@@ -181,7 +203,21 @@ def _paired(
   *,
   by: Sequence[Callable[[str], str | int | None]] = (_stem, _number),
 ) -> list[str]:
-  """The file of the same name or number, in the nearest folder; '' if none."""
+  """Returns the file that belongs to each of `rows`, or ''.
+
+  Args:
+    rows: the files of embeddings.
+    others: the files to choose from.
+    root: the folder that an error names.
+    by: functions of a path; files with the same value belong together. Later
+      functions apply only to rows without a pair.
+
+  Returns:
+    For each row the match with the most leading folders in common.
+
+  Raises:
+    UserError: several matches are equally near.
+  """
   found = [''] * len(rows)
   for mark in by:
     marked = collections.defaultdict(list)
@@ -202,5 +238,5 @@ def _paired(
 
 
 def _common_folders(a: str, b: str) -> int:
-  """How many folders agree at the beginning."""
+  """Returns the number of leading folders that two paths share."""
   return len(os.path.commonprefix([a.split('/')[:-1], b.split('/')[:-1]]))

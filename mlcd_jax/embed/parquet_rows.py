@@ -1,8 +1,9 @@
-"""Rows in a column of lists in Parquet, local or behind any fsspec URL.
+"""Rows from a column of lists in a Parquet file, local or an fsspec URL.
 
-A row is as wide as most of the first that have numbers; one that is null,
-empty or of another width is read as zeros, which are left out and counted as
-such rows are in every file. Shapes: n rows of a file, D dimensions.
+The most frequent length of list in the first batch with numbers is the width.
+A list that is null, empty or of another length is read as zeros. Zero rows are
+later left out and counted, as for every type of file. Shapes: n rows of a file,
+D dimensions.
 """
 
 import functools
@@ -17,19 +18,23 @@ from mlcd_jax.embed import row_files
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import storage
 
-# Parquet is decoded so many rows at a time.
+# Rows decoded at a time: 16 MB in float32 at 1,024 dimensions.
 _BATCH_ROWS = 4_096
 
 
 class Parquet:
-  """See `row_files.RowFile`; a column of lists of D numbers."""
+  """A `row_files.RowFile` that is a Parquet column of lists of D numbers."""
 
   def __init__(self, path: str, column: str):
-    """Reads the schema; raises UserError naming a file that does not fit.
+    """Reads the schema.
 
     Args:
-      path: local or URL.
-      column: its name; '' = the only column of lists of numbers.
+      path: the local path or URL.
+      column: the name of the column, or '' for the only column of lists of
+        numbers.
+
+    Raises:
+      UserError: the file cannot be read or has no such column.
     """
     self.path = path
     with storage.reading(path, row_files.FIELD), storage.open_file(path) as f:
@@ -48,7 +53,11 @@ class Parquet:
 
 
 def _list_column(schema: pa.Schema, path: str, column: str) -> str:
-  """The name of a column of lists of floats."""
+  """Returns the name of the column of lists of floats.
+
+  Raises:
+    UserError: `column` is not one, or it is '' and there is not exactly one.
+  """
 
   def has_rows(kind):
     lists = (
@@ -69,7 +78,13 @@ def _list_column(schema: pa.Schema, path: str, column: str) -> str:
 
 
 def _width(file: pq.ParquetFile, path: str, column: str) -> int:
-  """Numbers in most lists of the first batch that has any; 0 without."""
+  """Returns the most frequent length of the lists; 0 if all are empty.
+
+  It reads batches until one has numbers.
+
+  Raises:
+    UserError: fewer than half of these lists have one length.
+  """
   kind = file.schema_arrow.field(column).type
   if pa.types.is_fixed_size_list(kind):
     return kind.list_size
@@ -89,21 +104,25 @@ def _width(file: pq.ParquetFile, path: str, column: str) -> int:
 
 @functools.lru_cache(4)
 def _cursor(path: str, column: str, dim: int) -> '_Cursor':
-  """Few at a time, since each holds an open file and a decoded batch."""
+  """Returns a cached cursor.
+
+  The cache is small, since each cursor holds an open file and a decoded batch.
+  """
   return _Cursor(path, column, dim)
 
 
 class _Cursor:
-  """A place in a Parquet column, cheap to move on from and dear to go back.
+  """A position in a Parquet column.
 
-  A row group is never decoded as a whole: by default it has a million rows.
+  Moving forward decodes the next batches; moving back reopens the file. A row
+  group is not decoded as a whole, since it has a million rows by default.
   """
 
   def __init__(self, path: str, column: str, dim: int):
     self._path, self._column, self._dim = path, column, dim
     self._lock = threading.Lock()
     self._batches = iter(())
-    self._first = 0  # Row of the first of `_rows`.
+    self._first = 0  # The number in the file of the first of `_rows`.
     self._rows = None
 
   def read(self, start: int, stop: int) -> np.ndarray:
@@ -122,7 +141,7 @@ class _Cursor:
     return np.concatenate(parts[len(parts) > 1 :])
 
   def _open(self, row: int) -> None:
-    """Begins at the row group that holds a row."""
+    """Opens the file at the row group that holds a row."""
     file = pq.ParquetFile(
       storage.open_file(self._path), buffer_size=1 << 20, pre_buffer=False
     )
@@ -138,7 +157,7 @@ class _Cursor:
     self._rows = self._decode(next(self._batches))
 
   def _decode(self, batch: pa.RecordBatch) -> np.ndarray:
-    """Rows of a batch; those without D numbers are zero."""
+    """Returns the rows of a batch; lists without D numbers become zeros."""
     lists = batch[self._column]
     good = pc.equal(lists.value_lengths(), self._dim).fill_null(False)
     values = lists.filter(good).flatten().to_numpy(zero_copy_only=False)

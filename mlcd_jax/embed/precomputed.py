@@ -1,13 +1,13 @@
-"""Embeddings made elsewhere, read where they are and never copied.
+"""Embeddings made elsewhere, which are read in place and never copied.
 
-Layouts, by what lies in the folder, see `layouts`:
-  clip-retrieval: img_emb/img_emb_0.npy, metadata/metadata_0.parquet and maybe
-    text_emb/text_emb_0.npy; as LAION publishes them also images/, texts/ and
-    laion2B-en-metadata/;
+These layouts are found (see `layouts`):
+  clip-retrieval: img_emb/img_emb_0.npy, metadata/metadata_0.parquet and
+    optionally text_emb/text_emb_0.npy; LAION names the folders also images/,
+    texts/ and laion2B-en-metadata/;
   DataComp: x.npz with l14_img and l14_txt, beside x.parquet;
-  x.npy, beside x.parquet or with metadata/x.parquet;
-  x.parquet with a column of lists, the keys in another or in
-    metadata/x.parquet.
+  NumPy: x.npy, and x.parquet or metadata/x.parquet;
+  Parquet: x.parquet with a column of lists; the keys are in another column or
+    in metadata/x.parquet.
 """
 
 from collections.abc import Sequence
@@ -28,22 +28,26 @@ from mlcd_jax.runtime import storage
 
 _FIELD = 'embed.path'
 
-# DataComp's arrays of CLIP ViT-L/14.
+# The default array of an .npz: DataComp's image embeddings of CLIP ViT-L/14.
 _NPZ_COLUMN = 'l14_img'
 
-# Blocks of a file that are compared, spread evenly over it.
+# A fingerprint reads 16 blocks of 64 KiB, 1 MiB in all, spread evenly over the
+# file.
 _BLOCKS = 16
 _BLOCK_BYTES = 64 * 2**10
 
 
 def describe(embed: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Looks at the files and returns what the embed stage's manifest keeps.
+  """Returns the result of an embed stage that points to existing files.
 
   Args:
-    embed: the `embed` fields of the config.
+    embed: the `embed` section of the config.
+
+  Returns:
+    The result to keep in the stage's manifest.
 
   Raises:
-    UserError: there are none, or one cannot be read or does not fit.
+    UserError: there are no embeddings, or a file cannot be used.
   """
   root = _root(embed.path)
   names = storage.walk(root, _FIELD)
@@ -62,10 +66,10 @@ def describe(embed: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def open_made(manifest: manifests.Manifest) -> row_files.Sharded:
-  """Opens the files of a finished stage, checked to be the same.
+  """Opens the embeddings of a finished stage after checking their files.
 
   Raises:
-    UserError: a file is new, gone or another.
+    UserError: a file is new, missing or changed.
   """
   made, config = manifest.result, manifest.config
   root, weight = made['root'], config['embed.text_weight']
@@ -82,7 +86,10 @@ def open_made(manifest: manifests.Manifest) -> row_files.Sharded:
 
 
 def _root(path: str) -> str:
-  """The folder, as it can be found from any place."""
+  """Returns the folder as a URL or an absolute path.
+
+  The manifest keeps it, and a later run may start in another folder.
+  """
   if storage.is_url(path):
     return path.rstrip('/')
   return str(paths.local(path, _FIELD).absolute())
@@ -91,7 +98,7 @@ def _root(path: str) -> str:
 def _open(
   root: str, parts: Sequence[layouts.Part], column: str, weight: float
 ) -> row_files.Sharded:
-  """Reads the headers of all files at once."""
+  """Opens all files; 16 threads read their headers."""
 
   def open_one(part):
     rows = _file(_join(root, part.rows), column)
@@ -117,12 +124,12 @@ def _file(path: str, column: str) -> row_files.RowFile:
 
 
 def _text_column(column: str) -> str:
-  """DataComp's name of the texts beside an array of images."""
+  """Returns DataComp's name of the text array for an image array."""
   return (column or _NPZ_COLUMN).removesuffix('_img') + '_txt'
 
 
 def _fingerprints(root: str, parts: Sequence[layouts.Part]) -> dict[str, str]:
-  """Digest of every file by its name."""
+  """Returns the fingerprint of every file, by name."""
   names = sorted({name for part in parts for name in part if name})
   with futures.ThreadPoolExecutor(16) as pool:
     digests = pool.map(lambda name: _fingerprint(_join(root, name)), names)
@@ -130,10 +137,10 @@ def _fingerprints(root: str, parts: Sequence[layouts.Part]) -> dict[str, str]:
 
 
 def _fingerprint(path: str) -> str:
-  """Digest of the size and of 1 MiB spread over the file.
+  """Returns the digest of a file's size and of 1 MiB spread over the file.
 
-  Embeddings made anew differ everywhere, so that 600 GB need not be read to
-  notice; a single row changed by hand may go unnoticed.
+  It avoids reading 600 GB: embeddings that were made anew differ everywhere. A
+  single row changed by hand may go unnoticed.
   """
   file = storage.stat(path, _FIELD)
   size = file.size

@@ -1,8 +1,8 @@
-"""Files of embeddings, read by ranges of rows where they are.
+"""Files of embeddings, read in place by ranges of rows.
 
-.npy and a member of an .npz, local or behind any fsspec URL; never a pickle.
-Parquet: see `parquet_rows`. A file of no rows may have any width. Shapes: n
-rows of a file, N of all, D dimensions, 0 where no row of the file tells it.
+A file is a .npy, an array of an .npz or a Parquet column (`parquet_rows`). It
+is local or an fsspec URL, and is never unpickled. Shapes: n rows of a file, N
+rows of all files, D dimensions. D is 0 if the file has no row to tell it.
 """
 
 import bisect
@@ -20,20 +20,21 @@ from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import storage
 
-# Columns of the metadata that hold a key: img2dataset's and ours, what
-# clip-retrieval always writes, and DataComp's.
+# Columns of the metadata that may hold the key, in order of preference:
+# img2dataset and this package, clip-retrieval, DataComp.
 _KEYS = ('key', 'image_path', 'uid')
 
-# `take` reads rows that are this near each other at once, so many at most;
-# behind URLs, where a request costs more than its bytes, always so many.
+# `take` reads rows with one request if they are at most this far apart. At a
+# URL a request costs more than its bytes, so any distance up to the most rows
+# of one request, _TAKEN_AT_ONCE, will do.
 _NEAR = 16
 _TAKEN_AT_ONCE = 8_192
 
-FIELD = 'embed.path'  # Whose files they are.
+FIELD = 'embed.path'  # The config field that errors name.
 
 
 class RowFile(Protocol):
-  """One file of rows."""
+  """A file of embeddings."""
 
   path: str
   shape: tuple[int, int]  # (n, D).
@@ -45,10 +46,10 @@ class RowFile(Protocol):
 
 
 class Npy:
-  """See `RowFile`; floats [n, D] as `np.save` writes them."""
+  """A `RowFile` of floats [n, D] in the format of `np.save`."""
 
   def __init__(self, path: str):
-    """Reads the header; raises UserError naming a file that does not fit."""
+    """Reads the header; raises a UserError if the file cannot be used."""
     self.path = path
     self._file = storage.stat(path, FIELD)
     with storage.reading(path, FIELD), storage.open_file(path) as f:
@@ -69,10 +70,10 @@ class Npy:
 
 
 class Npz:
-  """See `RowFile`; one array of an .npz, compressed or not."""
+  """A `RowFile` that is one array of an .npz, compressed or not."""
 
   def __init__(self, path: str, name: str):
-    """Reads the header; raises UserError naming a file that does not fit."""
+    """Reads the header; raises a UserError if the file cannot be used."""
     self.path = path
     self._member = f'{name}.npy'
     with storage.reading(path, FIELD), storage.open_file(path) as f:
@@ -103,16 +104,16 @@ class Npz:
 
 
 class Mixed:
-  """See `RowFile`; image rows with unit text rows mixed in.
+  """A `RowFile` of weighted means of unit image rows and unit text rows.
 
-  A row whose image or text is zero or not finite is zero.
+  A row is zero if its image row or text row is zero or not finite.
   """
 
   def __init__(self, images: RowFile, texts: RowFile, weight: float):
-    """Takes both files and the text's weight, 0 to 1.
+    """Takes both files and the weight of the texts, from 0 to 1.
 
     Raises:
-      UserError: their shapes differ.
+      UserError: the shapes of the files differ.
     """
     if images.shape != texts.shape and images.shape[0] + texts.shape[0]:
       raise errors.UserError(
@@ -139,19 +140,19 @@ class Sharded:
 
   Attributes:
     shape: (N, D).
-    paths: of the files.
-    shard_rows: rows of each file.
+    paths: the paths of the files.
+    shard_rows: the number of rows of each file.
   """
 
   def __init__(self, shards: Sequence[RowFile], metadata: Sequence[str | None]):
-    """Puts files in a row.
+    """Concatenates files.
 
     Args:
-      shards: at least one.
-      metadata: of each the Parquet file with its keys, if there is one.
+      shards: the files, at least one.
+      metadata: for each file the Parquet file with its keys, or None.
 
     Raises:
-      UserError: a file has other columns than the first.
+      UserError: there are no rows, or the files differ in width.
     """
     self._shards = list(shards)
     self._metadata = list(metadata)
@@ -189,7 +190,7 @@ class Sharded:
     return np.concatenate(parts)
 
   def _read(self, shard: int, start: int, stop: int) -> np.ndarray:
-    """Some rows of a file; zero where not one of it tells its width."""
+    """Returns rows of a file; they are zeros if the file has no width."""
     if not self._shards[shard].shape[1]:
       return np.zeros((stop - start, self.shape[1]), self._dtype)
     rows = self._shards[shard].read(start, stop)
@@ -217,7 +218,7 @@ class Sharded:
 
   @property
   def has_keys(self) -> bool:
-    """Whether every file has metadata."""
+    """Returns whether every file has a metadata file."""
     return None not in self._metadata
 
   def keys(self) -> np.ndarray:
@@ -226,9 +227,9 @@ class Sharded:
     return np.concatenate([self.shard_keys(shard) for shard in shards])
 
   def metadata(self, rows: np.ndarray) -> tuple[list[str], list[str]]:
-    """Returns keys and captions of some rows, reading only their shards.
+    """Returns the keys and captions of some rows, reading only their shards.
 
-    Captions are empty where there are none.
+    A missing caption is ''.
     """
     shards = np.searchsorted(self._starts, rows, side='right') - 1
     keys, captions = [''] * len(rows), [''] * len(rows)
@@ -250,7 +251,16 @@ class Sharded:
   def _shard_column(
     self, shard: int, names: Sequence[str], *, needed: bool = True
   ) -> pa.ChunkedArray:
-    """The first of the columns that there is; nulls if not needed."""
+    """Returns a column of a shard's metadata.
+
+    Args:
+      shard: the number of the shard.
+      names: the names of the column, in order of preference.
+      needed: False to return nulls if there is no such column.
+
+    Raises:
+      UserError: the column is missing or has another number of rows.
+    """
     rows, path = self._shards[shard], self._metadata[shard]
     if path is None:
       raise errors.UserError(
@@ -276,7 +286,10 @@ class Sharded:
 
 
 def _caption(value: Any) -> str:
-  """Text as it is, several as lines; '' for what is something else."""
+  """Returns a caption as text; several are joined by newlines.
+
+  A value of another type gives ''.
+  """
   if isinstance(value, bytes):
     return value.decode('utf-8', 'replace')
   if isinstance(value, list):
@@ -285,7 +298,7 @@ def _caption(value: Any) -> str:
 
 
 def _header(f, path: str) -> tuple[tuple[int, int], np.dtype, int]:
-  """Shape, type and first byte of an array in the .npy format."""
+  """Returns the shape, type and first byte of an array in the .npy format."""
   version = np.lib.format.read_magic(f)
   read = (
     np.lib.format.read_array_header_1_0
@@ -305,7 +318,7 @@ def _header(f, path: str) -> tuple[tuple[int, int], np.dtype, int]:
 
 
 def check_shape(shape: tuple[int, ...], path: str) -> None:
-  """Raises UserError naming a file that holds no rows of numbers."""
+  """Raises a UserError if an array is not a matrix with columns."""
   if len(shape) != 2 or not shape[1]:
     raise errors.UserError(
       f'{path}: shape {shape}; needs one row of numbers for every image'
@@ -313,7 +326,7 @@ def check_shape(shape: tuple[int, ...], path: str) -> None:
 
 
 def whole(values: np.ndarray, shape: tuple[int, int], path: str) -> np.ndarray:
-  """The values as rows; raises RunError where the file has lost some."""
+  """Returns the values as rows; raises a RunError if some are missing."""
   if values.size != shape[0] * shape[1]:
     raise errors.RunError(f'{path}: shorter than it was when it was opened')
   return values.reshape(shape)

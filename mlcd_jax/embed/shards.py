@@ -1,7 +1,7 @@
 """Embedding files in clip-retrieval's layout, read as one array.
 
-img_emb/img_emb_00000.npy holds float16 unit rows [n, D], and
-metadata/metadata_00000.parquet the key and caption of the same rows.
+img_emb/img_emb_00000.npy holds float16 unit rows [n, D].
+metadata/metadata_00000.parquet holds the key and caption of each row.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,15 @@ from mlcd_jax.runtime import files
 
 
 def row_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
-  """The file of a shard's rows; it exists once the shard is whole."""
+  """Returns the file of a shard's rows.
+
+  It exists only once the shard is complete; see `write_shard`.
+  """
   return folder / 'img_emb' / f'img_emb_{shard:05d}.npy'
 
 
 def metadata_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
-  """The file of a shard's keys and captions."""
+  """Returns the file of a shard's keys and captions."""
   return folder / 'metadata' / f'metadata_{shard:05d}.parquet'
 
 
@@ -42,15 +45,16 @@ def write_shard(
   captions: Sequence[str],
   notes: Mapping[str, Any],
 ) -> None:
-  """Writes one shard, the rows last, so that half a shard never counts.
+  """Writes one shard, the rows last, so that a partial shard never counts.
 
   Args:
-    folder: of the layout.
-    shard: number.
-    rows: [n, D] unit rows.
-    keys: [n].
-    captions: [n].
-    notes: JSON values kept in the metadata's footer, with the rows' sha256.
+    folder: the folder of the embed stage.
+    shard: the number of the shard.
+    rows: the unit rows [n, D].
+    keys: the key of each row.
+    captions: the caption of each row.
+    notes: JSON values to keep in the metadata's footer, beside the sha256 of
+      the rows.
   """
   npy = io.BytesIO()
   np.save(npy, rows.astype(np.float16), allow_pickle=False)
@@ -71,13 +75,15 @@ def write_shard(
 
 
 def read_notes(folder: pathlib.Path, shard: int) -> dict[str, Any]:
-  """Returns what `write_shard` was given as notes, and 'sha256'."""
+  """Returns the notes given to `write_shard`, and 'sha256' of the rows."""
   schema = _read_schema(metadata_path(folder, shard))
   return json.loads(schema.metadata[b'mlcd_jax'])
 
 
 def open_made(manifest: manifests.Manifest) -> row_files.Sharded:
-  """Opens what a finished embed stage wrote or points to, checked against it.
+  """Opens the embeddings of a finished embed stage after checking them.
+
+  The manifest tells whether the stage wrote them or points to existing files.
 
   Raises:
     UserError: a shard is missing, has other keys or another number of rows.
@@ -108,11 +114,11 @@ class Embeddings(row_files.Sharded):
     """Opens the shards.
 
     Args:
-      folder: of the layout.
-      num_shards: they are numbered from 0.
+      folder: the folder of the embed stage.
+      num_shards: the number of shards; they are numbered from 0.
 
     Raises:
-      UserError: one is missing, broken, or does not fit the others.
+      UserError: a shard is missing, broken or of another width.
     """
     shards = range(num_shards)
     super().__init__(

@@ -1,7 +1,7 @@
-"""The embed stage: images to unit rows by an off-the-shelf encoder.
+"""The embed stage: turns images into unit rows with an embedder.
 
-Shards are ranges of records, not of hosts, so their bytes are the same for
-any number of hosts and a finished one is skipped after a restart.
+A shard is a fixed range of records, so its bytes do not depend on the number of
+hosts. A finished shard is skipped after a restart.
 """
 
 import collections
@@ -28,7 +28,8 @@ from mlcd_jax.runtime import files
 from mlcd_jax.runtime import problems
 from mlcd_jax.runtime import progress as progress_lib
 
-# Batches decoded, and batches embedded, ahead of the one that is waited for.
+# Batches that are decoded ahead, and batches that the devices have queued. Two
+# keep both busy without holding many images in memory.
 _AHEAD = 2
 
 _log = logging.getLogger(__name__)
@@ -37,10 +38,16 @@ _log = logging.getLogger(__name__)
 def run(
   config: ml_collections.ConfigDict, manifest: manifests.Manifest
 ) -> None:
-  """Embeds `data.split` into the manifest's folder, or points elsewhere.
+  """Embeds `data.split` into the manifest's folder.
+
+  With embed.embedder=precomputed it only records where the embeddings are.
+
+  Args:
+    config: the config of the run.
+    manifest: the manifest of this stage.
 
   Raises:
-    UserError: the data cannot be read, or too much of it is bad.
+    UserError: the data cannot be read, or too many images are bad.
   """
   if config.embed.embedder == 'precomputed':
     manifest.finish(**precomputed.describe(config.embed))
@@ -81,7 +88,7 @@ def _embed_shard(
   shard: int,
   progress: progress_lib.Progress,
 ) -> None:
-  """Embeds some records into one shard; bad images have no row."""
+  """Embeds a range of records into one shard; bad images get no row."""
   rows, keys, captions = [], [], []
   bad = problems.Problems('embed')
   submitted = collections.deque()
@@ -89,7 +96,7 @@ def _embed_shard(
   def collect():
     count, out, done = submitted.popleft()
     rows.append(np.asarray(out)[:count])
-    if done < records.stop:  # The whole shard counts once it is written.
+    if done < records.stop:  # `run` reports the shard once it is written.
       progress.update(done)
 
   for stop, decoded in _decoded(embedder, source, records):
@@ -108,7 +115,8 @@ def _embed_shard(
       collect()
   while submitted:
     collect()
-  if not rows:  # The width comes from an image that is always there.
+  if not rows:
+    # All images are bad. A black image tells the width of the empty shard.
     size = embedder.image_size
     rows = [embedder(np.zeros((1, size, size, 3), np.uint8))[:0]]
   shards.write_shard(
@@ -124,10 +132,11 @@ def _embed_shard(
 def _decoded(
   embedder: embedders.Embedder, source: sources.Source, records: range
 ) -> Iterator[tuple[int, list[tuple[dict[str, Any], Any]]]]:
-  """Batches of (record, image or BadImage), decoded ahead in threads.
+  """Decodes batches of records ahead in threads.
 
   Yields:
-    The number of the record after the batch, and the batch in order.
+    The number of the record after the batch, and the batch: a list of (record,
+    image or BadImage) in order.
   """
 
   def decode(index):
@@ -136,7 +145,7 @@ def _decoded(
       image = _image(embedder, record)
     except transforms.BadImage as e:
       image = e
-    # The encoded image is no longer needed and may be large.
+    # The encoded image is dropped; it is no longer needed and may be large.
     return {k: record[k] for k in ('key', 'caption')}, image
 
   pool = futures.ThreadPoolExecutor(
@@ -162,9 +171,9 @@ def _image(embedder: embedders.Embedder, record: dict[str, Any]) -> np.ndarray:
 
 
 def _mean_row(embedder: embedders.Hog, source: sources.Source) -> np.ndarray:
-  """The mean of all features, in a pass of its own.
+  """Returns the mean of the features of all images, float32 [D].
 
-  Every host makes the whole pass, which keeps the sum's order fixed.
+  Every host reads all images, so that the order of the sum is fixed.
   """
   total, count = 0.0, 0
   progress = progress_lib.Progress('embed (mean)', len(source), unit='images')
@@ -187,7 +196,11 @@ def _summary(
   num_records: int,
   config: ml_collections.ConfigDict,
 ) -> dict[str, Any]:
-  """The finished stage's manifest entry; refuses too many bad images."""
+  """Returns the result of the finished stage for its manifest.
+
+  Raises:
+    UserError: too many images are bad.
+  """
   bad = problems.Problems('embed')
   sha256 = {}
   for shard in range(num_shards):

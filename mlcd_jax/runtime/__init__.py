@@ -1,1 +1,1 @@
-"""The process and its files: errors, signals, other processes, storage."""
+"""Processes and files: errors, signals, distribution, storage, the terminal."""

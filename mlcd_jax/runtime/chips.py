@@ -1,4 +1,4 @@
-"""What known accelerators can do: peak FLOPs, memory and bandwidth."""
+"""Peak FLOP/s, memory and bandwidth of known accelerators."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -8,12 +8,12 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip as its maker states it.
+  """A chip's limits as its maker states them.
 
   Attributes:
-    flops: a second in bfloat16, dense.
-    memory: bytes.
-    bandwidth: bytes a second from and to that memory.
+    flops: the peak FLOPs a second in bfloat16, without sparsity.
+    memory: the bytes of device memory.
+    bandwidth: the bytes a second that this memory reads and writes.
   """
 
   flops: float
@@ -21,8 +21,9 @@ class Chip:
   bandwidth: float
 
 
-# The first name that a jax.Device's device_kind begins with. TPUs: the tables
-# of cloud.google.com/tpu/docs; GPUs: NVIDIA's data sheets, SXM modules.
+# Keys are prefixes of jax.Device.device_kind; the first match counts, so longer
+# prefixes stand first. TPUs: the tables of cloud.google.com/tpu/docs. GPUs:
+# NVIDIA's data sheets, SXM modules.
 _CHIPS = {
   'TPU v4': Chip(275e12, 32 * 2**30, 1.2e12),
   'TPU v5 lite': Chip(197e12, 16 * 2**30, 819e9),
@@ -37,7 +38,16 @@ _CHIPS = {
 
 
 def find(device_kind: str, *, devices_per_chip: int = 1) -> Chip | None:
-  """Returns a device's share of its chip, or None where it is not known."""
+  """Returns the part of a chip that one device has.
+
+  Args:
+    device_kind: the name that jax.Device gives.
+    devices_per_chip: the number of devices that share the chip.
+
+  Returns:
+    The chip's limits divided by `devices_per_chip`, or None if the chip is not
+    in the table.
+  """
   for name, chip in _CHIPS.items():
     if device_kind.startswith(name):
       return Chip(*(x / devices_per_chip for x in dataclasses.astuple(chip)))
@@ -45,6 +55,9 @@ def find(device_kind: str, *, devices_per_chip: int = 1) -> Chip | None:
 
 
 def peak_flops(devices: Iterable[jax.Device]) -> float | None:
-  """FLOPs a second of all devices in bfloat16; None where not known."""
+  """Returns the peak bfloat16 FLOPs a second of all devices together.
+
+  It is None if one of the devices is not in the table.
+  """
   chips = [find(device.device_kind) for device in devices]
   return None if None in chips else sum(chip.flops for chip in chips)

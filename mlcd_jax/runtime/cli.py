@@ -1,4 +1,4 @@
-"""What every command shares: flags, logging, and errors as one line."""
+"""The shared entry point of all commands: flags, logging and error lines."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -34,12 +34,13 @@ def run(
   required: Sequence[str],
   fields: Sequence[str] = (),
 ):
-  """Runs a command and exits: 0, or as `errors` says.
+  """Runs a command and exits with 0 or with the exit code of its error.
 
   Args:
-    main: takes the arguments that are not flags.
-    required: flags that must be given.
-    fields: dotted names of the config, to propose for one that is unknown.
+    main: the command; it takes the arguments that are not flags.
+    required: the names of the flags that must be given.
+    fields: the dotted names of all config fields; an error about an unknown
+      field proposes the closest ones.
   """
 
   def parse(argv):
@@ -72,17 +73,22 @@ def run(
     if not watchdog.started():
       raise
     if watchdog.may_be_lost(e):
-      watchdog.wait()  # A lost process breaks connections: it gets the blame.
+      # A lost process breaks the connections of the others. Its loss is the
+      # error to report, so its verdict gets time to arrive.
+      watchdog.wait()
     traceback.print_exc()
     watchdog.tell(1, f'ended by a bug ({type(e).__name__}); see its output')
     os._exit(1)
 
 
 def workdir() -> pathlib.Path:
-  """Returns --workdir; without one, runs/ and the config's name, and says so.
+  """Returns the folder that --workdir names.
+
+  Without the flag it is runs/ followed by the name of the config and preset,
+  and a log line names it.
 
   Raises:
-    UserError: it is given and empty, or a URL.
+    UserError: --workdir is an empty string or a URL.
   """
   given = flags.FLAGS.workdir
   if given == '':
@@ -91,7 +97,8 @@ def workdir() -> pathlib.Path:
     )
   if given is not None:
     if '://' in given:
-      # Runs append to files, rename, lock and map them into memory.
+      # A run appends to files, renames them, locks them and maps them into
+      # memory; object stores do none of these.
       raise errors.UserError(
         f'--workdir={given}: object stores hold images and embeddings, not a '
         'workdir; name a folder, on a disk or a file system that is mounted'
@@ -101,16 +108,19 @@ def workdir() -> pathlib.Path:
     flags.FLAGS['config']
   ).partition(':')
   name = '_'.join(filter(None, (pathlib.Path(path).stem, preset)))
-  # launch/restart.sh has the same rule.
+  # launch/restart.sh derives the same name; change both together.
   folder = pathlib.Path('runs', re.sub(r'[^A-Za-z0-9._-]', '_', name))
   _log.info('workdir: %s (--workdir=DIR for another one)', folder)
   return folder
 
 
 def _allow_open_files() -> None:
-  """Raises the limit of open files as far as it goes, for workers too."""
+  """Raises the limit of open files to the largest value allowed.
+
+  Worker processes inherit the limit.
+  """
   _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-  # macOS has no hard limit and yet refuses more than OPEN_MAX.
+  # macOS reports no hard limit but refuses more than OPEN_MAX, 10,240.
   for limit in (most, 10_240):
     with contextlib.suppress(ValueError, OSError):
       resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
@@ -118,19 +128,31 @@ def _allow_open_files() -> None:
 
 
 def _exit(e: BaseException) -> None:
-  """Says what happened in one line and ends the process."""
+  """Prints the error as one line, tells the other processes, and exits."""
   line = ' '.join(str(e).split())
   print(f'error: {line}', file=sys.stderr, flush=True)
   sys.stdout.flush()
   watchdog.tell(e.exit_code, line)
-  # Threads and processes of a broken run must not hold the exit up.
+  # sys.exit would wait for the run's threads and worker processes, which may
+  # hang after an error.
   os._exit(e.exit_code)
 
 
 def _parse(argv: Sequence[str], fields: Sequence[str]) -> Sequence[str]:
-  """Parses the flags; a mistake in them becomes a UserError."""
+  """Parses the flags.
+
+  Args:
+    argv: the command line, the program's name first.
+    fields: the dotted names of all config fields.
+
+  Returns:
+    The program's name and the arguments that are not flags.
+
+  Raises:
+    UserError: a flag is wrong, or the config file fails.
+  """
   argv = ['--help' if arg == '-h' else arg for arg in argv]
-  # A shell leaves ~ alone within an argument.
+  # A shell does not expand ~ in the middle of an argument.
   argv = [
     f'--config={paths.expand(arg.removeprefix("--config="))}'
     if arg.startswith('--config=~')
@@ -153,7 +175,13 @@ def _parse(argv: Sequence[str], fields: Sequence[str]) -> Sequence[str]:
 
 
 def _missing(name: str, rest: Sequence[str]) -> errors.UserError:
-  """What to give for a flag that must be there."""
+  """Returns the error for a required flag that is missing.
+
+  Args:
+    name: the flag.
+    rest: the arguments that are not flags; a Python file among them is
+      probably the config.
+  """
   if name != 'config':
     return errors.UserError(f'--{name} is missing: {flags.FLAGS[name].help}')
   files = [arg for arg in rest if arg[0:1] != '-' and '.py' in arg]
@@ -162,7 +190,12 @@ def _missing(name: str, rest: Sequence[str]) -> errors.UserError:
 
 
 def _config_path(argv: Sequence[str]) -> str:
-  """The file that --config names; a wrong name lists the right ones."""
+  """Returns the file that --config names, or '' if the flag is not given.
+
+  Raises:
+    UserError: the file does not exist or is not Python; the message lists the
+      configs that exist.
+  """
   for arg, following in zip(argv[1:], [*argv[2:], '']):
     name, equals, value = arg.lstrip('-').partition('=')
     if name != 'config':
@@ -177,7 +210,7 @@ def _config_path(argv: Sequence[str]) -> str:
 
 
 def _configs(value: str = '') -> str:
-  """Says which configs there are, and which one `value` may mean."""
+  """Returns a list of the configs, with the one closest to `value` first."""
   here = pathlib.Path.cwd()
   known = {
     p.stem: str(p.relative_to(here) if p.is_relative_to(here) else p)
@@ -194,7 +227,19 @@ def _configs(value: str = '') -> str:
 def _from_config_file(
   argv: Sequence[str], path: str, e: Exception, known: Sequence[str]
 ) -> errors.UserError:
-  """An unknown field, named whole, or what the config file itself did."""
+  """Returns the error for a config that could not be built.
+
+  Args:
+    argv: the command line.
+    path: the config file.
+    e: the error that absl raised.
+    known: the dotted names of all config fields.
+
+  Returns:
+    An error that names the flag with an unknown field, or else the exception
+    that the config file raised.
+  """
+  # ml_collections puts the original error into the arguments of its own.
   while e.args and isinstance(e.args[0], Exception):
     e = e.args[0]
   said = ' '.join(str(e.args[0] if e.args else e).split())
@@ -213,7 +258,11 @@ def _from_config_file(
 def _as_user_error(
   e: Exception, argv: Sequence[str], known: Sequence[str]
 ) -> errors.UserError:
-  """The innermost explanation of a flag that could not be parsed."""
+  """Returns a UserError for a flag that could not be parsed.
+
+  It is the UserError in the chain of causes if there is one, and absl's
+  message otherwise.
+  """
   cause = e
   while cause is not None:
     if isinstance(cause, errors.UserError):
@@ -230,7 +279,7 @@ def _as_user_error(
 
 
 def _fields(name: str, known: Sequence[str]) -> str:
-  """Says which of the known fields have that name, or one like it."""
+  """Returns a hint that names the known fields closest to `name`."""
   by_name = {}
   for field in known:
     by_name.setdefault(field.rpartition('.')[2], []).append(field)

@@ -1,4 +1,4 @@
-"""Several processes: finding each other, and waiting for each other."""
+"""Start-up, agreement and barriers of a run with several processes."""
 
 import collections
 from collections.abc import Callable
@@ -25,15 +25,18 @@ from mlcd_jax.runtime import watchdog
 _log = logging.getLogger(__name__)
 
 
-# How much later than `peers` jaxlib gives a process up, by aborting.
+# jaxlib aborts after this many heartbeat timeouts; `watchdog` acts after one,
+# so that it reports the lost process first.
 _JAXLIB_PATIENCE = 2
 
-# Of what is put into the store at once: gRPC's own bound of a message is 4 MB.
+# Characters in one value of the store. JSON is ASCII, so a part is 1 MiB, under
+# gRPC's default limit of 4 MiB for a message.
 _PART_BYTES = 2**20
-# Signals are handled between two looks at the store.
+# Python handles signals only between two waits for the store.
 _LOOK_MILLISECONDS = 1_000
 
-_decided = collections.Counter()  # Times that a name was decided.
+# How often each name was decided; it makes the keys in the store unique.
+_decided = collections.Counter()
 
 
 def initialize(
@@ -44,29 +47,29 @@ def initialize(
   init_timeout: int = 300,
   heartbeat_timeout: int = 100,
 ) -> None:
-  """Joins the run's processes; call before any other use of jax.
+  """Joins the processes of the run; call it before any other use of jax.
 
-  Without arguments the launcher is asked: TPU pods, Slurm, Open MPI and
-  Kubernetes JobSets are detected, anything else is one process.
+  Without an address the launcher is detected: a TPU pod, Slurm, Open MPI or a
+  Kubernetes JobSet. Without a launcher the run has one process.
 
   Args:
-    coordinator_address: host:port of process 0.
-    num_processes: how many there are.
-    process_id: which one this is.
-    init_timeout: seconds to wait for the others.
-    heartbeat_timeout: seconds without a sign of life after which a process is
-      lost.
+    coordinator_address: the host:port of process 0.
+    num_processes: the number of processes.
+    process_id: the index of this process.
+    init_timeout: the seconds to wait for the other processes.
+    heartbeat_timeout: the seconds without a heartbeat after which a process
+      counts as lost.
 
   Raises:
     UserError: the arguments are incomplete or wrong.
-    RunError: the others did not come in time.
+    RunError: the processes did not all join in time.
   """
   _check(coordinator_address, num_processes, process_id)
   _check_seconds('init_timeout', init_timeout)
   _check_seconds('heartbeat_timeout', heartbeat_timeout)
   if coordinator_address is None and not launched_together(os.environ):
     return
-  # SIGTERM is `interrupt`'s; jax's service would take it away.
+  # `signals` handles SIGTERM; jax's preemption service would replace it.
   jax.config.update('jax_enable_preemption_service', False)
   said = []
   try:
@@ -75,7 +78,8 @@ def initialize(
         coordinator_address,
         num_processes,
         process_id,
-        # Longer than process 0 waits, so that its answer comes.
+        # The others wait 5 s longer than process 0, so that they receive its
+        # error, which names the absent processes.
         initialization_timeout=init_timeout + 5,
         heartbeat_timeout_seconds=_JAXLIB_PATIENCE * heartbeat_timeout,
       )
@@ -94,7 +98,7 @@ def initialize(
 
 
 def shutdown() -> None:
-  """Leaves the other processes, when all are done."""
+  """Waits until all processes are done, then disconnects from them."""
   if jax.distributed.is_initialized():
     barrier('done')
     watchdog.stop()
@@ -102,14 +106,14 @@ def shutdown() -> None:
 
 
 def agreement(mesh: Mesh) -> Callable[[int], int]:
-  """Returns a question that all processes ask together, again and again.
+  """Returns a function that gives all processes the same maximum.
 
-  The answer is the greatest number that any process brings. With several
-  processes it is that to the question before: so nobody waits for it, and
-  everybody has the same.
+  All processes call the function together, each with its own number. With
+  several processes it returns the maximum of the previous call, and 0 at the
+  first, so that no process waits for the device.
 
   Args:
-    mesh: of all devices.
+    mesh: the mesh of all devices.
   """
   if jax.process_count() == 1:
     return lambda number: number
@@ -132,7 +136,7 @@ def agreement(mesh: Mesh) -> Callable[[int], int]:
 def _check(
   address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-  """Raises UserError naming the flag that cannot be used."""
+  """Raises a UserError if the three flags are incomplete or wrong."""
   given = (address, num_processes, process_id)
   if given == (None, None, None):
     return
@@ -170,11 +174,11 @@ def _check_seconds(flag: str, value: int) -> None:
 
 @contextlib.contextmanager
 def _informative_jaxlib(init_timeout: int) -> Iterator[None]:
-  """Sets what jax.distributed.initialize has no arguments for.
+  """Sets two options that jax.distributed.initialize does not expose.
 
-  Process 0 gives up first and knows who is absent, instead of after an hour;
-  and a lost connection ends in SIGABRT, which `peers` handles, without a
-  stack trace: jaxlib cannot pass its status to any Python function.
+  Process 0 waits `init_timeout` seconds for the others instead of an hour, and
+  its error names the absent ones. A lost connection ends in SIGABRT, which
+  `watchdog` catches: jaxlib fails to pass its status to the Python callback.
   """
   lib = jax._src.distributed._jax
   service = lib.get_distributed_runtime_service
@@ -194,7 +198,11 @@ def _informative_jaxlib(init_timeout: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stderr_copied_to(said: list[str]) -> Iterator[None]:
-  """Appends what is written to stderr inside, jaxlib's lines too."""
+  """Appends the text that the block writes to stderr to `said`.
+
+  It works on the file descriptor, so that it includes jaxlib's own lines. The
+  text appears on stderr when the block ends.
+  """
   with tempfile.TemporaryFile() as held:
     before = os.dup(2)
     os.dup2(held.fileno(), 2)
@@ -209,7 +217,7 @@ def _stderr_copied_to(said: list[str]) -> Iterator[None]:
 
 
 def _why_not_joined(init_timeout: int, said: list[str], e: Exception) -> str:
-  """One line, with the absent processes where jaxlib said which."""
+  """Returns one line that names the absent processes if jaxlib listed them."""
   if 'Failed to start RPC server' in str(e):
     return (
       'the port of --coordinator_address is in use on this host; choose '
@@ -227,7 +235,7 @@ def _why_not_joined(init_timeout: int, said: list[str], e: Exception) -> str:
 
 
 def launched_together(env) -> bool:
-  """Whether a launcher that jax knows started several processes."""
+  """Returns whether a launcher that jax detects started several processes."""
   return (
     int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1
     or int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
@@ -238,10 +246,10 @@ def launched_together(env) -> bool:
 
 
 def alone_on_host(env) -> bool:
-  """Whether Slurm or Open MPI started one process on each host.
+  """Returns whether Slurm or Open MPI started one process on each host.
 
-  jax gives every process of theirs the one GPU of its place on the host, which
-  leaves the others of the host unused where there is one process.
+  With these launchers jax gives each process one GPU, by its index on the
+  host. A single process on the host would leave the other GPUs unused.
   """
   return (
     env.get('SLURM_STEP_TASKS_PER_NODE', '').partition('(')[0] == '1'
@@ -250,12 +258,12 @@ def alone_on_host(env) -> bool:
 
 
 def is_main() -> bool:
-  """Whether this process writes the files all share."""
+  """Returns whether this process is the one that writes the shared files."""
   return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-  """Waits until every process is here."""
+  """Waits until all processes have reached the barrier of this name."""
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
@@ -263,16 +271,17 @@ def barrier(name: str) -> None:
 
 
 def decide(name: str, value: Callable[[], Any]) -> Any:
-  """Returns what process 0 finds, in all processes.
+  """Returns the value of process 0 in all processes.
 
-  Whatever decides whether a collective is entered must be the same everywhere,
-  and files are not: a host may see an older state of a shared folder, or none.
-  All processes must call it, in any order of the names. It is no collective
-  of the devices, and process 0 does not wait for the others.
+  All processes must agree on whether to enter a collective. They cannot decide
+  it from files, since a host may see an older state of a shared folder. All
+  processes must call `decide`, in any order of the names. It uses no devices,
+  and process 0 does not wait for the others.
 
   Args:
-    name: of what is decided; the n-th call with a name is its own.
-    value: called in process 0 alone; gives JSON.
+    name: the name of the decision; the n-th calls with one name belong
+      together.
+    value: returns a JSON value; only process 0 calls it.
   """
   if jax.process_count() == 1:
     return value()
@@ -288,16 +297,20 @@ def decide(name: str, value: Callable[[], Any]) -> Any:
   else:
     parts = range(int(_look_up(store, key)))
     text = ''.join(_look_up(store, f'{key}/{part}') for part in parts)
-  return json.loads(text)  # A tuple is a list to all of them.
+  # Process 0 parses its own text too, so that a tuple is a list everywhere.
+  return json.loads(text)
 
 
 def check_same(name: str, value: Callable[[], Any], what: str) -> None:
-  """Raises RunError in a process that finds another value than process 0.
+  """Checks that this process has the same value as process 0.
 
   Args:
-    name: see `decide`.
-    value: called in every process of several; gives JSON.
-    what: the file or field, for the error.
+    name: the name of the check, as in `decide`.
+    value: returns a JSON value; a run with one process does not call it.
+    what: the file or field that the error names.
+
+  Raises:
+    RunError: the values differ.
   """
   if jax.process_count() == 1:
     return
@@ -310,7 +323,7 @@ def check_same(name: str, value: Callable[[], Any], what: str) -> None:
 
 
 def _look_up(store: Any, key: str) -> str:
-  """Waits for a key as long as it takes."""
+  """Waits for a key of the store, without a time limit, and returns it."""
   while True:
     try:
       return store.blocking_key_value_get(key, _LOOK_MILLISECONDS)
@@ -320,10 +333,10 @@ def _look_up(store: Any, key: str) -> str:
 
 
 def _on_cloud_tpu(env) -> bool:
-  """Whether jax found TPUs here that other hosts may have a part of.
+  """Returns whether this is a TPU host that may belong to a larger slice.
 
-  Alone are hosts that say so, as Colab's do; elsewhere jax asks the metadata
-  server. The chips are of `vfio` on v5e, v5p and v6e, of `accel` before.
+  A host with exactly one name in TPU_WORKER_HOSTNAMES, as on Colab, is alone.
+  For all others jax asks the metadata server about the slice.
   """
   hosts = env.get('TPU_WORKER_HOSTNAMES', '').split(',')
   alone = len(hosts) == 1 and hosts[0] != ''

@@ -1,10 +1,11 @@
-"""What lies in folders, without what systems and programs put there."""
+"""Folder listings without the files of operating systems and programs."""
 
 from collections.abc import Callable
 import os
 import pathlib
 
-# In lower case: macOS, Windows, Synology, QNAP and Linux.
+# Names, in lower case, that macOS, Windows, Synology, QNAP, Linux and Python
+# put into folders.
 _SYSTEM = frozenset(
   {
     '__macosx',
@@ -27,26 +28,29 @@ _SYSTEM = frozenset(
 
 
 def is_system(name: str) -> bool:
-  """Whether an entry of this name is none of the user's data."""
+  """Returns whether a name is hidden or belongs to a system or program."""
   return name.startswith('.') or name.casefold() in _SYSTEM
 
 
 def walk(root: str, unlisted: Callable[[str, OSError], None]) -> list[str]:
-  """Returns the files below a folder, relative to it, in order.
+  """Returns the sorted paths of all files below a folder, relative to it.
 
-  Links are followed, but each real folder is taken once: at its own place if
-  that is below the root, else at the first link in order; and links to folders
-  that hold the root are not followed. Links to nothing are among the files.
+  Links are followed, but each real folder is listed once: at its own place if
+  that is below the root, and at the first link to it otherwise. A link to a
+  folder that contains the root is not followed. A broken link counts as a file.
 
   Args:
     root: an existing folder.
-    unlisted: gets the path of a folder that cannot be listed, and the error.
+    unlisted: called with the path of a folder that cannot be listed, and with
+      the error.
   """
   real_root = os.path.realpath(root)
   seen = {real_root, *map(str, pathlib.PurePath(real_root).parents)}
   names = []
   folders, links = [('', real_root)], []
   while folders or links:
+    # Links wait until all real folders are listed, so that a folder appears at
+    # its own place and not at a link to it.
     if folders:
       folder, real = folders.pop()
     else:
@@ -85,7 +89,10 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _is_file(entry: os.DirEntry) -> bool:
-  """Whether it is a file or a link to nothing, and no device or pipe."""
+  """Returns whether an entry is a file or a broken link.
+
+  Devices and pipes are neither; reading them could block forever.
+  """
   try:
     return entry.is_file() or not os.path.exists(entry.path)
   except OSError:

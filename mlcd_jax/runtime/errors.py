@@ -1,24 +1,27 @@
-"""The ways a run ends early, each with its exit code; `cli` prints it."""
+"""Errors that end a run early, each with its own exit code.
+
+`cli` prints their message as one line and exits with their code.
+"""
 
 import errno
 
-# Of an OSError where there is no space left.
+# Values of OSError.errno that mean that the disk or the quota is full.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
-  """The user's mistake: names the field or file, and the way out. Exit 2."""
+  """A mistake of the user; the message names it and the fix. Exit code 2."""
 
   exit_code = 2
 
 
 class RunError(Exception):
-  """The run cannot go on for a reason outside its config. Exit 3."""
+  """A failure that the config did not cause, such as a full disk. Exit 3."""
 
   exit_code = 3
 
 
 class Stopped(Exception):
-  """Stopped by a signal after saving; the same command continues. Exit 75."""
+  """A stop by a signal; the same command continues the run. Exit code 75."""
 
-  exit_code = 75
+  exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later.

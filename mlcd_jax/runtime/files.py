@@ -1,4 +1,4 @@
-"""Reads and writes artefacts: whole files or none, and never a pickle."""
+"""Reads and writes a run's files atomically and without pickle."""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -26,10 +26,12 @@ from mlcd_jax.runtime import errors
 
 _log = logging.getLogger(__name__)
 
-# Bytes that hold the header of any array without Python objects.
+# Bytes to read for the header of a .npy file. Headers of version 1.0 are
+# shorter than 64 KiB.
 _NPY_HEADER = 65_536
 
-# Where there are no locks, a temporary file this old belongs to no process.
+# Age in seconds of a temporary file that counts as abandoned on a file system
+# without locks: no single write takes a day.
 _DEAD_SECONDS = 24 * 3_600
 
 
@@ -37,22 +39,24 @@ _DEAD_SECONDS = 24 * 3_600
 def atomic(
   path: pathlib.Path, *, replace: bool = True
 ) -> Iterator[pathlib.Path]:
-  """Yields a temporary path that becomes `path` only if the block succeeds.
+  """Yields a temporary path that is renamed to `path` if the block succeeds.
 
   Args:
-    path: of the file.
-    replace: a file that is there by then; without it stays, as others may
-      have it mapped.
+    path: the file to write.
+    replace: replaces a file that exists at the end. If False, the existing file
+      stays, because other processes may have it mapped.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Random, because the hosts of a job may have the same names and pids.
+  # The name is random because hosts of a job may share host names and pids.
   temporary = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.tmp')
   with open(temporary, 'xb') as held:
     try:
       lock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
       yield temporary
       with open(temporary, 'rb') as f:
-        os.fsync(f.fileno())  # Whole before it has its name, whatever crashes.
+        # The content reaches the disk before the name does, so that a crash
+        # leaves no half-written file under `path`.
+        os.fsync(f.fileno())
       if replace or not path.exists():
         os.replace(temporary, path)
     finally:
@@ -60,30 +64,35 @@ def atomic(
 
 
 def lock(file: IO[Any], operation: int) -> bool:
-  """Locks an open file; returns False where its file system has no locks.
+  """Locks an open file.
 
   Args:
-    file: open for writing, which NFS asks for.
-    operation: see `fcntl.flock`.
+    file: the file, open for writing because NFS requires it.
+    operation: the flags of `fcntl.flock`.
+
+  Returns:
+    True if the file is locked, False if its file system has no locks.
 
   Raises:
-    BlockingIOError: another process holds it, and LOCK_NB is given.
+    BlockingIOError: another process holds the lock, and LOCK_NB is given.
   """
   try:
     fcntl.flock(file, operation)
   except BlockingIOError:
     raise
-  except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP and others.
+  except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP: no locks here.
     return False
   return True
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Makes the folder and holds it for this run; a dead one holds nothing.
+  """Creates the workdir and locks it for the duration of the block.
+
+  The system releases the lock when the process dies.
 
   Raises:
-    UserError: another process holds it, or it cannot be written.
+    UserError: another process holds the lock, or the folder cannot be written.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -108,14 +117,15 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: pathlib.Path, pattern: str = '**/.*.tmp') -> None:
-  """Removes what killed processes left of `atomic` writes.
+  """Removes temporary files that killed processes left behind in `atomic`.
 
   Args:
-    folder: where they may be.
-    pattern: of their paths in it.
+    folder: the folder to search.
+    pattern: the glob of the temporary files, relative to the folder.
   """
   for path in folder.glob(pattern):
-    with contextlib.suppress(OSError):  # Gone, or held by a living process.
+    # An OSError means that the file is gone or that a live process holds it.
+    with contextlib.suppress(OSError):
       with open(path, 'r+b') as f:
         locked_ = lock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         age = time.time() - os.fstat(f.fileno()).st_mtime
@@ -130,15 +140,15 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: pathlib.Path, delete: pathlib.Path | None = None) -> Any:
-  """Reads JSON.
+  """Reads a JSON file.
 
   Args:
     path: the file.
-    delete: what to delete where it is broken, to make it anew; `path` where
-      not given.
+    delete: the path that an error tells the user to delete; defaults to
+      `path`.
 
   Raises:
-    UserError: it cannot be read or parsed.
+    UserError: the file cannot be read or parsed.
   """
   try:
     return json.loads(_content(path))
@@ -150,24 +160,28 @@ def read_json(path: pathlib.Path, delete: pathlib.Path | None = None) -> Any:
 
 
 def parse_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any]]:
-  """Yields lines of JSON and what they hold, but for broken ones."""
+  """Yields each line with its parsed JSON value, and skips broken lines."""
   for line in lines:
-    with contextlib.suppress(ValueError):  # Cut short by a kill, or no text.
+    # A kill can cut the last line short or leave bytes that are not text.
+    with contextlib.suppress(ValueError):
       yield line, json.loads(line)
 
 
 def write_npy(path: pathlib.Path, array: np.ndarray) -> None:
-  """Writes one array as .npy."""
+  """Writes one array as a .npy file."""
   with atomic(path) as temporary:
     with open(temporary, 'wb') as f:
       np.save(f, array, allow_pickle=False)
 
 
 def read_npy(path: pathlib.Path) -> np.ndarray:
-  """Maps one .npy into memory; raises UserError naming a broken file.
+  """Maps one .npy file into memory.
 
-  No file stays open: NumPy's own maps hold one each, and of labels there are
-  thousands.
+  The file does not stay open. NumPy's own maps keep a file open each, and a
+  run has thousands of label shards.
+
+  Raises:
+    UserError: the file cannot be read or is not a plain array.
   """
   with _opening(path), pa.memory_map(os.fspath(path)) as f:
     content = f.read_buffer()
@@ -192,14 +206,18 @@ def read_npy(path: pathlib.Path) -> np.ndarray:
 
 
 def write_npz(path: pathlib.Path, **arrays: np.ndarray) -> None:
-  """Writes named arrays as one .npz."""
+  """Writes named arrays as one .npz file."""
   with atomic(path) as temporary:
     with open(temporary, 'wb') as f:
       np.savez(f, allow_pickle=False, **arrays)
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads what `write_npz` wrote; raises UserError naming a broken file."""
+  """Reads all arrays of a .npz file.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
   try:
     with _opening(path), np.load(path, allow_pickle=False) as found:
       return dict(found)
@@ -211,7 +229,7 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _opening(path: pathlib.Path) -> Iterator[None]:
-  """Names a file that is not to be blamed for what goes wrong with it."""
+  """Turns an OSError of the block into a UserError that names the file."""
   try:
     yield
   except OSError as e:
@@ -225,11 +243,14 @@ def _content(path: pathlib.Path) -> bytes:
 
 
 def check_sha256(folder: pathlib.Path, made: Mapping[str, str]) -> None:
-  """Raises UserError naming a file that is not what was made.
+  """Checks that files have the digests that were recorded for them.
 
   Args:
-    folder: where the files are.
-    made: relative name -> hex digest.
+    folder: the folder of the files.
+    made: the hex digest of each file, by its name relative to the folder.
+
+  Raises:
+    UserError: a file is missing or has another digest.
   """
   for name, digest in made.items():
     if not unchanged(folder, {name: digest}):
@@ -240,7 +261,7 @@ def check_sha256(folder: pathlib.Path, made: Mapping[str, str]) -> None:
 
 
 def unchanged(folder: pathlib.Path, made: Mapping[str, str]) -> bool:
-  """Whether all files have the digest they were made with."""
+  """Returns whether all files exist with the recorded digests."""
   return all(
     (folder / name).exists() and sha256(folder / name) == digest
     for name, digest in made.items()
@@ -248,7 +269,7 @@ def unchanged(folder: pathlib.Path, made: Mapping[str, str]) -> bool:
 
 
 def sha256(path: pathlib.Path) -> str:
-  """Hex digest of a file's bytes."""
+  """Returns the hex digest of a file's bytes."""
   with open(path, 'rb') as f:
     return hashlib.file_digest(f, 'sha256').hexdigest()
 
@@ -256,12 +277,18 @@ def sha256(path: pathlib.Path) -> str:
 class SharedArray:
   """An array that worker processes map from a file instead of copying it.
 
-  Pickling passes on a path: of the .npy it was read from, or of a temporary
-  one that is written the first time and goes with the array.
+  Pickling passes on only the path of a .npy file. It is the file that the array
+  was read from, or a temporary one. The temporary file is written at the first
+  pickling and is removed together with the array.
   """
 
   def __init__(self, array: np.ndarray, path: pathlib.Path | None = None):
-    """Wraps `array`; `path` is the .npy it was mapped from, if it was."""
+    """Wraps an array.
+
+    Args:
+      array: the array.
+      path: the .npy file that the array was mapped from, if any.
+    """
     self.array = array
     self._path = path
 
@@ -283,7 +310,11 @@ class SharedArray:
 
 
 def _temporary_npy(array: np.ndarray) -> pathlib.Path:
-  """Writes an array for other processes; raises RunError where none can be."""
+  """Writes an array to a temporary .npy file and returns its path.
+
+  Raises:
+    RunError: the temporary folder cannot be written, for example if it is full.
+  """
   path = None
   try:
     handle, name = tempfile.mkstemp('.npy', 'mlcd_jax_')

@@ -1,4 +1,4 @@
-"""Reads the collectives out of a compiled program's text."""
+"""Counts of the collectives in a compiled program, read from its HLO text."""
 
 import collections
 from collections.abc import Mapping
@@ -27,12 +27,16 @@ _CONSTANT = re.compile(r' s32\[\]\S* constant\((\d+)\)')
 
 
 def collectives(text: str) -> dict[str, dict[str, float]]:
-  """Returns {kind: {"count", "bytes"}} of one run, on one device.
+  """Counts the collectives that one device runs in one call of a program.
 
-  Bytes are of the results; a loop's body counts as often as it runs.
+  A loop's body counts once for each iteration.
 
   Args:
-    text: of `jax.stages.Compiled.as_text`.
+    text: the HLO that `jax.stages.Compiled.as_text` returns.
+
+  Returns:
+    {kind: {"count": number of calls, "bytes": size of their results}}, without
+    the kinds that do not occur.
   """
   found, calls, entry = _parse(text)
   total = {kind: {'count': 0.0, 'bytes': 0.0} for kind in KINDS}
@@ -49,7 +53,13 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
 
 
 def _parse(text: str) -> tuple[Mapping, Mapping, str]:
-  """By computation: its collectives, and what it calls how often."""
+  """Reads the computations of a program.
+
+  Returns:
+    found: the (kind, bytes) of each collective, by computation.
+    calls: the (called computation, repeats), by computation.
+    entry: the name of the computation that runs first.
+  """
   found, calls = collections.defaultdict(list), collections.defaultdict(list)
   limits = collections.defaultdict(lambda: 1)
   name = entry = ''
@@ -61,7 +71,8 @@ def _parse(text: str) -> tuple[Mapping, Mapping, str]:
     if match := _CONSTANT.search(line):
       limits[name] = max(limits[name], int(match[1]))
     if match := _COLLECTIVE.search(line):
-      # A started one returns its operands beside its results.
+      # An asynchronous "-start" returns a tuple of its operands and results.
+      # The largest array stands for the result.
       shapes = [_bytes(*m.groups()) for m in _ARRAY.finditer(match[1])]
       found[name].append((match[2], max(shapes) if match[3] else sum(shapes)))
     trips, condition = _TRIPS.search(line), _CONDITION.search(line)
@@ -69,7 +80,8 @@ def _parse(text: str) -> tuple[Mapping, Mapping, str]:
       for called in match[1].split(','):
         repeats = int(trips[1]) if trips else condition and condition[1]
         calls[name].append((called.strip().lstrip('%'), repeats or 1))
-  # Where XLA does not say it, a loop counts up to its condition's constant.
+  # XLA does not always state a loop's trip count. Without it, the largest
+  # constant in the loop's condition is taken as the count.
   calls = {
     name: [(c, limits[n] if isinstance(n, str) else n) for c, n in called]
     for name, called in calls.items()

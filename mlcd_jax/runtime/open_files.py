@@ -1,4 +1,4 @@
-"""Files that many threads read, kept open and never more than are allowed."""
+"""A cache of open files for many threads, within the limit of open files."""
 
 from collections.abc import Callable
 import errno
@@ -12,21 +12,31 @@ from mlcd_jax.runtime import errors
 
 T = TypeVar('T')
 
-# A quarter of what the process may open, since libraries open files too.
+# A cache holds a quarter of the files that the process may open, since
+# libraries open files too.
 _SHARE = 4
+# The most files in a cache where the limit allows more.
 _MOST = 8_192
 
 
 def kept(open_: Callable[..., T]) -> Callable[..., T]:
-  """Makes a function keep what it opened last, within the process's limit.
+  """Caches the files that a function opened most recently.
 
-  What it returns must be held as long as it is used and close itself when
-  nobody holds it: the cache may drop it, or another thread open it once more,
-  at any time.
+  The cache may drop a file at any time. So the caller must hold a reference to
+  it during use, and the file must close itself when no reference is left. Two
+  threads may open the same file twice.
+
+  Args:
+    open_: opens a file; its arguments must be hashable.
+
+  Returns:
+    A function with the same arguments and result as `open_`.
   """
 
   @functools.cache
-  def cache():  # Made late: the limit is raised when a command starts.
+  def cache():
+    # It is created at the first call, because a command raises the limit of
+    # open files only after this module is imported.
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
       limit = _SHARE * _MOST
@@ -39,24 +49,29 @@ def kept(open_: Callable[..., T]) -> Callable[..., T]:
     except OSError as e:
       if e.errno not in (errno.EMFILE, errno.ENFILE):
         raise
-    cache().cache_clear()  # Others need more than was left to them.
+    # No descriptor is free: other code uses more than its share. Closing the
+    # cached files frees some for a second try.
+    cache().cache_clear()
     return cache()(*args)
 
   return opened
 
 
 def read(path: str, offset: int, size: int, *, of: tuple[int, str]) -> bytes:
-  """Reads a part of a local file; fewer bytes where it ends.
+  """Reads a part of a local file.
 
   Args:
-    path: of the file.
-    offset: of the first byte.
-    size: how many.
-    of: its size and time of change in nanoseconds, as they must be.
+    path: the file.
+    offset: the position of the first byte.
+    size: the number of bytes.
+    of: the expected size in bytes and modification time in nanoseconds.
+
+  Returns:
+    The bytes; fewer than `size` if the file ends earlier.
 
   Raises:
-    OSError: it cannot be read.
-    RunError: it is another one by now.
+    OSError: the file cannot be read.
+    RunError: the file has another size or modification time.
   """
   file = _open(path, of)
   content = _read(file, offset, size)
@@ -67,7 +82,7 @@ def read(path: str, offset: int, size: int, *, of: tuple[int, str]) -> bytes:
 
 
 def changed(path: str) -> errors.RunError:
-  """Returns the error of a file that another one has taken the place of."""
+  """Returns the error for a file that changed during the run."""
   return errors.RunError(
     f'{path}: changed since this run opened it; run the same command again, or '
     'put back what was there'
@@ -76,7 +91,7 @@ def changed(path: str) -> errors.RunError:
 
 def _read(file: io.FileIO, offset: int, size: int) -> bytes:
   content = os.pread(file.fileno(), size, offset)
-  while len(content) < size:  # Linux reads no more than 2 GiB at once.
+  while len(content) < size:  # Linux reads at most 2 GiB in one call.
     more = os.pread(file.fileno(), size - len(content), offset + len(content))
     if not more:
       break
@@ -86,5 +101,5 @@ def _read(file: io.FileIO, offset: int, size: int) -> bytes:
 
 @kept
 def _open(path: str, of: tuple[int, str]) -> io.FileIO:
-  del of  # Another file of that path is opened anew.
+  del of  # It is part of the cache's key: a changed file is opened anew.
   return open(path, 'rb', buffering=0)

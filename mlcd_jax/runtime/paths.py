@@ -1,4 +1,4 @@
-"""What the paths that users give stand for."""
+"""Expansion of the paths that users give."""
 
 import os
 import pathlib
@@ -7,14 +7,16 @@ from mlcd_jax.runtime import errors
 
 
 def expand(path: str | os.PathLike, field: str = '') -> str:
-  """Returns a path with ~ replaced; shells leave it alone within --flag=~/x.
+  """Returns a path with a leading ~ replaced by the home folder.
+
+  Shells do not expand the ~ in --flag=~/x.
 
   Args:
-    path: local path, glob or URL; file:///x is /x.
-    field: what to call it in errors.
+    path: a local path, a glob or a URL; file:///x becomes /x.
+    field: the name of the field that an error gives.
 
   Raises:
-    UserError: it begins with ~ and there is no home folder.
+    UserError: the path begins with ~ and there is no home folder.
   """
   path = os.fspath(path).removeprefix('file://')
   if path.partition('/')[0] == '~' and home() is None:
@@ -26,11 +28,14 @@ def expand(path: str | os.PathLike, field: str = '') -> str:
 
 
 def local(path: str | os.PathLike, field: str = '') -> pathlib.Path:
-  """As `expand`, of a path on this machine."""
+  """Returns the result of `expand` as a pathlib.Path."""
   return pathlib.Path(expand(path, field))
 
 
 def home() -> str | None:
-  """The user's home folder; None where a container has none."""
+  """Returns the user's home folder, or None if there is none.
+
+  Containers may have neither HOME nor an entry for the user.
+  """
   found = os.path.expanduser('~')
   return None if found == '~' else found

@@ -1,7 +1,7 @@
-"""Bad input, counted by reason and reported by key.
+"""Counts of bad images and files, by reason.
 
-What only does not belong to the images, such as hidden files, is counted
-apart: it is left out, and not bad.
+Files that are not images, such as notes beside them, are counted separately as
+left out. They are not bad.
 """
 
 import collections
@@ -13,21 +13,23 @@ from mlcd_jax.runtime import errors
 
 _log = logging.getLogger(__name__)
 
-_LOGGED = 20  # Keys that are logged one by one; after that only the count.
-_EXAMPLES = 3  # Keys named in an error.
+# The first keys are logged one by one. After them bad images are only counted,
+# so that broken data does not flood the log.
+_LOGGED = 20
+_EXAMPLES = 3  # Keys that an error names.
 
 
 class Problems:
-  """Counts what cannot be used; logs the first keys, then only counts.
+  """A counter of bad images and files that logs the first of them.
 
   Attributes:
-    counts: reason -> how many are bad.
-    examples: the first few, as 'key (reason)'.
-    left_out: reason -> how many were not taken without being bad.
+    counts: the number of bad images or files, by reason.
+    examples: the first few of them, as 'key (reason)'.
+    left_out: the number of files that were left out and are not bad, by reason.
   """
 
   def __init__(self, stage: str):
-    """`stage` begins every logged line."""
+    """Creates an empty counter; log lines begin with `stage`."""
     self.counts = collections.Counter()
     self.examples = []
     self.left_out = collections.Counter()
@@ -35,11 +37,17 @@ class Problems:
 
   @property
   def total(self) -> int:
-    """All that are bad."""
+    """Returns the number of bad images and files."""
     return self.counts.total()
 
   def add(self, key: str, reason: str, count: int = 1) -> None:
-    """Counts `reason` for an image or file, `count` times."""
+    """Counts a bad image or file.
+
+    Args:
+      key: the key of the image or the path of the file.
+      reason: the reason, which groups the counts.
+      count: the number of images that this key stands for.
+    """
     before = self.total
     self.counts[reason] += count
     if len(self.examples) < _EXAMPLES:
@@ -50,17 +58,20 @@ class Problems:
         _log.warning('%s: from here on they are only counted', self._stage)
 
   def leave_out(self, reason: str, count: int = 1) -> None:
-    """Counts what was not taken and is not bad, without logging it."""
+    """Counts files that are left out but not bad; logs nothing."""
     if count:
       self.left_out[reason] += count
 
   def merge(self, counts: Mapping[str, int], examples: Sequence[str]) -> None:
-    """Adds what another one counted, without logging it again."""
+    """Adds another counter's counts and examples; logs nothing."""
     self.counts.update(counts)
     self.examples = [*self.examples, *examples][:_EXAMPLES]
 
   def summary(self) -> str:
-    """Returns '3 bad (2 empty, 1 undecodable), 1 left out (1 other file)'."""
+    """Returns the counts as one line.
+
+    Example: '3 bad (2 empty, 1 undecodable), 1 left out (1 other file)'.
+    """
     parts = [f'{self.total} bad']
     if self.total:
       parts[0] += f' ({_reasons(self.counts)})'
@@ -77,12 +88,15 @@ class Problems:
     way_out: str = 'python -m mlcd_jax.check_data lists them all, to be left '
     'out',
   ) -> None:
-    """Raises UserError with examples where too many of the images are bad.
+    """Checks that not too many images are bad.
 
     Args:
-      num_images: good and bad.
-      max_bad_fraction: data.max_bad_fraction.
-      way_out: what the user can do.
+      num_images: the number of images, good and bad.
+      max_bad_fraction: the config field data.max_bad_fraction.
+      way_out: the last sentence of the error, which tells the user what to do.
+
+    Raises:
+      UserError: the bad fraction is larger; the message has examples.
     """
     if self.total <= max_bad_fraction * num_images:
       return

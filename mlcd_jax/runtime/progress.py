@@ -1,4 +1,4 @@
-"""The progress line of a stage."""
+"""A progress line for a stage, live or in the log."""
 
 import datetime
 import logging
@@ -11,10 +11,10 @@ _log = logging.getLogger(__name__)
 
 
 class Progress:
-  """One line per stage: how far, how fast, how long still.
+  """A progress line with the count, the speed and the time left.
 
-  On a terminal it is the live line, and a line of the log at the end;
-  elsewhere one of the log every ten seconds too.
+  On a terminal it is the live line, followed by a log line at the end.
+  Elsewhere it is a log line every ten seconds.
   """
 
   def __init__(
@@ -27,15 +27,15 @@ class Progress:
     flops: float = 0,
     peak_flops: float | None = None,
   ):
-    """Begins to count.
+    """Starts the progress line.
 
     Args:
-      stage: its name.
-      total: of the units.
-      unit: plural.
-      done: units that are there from the start.
-      flops: of one unit, shown a second where it is not 0.
-      peak_flops: a second, of all devices, where it is known.
+      stage: the name of the stage.
+      total: the number of units to do.
+      unit: the name of the units, in the plural.
+      done: the number of units done before the start.
+      flops: the FLOPs of one unit; 0 hides the FLOP/s.
+      peak_flops: the peak FLOP/s of all devices, or None if unknown.
     """
     self._flops = flops
     self._peak_flops = peak_flops
@@ -46,19 +46,26 @@ class Progress:
     self._start = time.monotonic()
     self._begun = False
     self._live = distributed.is_main() and terminal.is_interactive()
+    # Seconds between two lines: often on a terminal, seldom in a log file.
     self._interval = 0.2 if self._live else 10.0
     self._last = self._start
     if self._live:
       terminal.show(stage, done, total, f'{done}/{total}')
 
   def update(self, done: int, **values: float) -> None:
-    """Shows `done` of the total, with some values beside it."""
+    """Shows the progress.
+
+    Args:
+      done: the number of units done.
+      **values: numbers to show beside the progress, by name.
+    """
     now = time.monotonic()
     finished = done >= self._total
     if not distributed.is_main():
       return
     if not self._begun and not finished:
-      # What compiles comes with the first and says nothing of the rest.
+      # The first update includes the compilation, so the speed is measured
+      # from here on.
       self._begun, self._first, self._start = True, done, now
       return
     if now - self._last < self._interval and not finished:
@@ -81,7 +88,7 @@ class Progress:
       _log.info('%s %s', self._stage, text)
 
   def _speed(self, rate: float) -> str:
-    """FLOPs a second, and what share of the peak they are."""
+    """Returns the TFLOP/s and their share of the peak as text."""
     if not self._flops:
       return ''
     flops = rate * self._flops

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C end a run with exit code 75, nothing finished lost."""
+"""Handlers that end a run on SIGTERM or Ctrl-C with exit code 75.
+
+No finished work is lost.
+"""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -15,11 +18,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextlib.contextmanager
 def exiting() -> Iterator[None]:
-  """Inside, a signal ends the process at once, where nothing needs saving.
+  """Ends the process at once if a signal arrives inside the block.
 
-  Finished files are whole and unfinished ones do not count, so that no more
-  is to be done. An exception would not do: raised wherever the signal finds
-  the program, say in a callback of the garbage collector, it can get lost.
+  Nothing needs to be saved, because files are written atomically: a finished
+  file is complete and an unfinished one is discarded. The handler does not
+  raise an exception, since that could get lost. A signal can arrive in a
+  callback of the garbage collector, for example, where exceptions are ignored.
   """
 
   def handle(number, frame):
@@ -37,15 +41,20 @@ def exiting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-  """Inside, the first signal is only noted; yields whether there was one.
+  """Records the first signal inside the block without ending the process.
 
-  The second one ends the process at once, whatever it is saving.
+  A second signal ends the process at once, even while it saves.
+
+  Yields:
+    A function that returns whether a signal arrived.
   """
   received = []
 
   def handle(number, frame):
     del frame
-    if received:  # Both came while the program was in no Python code.
+    # Python handles signals only between bytecodes. Both signals came before
+    # the first call of this handler could restore the defaults.
+    if received:
       os._exit(128 + number)
     _restore_defaults()
     received.append(number)

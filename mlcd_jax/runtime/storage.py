@@ -34,10 +34,11 @@ _log = logging.getLogger(__name__)
 _RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 _MODIFIED = ('mtime', 'LastModified', 'updated', 'last_modified', 'created')
 
-# Of an index of a tar, which lies beside it.
+# Suffix of a tar's index, which lies beside the tar.
 INDEX_SUFFIX = '.index.npz'
 
-# What is wrong with one file alone.
+# Values of OSError.errno that concern one file and not its storage. A single
+# missing or unreadable file counts as bad; a failing storage ends the run.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _UNREADABLE = (
   errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ENXIO,
@@ -47,12 +48,13 @@ _UNREADABLE = (
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """A file as it was found.
+  """A file with the size and time it had when it was found.
 
   Attributes:
-    path: local path or URL.
-    size: bytes.
-    stamp: text that is another one once the file is.
+    path: the local path or URL.
+    size: the size in bytes.
+    stamp: a text that changes with the file, such as its modification time; ''
+      if the storage gives none.
   """
 
   path: str
@@ -61,15 +63,15 @@ class File:
 
 
 def is_url(path: str) -> bool:
-  """Whether fsspec has to read it."""
+  """Returns whether a path is a URL, which fsspec reads."""
   return '://' in path
 
 
 class Unreadable(errors.RunError):
-  """One file cannot be read, while its storage can.
+  """An error of one file whose storage works.
 
   Attributes:
-    missing: whether there is no such file.
+    missing: True if the file does not exist.
   """
 
   def __init__(self, text: str, *, missing: bool):
@@ -78,19 +80,20 @@ class Unreadable(errors.RunError):
 
 
 def find(pattern: str, suffixes: Sequence[str]) -> list[File]:
-  """Returns the files a `data.path` stands for, in order of their names.
+  """Returns the files that a `data.path` stands for, sorted by path.
 
-  Of a folder or a glob with files of these suffixes, those are taken; of any
-  other glob all but hidden and system files and our own.
+  A folder gives its files with one of the suffixes. So does a glob if it
+  matches such files; otherwise it gives all its files. Hidden files, system
+  files and tar indices are always left out.
 
   Args:
-    pattern: a path, glob or folder; {00000..00099} stands for a range. What
-      is there is meant as it stands, brackets and braces included.
-    suffixes: in lower case with the dot.
+    pattern: a file, a folder or a glob; {00000..00099} stands for a range. A
+      path that exists is taken literally, even with brackets or braces.
+    suffixes: the suffixes in lower case, with the dot.
 
   Raises:
-    UserError: nothing is there, or not all of a range, or a link leads to
-      nothing.
+    UserError: there are no files, a file of a range is missing, or a link is
+      broken.
   """
   if not pattern:
     raise errors.UserError('data.path: name the files, such as data/*.tar')
@@ -118,19 +121,18 @@ def walk(
   field: str = 'data.path',
   found: problems.Problems | None = None,
 ) -> list[str]:
-  """Returns the paths below a folder, relative to it, in order.
+  """Returns the sorted paths of all files below a folder, relative to it.
 
-  Each real folder is walked once, hidden and system entries are left out; see
-  `entries.walk`.
+  Hidden and system entries are left out. Links: see `entries.walk`.
 
   Args:
-    root: the folder.
-    field: what to call it in errors.
-    found: counts the folders below that cannot be listed; where not given
-      they are errors.
+    root: a local folder or a URL.
+    field: the config field that an error names.
+    found: counts the subfolders that cannot be listed. Without it, such a
+      folder raises an error.
 
   Raises:
-    UserError: there is no such folder.
+    UserError: the folder does not exist or cannot be listed.
   """
   with reading(root, field):
     if is_url(root):
@@ -153,7 +155,7 @@ def walk(
 
 
 def folders(pattern: str) -> list[str]:
-  """Returns the folders a glob stands for, in order of their names."""
+  """Returns the folders that match a glob, sorted by path."""
   if is_url(pattern):
     with reading(pattern):
       filesystem, path = _filesystem(pattern)
@@ -172,15 +174,14 @@ def read(path: str | File, offset: int = 0, size: int | None = None) -> bytes:
   """Reads a file or a part of it.
 
   Args:
-    path: local path or URL, or the file as it was found, which it must still
-      be if it is local.
-    offset: of the first byte.
-    size: how many bytes; without it, all that follow.
+    path: the local path or URL, or the `File` that was found. A part of a local
+      `File` is checked to be unchanged.
+    offset: the position of the first byte.
+    size: the number of bytes, or None to read to the end.
 
   Raises:
-    Unreadable: the file itself cannot be read.
-    RunError: its storage cannot, or the file is another one by now or too
-      short.
+    Unreadable: the file cannot be read.
+    RunError: its storage cannot be read, or a `File` changed or is too short.
   """
   file = path if isinstance(path, File) else None
   path = file.path if file else path
@@ -208,7 +209,7 @@ def read(path: str | File, offset: int = 0, size: int | None = None) -> bytes:
 
 
 def open_file(path: str) -> BinaryIO:
-  """Opens a file for reading from begin to end; raises OSError."""
+  """Opens a local file or a URL for reading; raises OSError."""
   if not is_url(path):
     return open(path, 'rb')
   filesystem, name = _filesystem(path)
@@ -216,7 +217,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def write(path: str, content: bytes) -> None:
-  """Writes a whole file; raises whatever its storage raises."""
+  """Writes a whole file; passes on the errors of its storage."""
   if is_url(path):
     filesystem, name = _filesystem(path)
     filesystem.pipe_file(name, content)
@@ -227,7 +228,7 @@ def write(path: str, content: bytes) -> None:
 
 @contextlib.contextmanager
 def reading(path: str, field: str = 'data.path') -> Iterator[None]:
-  """Turns what can go wrong with a path into a UserError that names it."""
+  """Turns errors of the block into a UserError that names the path."""
   try:
     yield
   except (OSError, ImportError, ValueError) as e:
@@ -236,13 +237,18 @@ def reading(path: str, field: str = 'data.path') -> Iterator[None]:
 
 
 def each(path: str, parts: Iterable[Any]) -> Iterator[Any]:
-  """Yields what is read of a file; see `reading`, whoever uses it."""
+  """Yields `parts`; turns errors of reading them into a UserError.
+
+  Args:
+    path: the file that the error names.
+    parts: a lazy reader of the file.
+  """
   with reading(path):
     yield from parts
 
 
 def _expand_ranges(pattern: str) -> list[str]:
-  """'a{08..10}' -> ['a08', 'a09', 'a10']."""
+  """Expands ranges: 'a{08..10}' -> ['a08', 'a09', 'a10']."""
   parts = _RANGE.split(pattern)  # Text, low, high, text, low, high, text.
   ranges = [
     [f'{i:0{len(low)}d}' for i in range(int(low), int(high) + 1)]
@@ -256,7 +262,7 @@ def _expand_ranges(pattern: str) -> list[str]:
 
 
 def _is_there(path: str) -> bool:
-  """Whether what could be a glob or a range is a path as it stands."""
+  """Returns whether a path that looks like a glob or range exists literally."""
   if not glob.has_magic(path) and not _RANGE.search(path):
     return False
   if not is_url(path):
@@ -267,7 +273,10 @@ def _is_there(path: str) -> bool:
 
 
 def _glob(pattern: str, suffixes: Sequence[str]) -> list[File]:
-  """The files that a glob stands for; folders in it may have brackets."""
+  """Returns the files that match a glob.
+
+  Leading folders that exist are taken literally, even with brackets.
+  """
   parts = pattern.split('/')
   literal = ''
   for i in range(1, len(parts)):
@@ -286,7 +295,7 @@ def _glob(pattern: str, suffixes: Sequence[str]) -> list[File]:
 
 
 def _listed(folder: str, suffixes: Sequence[str]) -> list[File]:
-  """The files of a folder that have one of the suffixes."""
+  """Returns the files of a folder that have one of the suffixes."""
   folder = folder.rstrip('/')
   with reading(folder):
     if is_url(folder):
@@ -319,12 +328,12 @@ def _remote_files(
 def _chosen(
   names: Sequence[str], suffixes: Sequence[str], pattern: str
 ) -> list[str]:
-  """Those of a listing that are data.
+  """Returns the paths of a listing that are data; see `find`.
 
   Args:
-    names: paths.
-    suffixes: of the files wanted.
-    pattern: the glob that gave them, '' for a folder.
+    names: the paths.
+    suffixes: the suffixes of data files.
+    pattern: the glob that gave the paths, or '' for a folder.
   """
   names = [
     name
@@ -344,14 +353,14 @@ def _chosen(
 
 
 def _has_system_part(path: str, given: str = '') -> bool:
-  """Whether a part of a path is a system entry that the user did not name."""
+  """Returns whether a path has a system entry that the user did not name."""
   return any(
     map(entries.is_system, set(path.split('/')) - set(given.split('/')))
   )
 
 
 def stat(path: str, field: str = 'data.path') -> File | None:
-  """The file, or None for a folder; raises UserError where neither is."""
+  """Returns the file, or None for a folder; raises UserError if missing."""
   if is_url(path):
     with reading(path, field):
       filesystem, name = _filesystem(path)

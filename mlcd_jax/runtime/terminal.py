@@ -1,4 +1,4 @@
-"""The terminal: log lines above one live line, and every warning once."""
+"""Terminal output: log lines above one live line, each warning only once."""
 
 import logging
 import sys
@@ -14,31 +14,32 @@ from rich import text as rich_text
 
 _BAR_WIDTH = 20
 
-# Orbax' of every checkpoint that is read without its manager; and TFDS' of a
-# data set that is not prepared, which is an error then.
+# Parts of warnings that are never shown. Orbax gives the first for every
+# checkpoint that is read without a manager. TFDS gives the second for a data
+# set that is not prepared, which ends in an error of its own.
 _NOISE = ('Metadata file does not exist', 'has no dataset_info.json')
 
 _LINE = live.Live(
   console=console.Console(stderr=True, soft_wrap=True),
   auto_refresh=False,
   transient=True,
-  redirect_stdout=False,  # It may be a file.
+  redirect_stdout=False,  # stdout may be a file.
 )
 
 
 def is_interactive() -> bool:
-  """Whether stderr is a terminal on which a line can be rewritten."""
+  """Returns whether stderr is a terminal that can rewrite a line."""
   return sys.stderr.isatty() and _LINE.console.is_interactive
 
 
 def show(stage: str, done: int, total: int, text: str) -> None:
-  """Shows the live line, instead of the one before.
+  """Replaces the live line.
 
   Args:
-    stage: what it is about.
-    done: of the total.
-    total: in any unit.
-    text: behind the bar.
+    stage: the name at the beginning of the line.
+    done: the number of units done.
+    total: the number of units in all.
+    text: the text behind the bar.
   """
   line = table.Table.grid(padding=(0, 1))
   line.add_row(
@@ -48,9 +49,10 @@ def show(stage: str, done: int, total: int, text: str) -> None:
   )
   if not _LINE.is_started:
     _LINE.start()
-    # A process that is killed could not give it back.
+    # rich hides the cursor, and a killed process could not show it again.
     _LINE.console.show_cursor(True)
-  width = _LINE.console.width - len('^C')  # Which must not begin a new line.
+  # The terminal echoes ^C at the end of the line; it must not wrap.
+  width = _LINE.console.width - len('^C')
   _LINE.update(constrain.Constrain(line, width), refresh=True)
 
 
@@ -60,14 +62,17 @@ def clear() -> None:
 
 
 def eraser() -> bytes:
-  """What removes it, for those who write to stderr's descriptor themselves."""
+  """Returns the bytes that erase the live line; b'' if there is none.
+
+  Signal handlers need them, because they write to the descriptor of stderr.
+  """
   return b'\r\x1b[2K' if _LINE.is_started else b''
 
 
 def log_to_stderr() -> None:
-  """Shows the project's own lines, and of its libraries the warnings.
+  """Logs to stderr: this project's messages and the libraries' warnings.
 
-  Called from within absl's app, whose own handler this replaces.
+  Call it inside absl's app, since it replaces the log handler of absl.
   """
   absl_logging.set_verbosity(absl_logging.WARNING)
   logging.root.removeHandler(absl_logging.get_absl_handler())
@@ -80,7 +85,11 @@ def log_to_stderr() -> None:
 
 
 class _Handler(logging.StreamHandler):
-  """Writes to what stderr is now: while there is a live line, above it."""
+  """A log handler that writes above the live line.
+
+  It looks up sys.stderr for each line, because rich replaces sys.stderr while
+  the live line is shown.
+  """
 
   def __init__(self):
     logging.Handler.__init__(self)
@@ -91,7 +100,7 @@ class _Handler(logging.StreamHandler):
 
 
 class _Once(logging.Filter):
-  """Lets a warning through the first time, and some never."""
+  """A log filter that drops repeated warnings and those in _NOISE."""
 
   def __init__(self):
     super().__init__()
@@ -108,6 +117,6 @@ class _Once(logging.Filter):
 
 
 def _show_warning(message, category, *where) -> None:
-  """Python's warnings, as a line of the log."""
+  """Logs a warning of Python's `warnings` module as one line."""
   del where
   logging.getLogger('py.warnings').warning('%s: %s', category.__name__, message)

@@ -1,9 +1,10 @@
-"""What the processes of a run tell each other: alive, stopped, failed.
+"""A watchdog that ends all processes of a run when one is lost or stops.
 
-Every process beats into the key-value store of jax.distributed. Process 0
-watches, and writes one verdict when a process is lost or says that it ends
-early; all read it and end with the same exit code and a line that names the
-process. jaxlib by itself aborts with a stack trace that names nobody.
+Every process writes heartbeats to the key-value store of jax.distributed and
+writes a notice before it ends early. Process 0 watches both. When a process is
+lost or gives notice, process 0 writes one verdict. All processes read it and
+end with the same exit code and a line that names the process. Without this,
+jaxlib aborts with a stack trace that names no process.
 """
 
 import ctypes
@@ -22,9 +23,12 @@ _BEATS = 'mlcd_jax/beat/'
 _NOTICES = 'mlcd_jax/notice/'
 _VERDICT = 'mlcd_jax/verdict'
 
+# XLA's error messages begin with a status, such as "UNKNOWN: ".
 _STATUS = re.compile('[A-Z_]+: ')
 
-# Beats in a heartbeat timeout, and seconds between two at most.
+# Heartbeats in one timeout, so that a few late ones do not count as a loss; and
+# the most seconds between two heartbeats, so that long timeouts do not delay
+# notices.
 _BEATS_PER_TIMEOUT = 8
 _MAX_INTERVAL = 2.0
 
@@ -32,25 +36,25 @@ _watch: '_Watch | None' = None
 
 
 def start(client: Any, index: int, count: int, timeout: float) -> None:
-  """Begins to beat and to watch, in a thread.
+  """Starts the watchdog's thread.
 
   Args:
-    client: of jax.distributed.
-    index: of this process.
-    count: of processes.
-    timeout: seconds without a beat after which a process is lost.
+    client: the client of jax.distributed.
+    index: the index of this process.
+    count: the number of processes.
+    timeout: the seconds without a heartbeat after which a process is lost.
   """
   global _watch
   _watch = _Watch(client, index, count, timeout)
 
 
 def started() -> bool:
-  """Whether there are others."""
+  """Returns whether the watchdog runs, as it does with several processes."""
   return _watch is not None
 
 
 def stop() -> None:
-  """Ends the thread; call where all processes are done."""
+  """Ends the thread; call it when all processes are done."""
   global _watch
   if _watch is not None:
     _watch.stopped.set()
@@ -58,21 +62,22 @@ def stop() -> None:
 
 
 def tell(code: int, says: str) -> None:
-  """Lets the others end as this process is about to.
+  """Tells the other processes that this one is about to end.
 
   Args:
-    code: the exit code; a bug here is a lost process to the others.
-    says: one line.
+    code: the exit code of this process. The others end with it if it is that of
+      a UserError or a stop, and with that of a RunError otherwise.
+    says: the reason, in one line.
   """
   if _watch is not None:
     _watch.tell(code, says)
 
 
 def may_be_lost(e: Exception) -> bool:
-  """Whether an error may be what the loss of another process looks like.
+  """Returns whether the loss of another process may have caused an error.
 
-  XLA's are RuntimeErrors, or where a program runs in the thread that calls it
-  ValueErrors; both begin with the name of a status, such as UNKNOWN.
+  XLA raises a RuntimeError then. If the program runs in the calling thread it
+  raises a ValueError, whose message begins with a status such as UNKNOWN.
   """
   return started() and (
     isinstance(e, RuntimeError) or bool(_STATUS.match(str(e)))
@@ -80,16 +85,19 @@ def may_be_lost(e: Exception) -> bool:
 
 
 def wait() -> None:
-  """Waits as long as a verdict may take, and does not return if one comes.
+  """Waits as long as a verdict can take; the verdict ends the process.
 
-  For errors that a lost process may have caused, such as a broken connection.
+  Call it after an error that a lost process may have caused, such as a broken
+  connection.
   """
   if _watch is not None:
+    # Process 0 needs the timeout to notice the loss. Five intervals leave time
+    # for the verdict to reach all processes.
     _watch.stopped.wait(_watch.timeout + 5 * _watch.interval)
 
 
 class _Watch:
-  """The state of one process's thread."""
+  """The watchdog thread of one process."""
 
   def __init__(self, client: Any, index: int, count: int, timeout: float):
     self.timeout = timeout
@@ -105,16 +113,17 @@ class _Watch:
     threading.Thread(target=self._run, name='peers', daemon=True).start()
 
   def tell(self, code: int, says: str) -> None:
-    """See `tell`."""
+    """Writes this process's notice; see the function `tell`."""
     self._ending = True
     notice = {'process': self._index, 'code': code, 'says': says}
     try:
       self._set(f'{_NOTICES}{self._index}', notice)
-      if self._index == 0:  # The store lives here: stay until all know.
+      # Process 0 hosts the store, so it stays until the others have read it.
+      if self._index == 0:
         self._set(_VERDICT, notice)
         self._wait_for_others()
     except RuntimeError:
-      pass  # Nobody is left to hear it.
+      pass  # The store is gone, so no process can read the notice.
 
   def _wait_for_others(self) -> None:
     deadline = time.monotonic() + 3 * self.interval
@@ -130,7 +139,9 @@ class _Watch:
       try:
         self._step()
       except RuntimeError:
-        continue  # No answer: jaxlib notices, and calls `_abort`.
+        # The store does not answer. jaxlib notices it and raises SIGABRT, which
+        # calls `_abort`.
+        continue
 
   def _step(self) -> None:
     self._beat += 1
@@ -145,7 +156,7 @@ class _Watch:
       self._end(verdict)
 
   def _judge(self) -> None:
-    """Writes a verdict if a process said something or said nothing."""
+    """Writes a verdict if a process gave notice or stopped its heartbeats."""
     for _, notice in sorted(self._client.key_value_dir_get(_NOTICES)):
       self._conclude(json.loads(notice))
     now = time.monotonic()
@@ -156,7 +167,7 @@ class _Watch:
     for i in range(self._count):
       if i not in self._seen or self._seen[i][0] != beats.get(i):
         self._seen[i] = beats.get(i), now
-      # Some beats earlier than jaxlib, which aborts.
+      # Three intervals before the timeout, so that the verdict spreads in time.
       elif now - self._seen[i][1] > self.timeout - 3 * self.interval:
         self._conclude(_lost(i))
 
@@ -170,7 +181,7 @@ class _Watch:
     self._end(verdict)
 
   def _end(self, verdict: dict[str, Any]) -> None:
-    """Ends this process as another one did."""
+    """Ends this process with the exit code and message of the verdict."""
     self._ending = True
     if self._index:
       self._set(f'{_NOTICES}{self._index}', verdict)
@@ -183,7 +194,7 @@ class _Watch:
     self._client.key_value_set(key, json.dumps(value), allow_overwrite=True)
 
   def _abort(self, number: int) -> None:
-    """The end that jaxlib brings where process 0, and its store, is gone."""
+    """Handles the SIGABRT of jaxlib: process 0 and its store are gone."""
     del number
     if self._ending or self.stopped.is_set():
       os._exit(errors.RunError.exit_code)
@@ -207,10 +218,14 @@ def _exit(code: int, line: str) -> None:
 
 
 def _catch_abort(handle: Any) -> Any:
-  """Lets `handle` end the process on SIGABRT, in whatever thread.
+  """Installs `handle` as the C handler of SIGABRT.
 
-  Python's own handlers run in the main thread, which may never come back.
+  It runs in the thread that aborts. A Python signal handler would run in the
+  main thread, which may wait forever.
+
+  Returns:
+    The C callback; the caller must keep a reference to it.
   """
   handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
   ctypes.CDLL(None).signal(signal.SIGABRT, handler)
-  return handler  # Must live as long as it may be called.
+  return handler  # Freed callbacks crash the process when they are called.
