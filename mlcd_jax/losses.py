@@ -1,11 +1,11 @@
 """The multi-label losses of MLCD as pure functions of logits.
 
-Logits are scaled cosines; a positive's has its margin in it already. A loss
-needs two things of an image: its positive logits, and a reduction of its
-negative logits, which is all that has to be gathered where the classes lie on
-many devices.
+Logits are scaled cosines; those of positives include the margin. A loss needs
+two inputs for each image: its positive logits and a reduction of its negative
+logits. When the classes are sharded, devices exchange only the reduction, never
+the negative logits.
 
-Equations are those of the paper (arXiv 2407.17331, section 3).
+Equation numbers refer to the paper (arXiv 2407.17331, section 3).
 
 Shapes: B images, P positives, N negatives.
 """
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 NAMES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 MARGIN_TYPES = ('cosface', 'arcface')
 
-# Where the angle is so small, ArcFace's derivative grows without bound.
+# Lower bound on the sine of the angle: d sin / d cos = -cos / sin, so ArcFace's
+# derivative grows without bound as the angle approaches 0.
 _SMALLEST_SINE = 1e-3
 
 
@@ -28,9 +29,10 @@ def multi_label_loss(
 
   Args:
     name: one of NAMES, see `from_reduced`.
-    positives_BP: margin-adjusted logits; +inf where there is no positive.
-    negatives_BN: logits; -inf where a class is no negative of the image. For
-      mean_softmax, whose negatives depend on the positive, also [B, P, N].
+    positives_BP: margin-adjusted logits; +inf marks a missing positive.
+    negatives_BN: logits; -inf marks a class that is not a negative of the
+      image. mean_softmax also accepts [B, P, N], since its negatives may
+      differ between the positives of an image.
   """
   reduced = reduce_negatives(name, negatives_BN)
   return from_reduced(name, positives_BP, reduced)
@@ -43,19 +45,20 @@ def from_reduced(
 
   `mlcd` is Eq. 5, log(1 + sum_p exp(-s_p)) + log(1 + sum_n exp(s_n)).
   `mlc` is Eq. 4, log(1 + sum_n exp(s_n) sum_p exp(-s_p)).
-  `softmax` is cross-entropy with one positive, Eq. 3, as UNICOM trains.
-  `mean_softmax` is the mean of that over the positives, as the authors' later
-  public code has it (OneVision-Encoder, training/train.py).
+  `softmax` is Eq. 3, cross-entropy with one positive, the loss of UNICOM.
+  `mean_softmax` averages `softmax` over the positives of an image, following
+  the authors' later public code (OneVision-Encoder, training/train.py).
   `sigmoid` is binary cross-entropy summed over positives and negatives, the
-  pairwise form of the OneVision-Encoder paper's Eq. 9.
+  pairwise form of Eq. 9 in the OneVision-Encoder paper.
 
   Args:
     name: one of NAMES.
-    positives_BP: margin-adjusted logits; +inf where there is no positive.
-    negatives_B: of `reduce_negatives`; for mean_softmax also [B, P].
+    positives_BP: margin-adjusted logits; +inf marks a missing positive.
+    negatives_B: the result of `reduce_negatives`. mean_softmax also accepts
+      [B, P].
 
   Raises:
-    ValueError: unknown name, or softmax with more than one positive.
+    ValueError: the name is unknown, or softmax has more than one positive.
   """
   positives_BP = positives_BP.astype(jnp.float32)
   if name == 'softmax' and positives_BP.shape[-1] != 1:
@@ -82,21 +85,22 @@ def positive_logits(
   """Returns the margin-adjusted logits of positives.
 
   Args:
-    cosines: of images with their positive centers, any shape.
-    margin: subtracted from the cosine (cosface), or radians added to the angle
-      (arcface). ArcFace's gradient is that of cos(angle + margin); the
-      authors' code passes it straight through.
-    scale: multiplies the result.
+    cosines: cosines of images and their positive centers, any shape.
+    margin: the amount subtracted from the cosine (cosface), or the radians
+      added to the angle (arcface). For arcface this function differentiates
+      cos(angle + margin); the authors' code uses a straight-through gradient.
+    scale: the factor that multiplies the result.
     margin_type: one of MARGIN_TYPES.
 
   Raises:
-    ValueError: unknown margin_type.
+    ValueError: margin_type is unknown.
   """
   if margin_type == 'cosface':
     return scale * (cosines - margin)
   if margin_type == 'arcface':
     square = jnp.maximum(1 - jnp.square(cosines), _SMALLEST_SINE**2)
     sines = jnp.sqrt(square)
+    # The addition theorem gives cos(angle + margin) without an arccos.
     return scale * (cosines * jnp.cos(margin) - sines * jnp.sin(margin))
   raise ValueError(f'margin_type {margin_type!r} is none of {MARGIN_TYPES}')
 
@@ -107,10 +111,11 @@ def negative_logits(
   """Returns the logits of negatives.
 
   Args:
-    cosines: of images with their negative centers, any shape.
-    scale: multiplies them.
-    interclass_filter: cosines above it become 0, as in the authors'
-      CombinedMarginLoss: such a class is probably no negative. 0 = off.
+    cosines: cosines of images and their negative centers, any shape.
+    scale: the factor that multiplies the cosines.
+    interclass_filter: the threshold above which a cosine becomes 0, because
+      the class is probably not a true negative (CombinedMarginLoss in the
+      authors' code). 0 turns the filter off.
   """
   if interclass_filter:
     cosines = jnp.where(cosines > interclass_filter, 0, cosines)
@@ -120,14 +125,16 @@ def negative_logits(
 def with_other_positives(
   negatives_B: jax.Array, logits_BP: jax.Array, drawn_BP: jax.Array
 ) -> jax.Array:
-  """Each positive's negatives in `mean_softmax`, reduced, [B, P].
+  """Returns the reduced negatives of each positive in `mean_softmax`, [B, P].
 
-  There an image's other positives, where drawn, are negatives as any other.
+  In `mean_softmax`, the other positives of an image act as negatives if they
+  were drawn.
 
   Args:
-    negatives_B: log-sum-exp over the negatives common to all positives.
-    logits_BP: the positives' logits as negatives, that is without margin.
-    drawn_BP: which positives are among the classes drawn.
+    negatives_B: log-sum-exp over the negatives that all positives share.
+    logits_BP: the logits of the positives when they act as negatives, so
+      without a margin.
+    drawn_BP: bool, True where a positive is among the drawn classes.
   """
   itself_PP = jnp.eye(logits_BP.shape[-1], dtype=bool)
   others_BPP = jnp.where(
@@ -140,11 +147,11 @@ def with_other_positives(
 
 
 def reduce_negatives(name: str, logits: jax.Array) -> jax.Array:
-  """What a loss needs of the negatives' logits, float32, the last axis gone.
+  """Reduces the logits of negatives over the last axis, in float32.
 
   Args:
-    name: one of NAMES.
-    logits: [..., N]; -inf where a class is no negative of the image.
+    name: one of NAMES. `sigmoid` sums softplus, all others use log-sum-exp.
+    logits: [..., N]; -inf marks a class that is not a negative of the image.
   """
   if name == 'sigmoid':
     return jnp.sum(jax.nn.softplus(logits.astype(jnp.float32)), axis=-1)
@@ -154,17 +161,23 @@ def reduce_negatives(name: str, logits: jax.Array) -> jax.Array:
 def merge_negatives(
   name: str, reduced_B: jax.Array, axes: tuple[str, ...]
 ) -> jax.Array:
-  """Merges `reduce_negatives` of each device's share of the classes."""
+  """Merges the results of `reduce_negatives` on each device's classes.
+
+  Args:
+    name: one of NAMES.
+    reduced_B: the reduction over this device's classes.
+    axes: the mesh axes over which the classes are sharded.
+  """
   if name == 'sigmoid':
     return lax.psum(reduced_B, axes)
   return merge_log_sum_exp(reduced_B, axes)
 
 
 def log_sum_exp(logits: jax.Array) -> jax.Array:
-  """Log of the sum of exponentials over the last axis, in float32.
+  """Returns log(sum(exp(logits))) over the last axis, in float32.
 
-  Unlike jax.nn.logsumexp it has a zero gradient, not NaN, where every logit
-  is -inf.
+  Where every logit is -inf, its gradient is zero; that of jax.nn.logsumexp is
+  NaN.
   """
   logits = logits.astype(jnp.float32)
   peak = _finite(lax.stop_gradient(jnp.max(logits, axis=-1)))
@@ -173,14 +186,16 @@ def log_sum_exp(logits: jax.Array) -> jax.Array:
 
 
 def merge_log_sum_exp(reduced_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-  """Merges `log_sum_exp` of each device's share of the classes."""
-  # pmax has no derivative; that of a peak that cancels is not needed.
+  """Merges the results of `log_sum_exp` on each device's classes."""
+  # pmax has no derivative. None is needed, because the peak cancels.
   peak_B = _finite(lax.pmax(lax.stop_gradient(reduced_B), axes))
   return _log(lax.psum(jnp.exp(reduced_B - peak_B), axes)) + peak_B
 
 
 def _add(a: jax.Array, b: jax.Array) -> jax.Array:
-  """A + b, with zero gradients where one is -inf."""
+  """Returns a + b, with zero gradients where either is -inf."""
+  # jnp.where takes the gradient of both branches, so the unused branch must be
+  # finite or it yields NaN.
   empty = (a == -jnp.inf) | (b == -jnp.inf)
   return jnp.where(
     empty, -jnp.inf, jnp.where(empty, 0, a) + jnp.where(empty, 0, b)
@@ -188,10 +203,10 @@ def _add(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _finite(peak: jax.Array) -> jax.Array:
-  """0 for the peak of nothing; NaN stays, so that it is seen."""
+  """Replaces -inf, the peak of an empty set, by 0 and keeps NaN visible."""
   return jnp.where(peak == -jnp.inf, 0, peak)
 
 
 def _log(x: jax.Array) -> jax.Array:
-  """Log of x >= 0 with a zero gradient at 0; NaN stays NaN."""
+  """Returns log(x) for x >= 0, with a zero gradient at 0; NaN stays NaN."""
   return jnp.where(x == 0, -jnp.inf, jnp.log(jnp.where(x == 0, 1, x)))

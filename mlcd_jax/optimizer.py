@@ -1,7 +1,7 @@
-"""AdamW, its schedules, and what its rules apply to.
+"""AdamW, its learning-rate schedules and its rules by parameter name.
 
-Rules match a parameter's name, such as
-encoder/block_00/attention/qkv/kernel or classifier/weight.
+A rule is a regular expression that is searched for in the name of a parameter,
+such as encoder/block_00/attention/qkv/kernel or classifier/weight.
 """
 
 import re
@@ -16,28 +16,33 @@ from mlcd_jax.runtime import errors
 SCHEDULES = ('cosine', 'polynomial', 'constant')
 HEAD_UPDATES = ('dense', 'sparse')
 
-# Gains, biases, positions, learned tokens and running averages are not decayed.
+# AdamW's usual exceptions: gains, biases, positions and learned tokens. Running
+# averages are no weights at all; batch_norm.follow alone may move them.
 _NOT_DECAYED = re.compile(
   r'(bias|scale|mean|variance|positions?|class_token|registers|probe)$'
 )
 _CLASSIFIER = re.compile(r'(^|/)classifier/weight$')
 
-# OneVision-Encoder, training/train.py.
+# The power in the authors' code (OneVision-Encoder, training/train.py).
 _POLYNOMIAL_POWER = 2
 
 
 def make_schedule(
   config: ml_collections.ConfigDict, steps: int
 ) -> optax.Schedule:
-  """Linear warmup to `learning_rate`, then a decay to zero at `steps`, or none.
+  """Makes the learning-rate schedule: linear warmup, then the chosen decay.
+
+  The warmup ends at `learning_rate`. The cosine and polynomial schedules reach
+  zero at `steps`.
 
   Args:
     config: the `optimizer` fields.
-    steps: of the whole run, whatever this invocation does of it.
+    steps: the steps of the whole run, even if this invocation does fewer.
   """
   warmup = config.warmup_steps
+  # A value below 1 is a share of the run.
   warmup = round(warmup * steps) if warmup < 1 else int(warmup)
-  # A warmup longer than the run never reaches its decay.
+  # optax needs a positive length even if the warmup outlasts the run.
   decay_steps = max(steps - warmup, 1)
   peak = config.learning_rate
   decay = {
@@ -55,11 +60,11 @@ def make_schedule(
 def make(
   config: ml_collections.ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Makes the optimizer of all parameters, encoder and classifier.
+  """Makes the optimizer for the encoder and the classifier.
 
   Args:
     config: the `optimizer` fields.
-    schedule: step -> learning rate.
+    schedule: the function from step to learning rate.
   """
   clip = config.gradient_clip_norm
   tx = optax.chain(
@@ -73,10 +78,11 @@ def make(
 
 
 def _clip_by_global_norm(norm: float) -> optax.GradientTransformation:
-  """As optax's, by one factor.
+  """Clips like optax.clip_by_global_norm, but multiplies by a single factor.
 
-  Optax divides every gradient by the norm. XLA does not repeat divisions, so
-  that it would write the clipped gradients to memory and read them again.
+  Optax divides every gradient by the norm. XLA does not duplicate divisions
+  when it fuses, so it would write the clipped gradients to memory and read
+  them back.
   """
 
   def update(updates, state, params=None):
@@ -90,13 +96,19 @@ def _clip_by_global_norm(norm: float) -> optax.GradientTransformation:
 def _scale_by_name(
   config: ml_collections.ConfigDict,
 ) -> optax.GradientTransformation:
-  """Multiplies each parameter's update by those rules' factors it matches."""
+  """Scales each update by the product of the factors of all matching rules.
+
+  Raises:
+    UserError: a pattern of `multipliers` matches no parameter. The first
+      update raises it, when it is traced.
+  """
   rules = [(_CLASSIFIER.pattern, config.head_learning_rate_multiplier)]
   rules += [(pattern, factor) for pattern, factor in config.multipliers]
 
   def update(updates, state, params):
     del params
     names = jax.tree.leaves(_by_name(updates, lambda name: name))
+    # The first rule is the built-in one; a typo can only be in the others.
     for pattern, _ in rules[1:]:
       if not any(re.search(pattern, name) for name in names):
         raise errors.UserError(
@@ -118,10 +130,10 @@ def _scale_by_name(
 def _sparse_classifier(
   tx: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """Leaves classes without a gradient, and their moments, as they are.
+  """Leaves class centers with a zero gradient, and their moments, unchanged.
 
-  Those are the classes that were neither drawn nor a positive in the step;
-  otherwise they would decay and go on with their momentum.
+  A center has a zero gradient if its class was neither drawn nor a positive in
+  the step. AdamW alone would still decay it and apply its momentum.
   """
 
   def update(gradients, state, params):
@@ -129,6 +141,7 @@ def _sparse_classifier(
     touched_C1 = jnp.any(weight_CD != 0, axis=1, keepdims=True)
     updates, new_state = tx.update(gradients, state, params)
 
+    # The moments of the classifier have paths that end like its weight's.
     def keep(path, new, old):
       if _CLASSIFIER.search(_name(path)):
         return jnp.where(touched_C1, new, old)
@@ -143,15 +156,17 @@ def _sparse_classifier(
 
 
 def decayed(params):
-  """Which parameters of a tree are decayed, by name."""
+  """Returns a tree of bools like `params`: True where weight decay applies."""
   return _by_name(params, lambda name: not _NOT_DECAYED.search(name))
 
 
 def _by_name(params, rule):
+  """Returns a tree like `params` with rule(name) for every parameter."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: rule(_name(path)), params
   )
 
 
 def _name(path) -> str:
+  """Returns the name of a parameter, its path joined with slashes."""
   return jax.tree_util.keystr(path, simple=True, separator='/')

@@ -1,8 +1,8 @@
-"""The mesh, the one table of PartitionSpecs, and batches onto devices.
+"""The device mesh, the PartitionSpecs and the transfer of arrays to devices.
 
-One mesh serves all stages, with axes ("data", "fsdp"). Batches and class
-centers are split over both, k-means points over `data`, k-means centers over
-`fsdp`, and the encoder's weights over `fsdp`.
+All stages use one mesh with the axes ("data", "fsdp"). Batches and class
+centers are sharded over both axes, k-means points over `data`, and k-means
+centers and encoder weights over `fsdp`.
 """
 
 from collections.abc import Mapping
@@ -24,8 +24,8 @@ CLASSES = PartitionSpec(AXES, None)  # Class centers [C, D].
 POINTS = PartitionSpec('data')  # k-means rows [N, D].
 CENTERS = PartitionSpec('fsdp')  # k-means centers [K, D].
 
-# Encoder arrays below this many elements are replicated: gathering them would
-# cost more than it saves.
+# Encoder arrays with fewer elements (256 KiB in float32) are replicated:
+# gathering them would cost more than sharding them saves.
 _MIN_FSDP_SIZE = 2**16
 
 
@@ -36,21 +36,24 @@ def make_mesh(
   slices: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """Makes the mesh; -1 on one axis takes the devices the other leaves.
+  """Makes the mesh; a size of -1 is inferred from the number of devices.
 
   Args:
-    data: size of the "data" axis.
-    fsdp: size of the "fsdp" axis; it stays within a slice.
-    slices: parts of "data" between which the network is slow, such as several
-      TPU slices; devices without a slice of their own are cut evenly.
-    devices: all of jax's where not given.
+    data: the size of the "data" axis.
+    fsdp: the size of the "fsdp" axis. It never crosses slices.
+    slices: the number of parts of the "data" axis that are joined by a slow
+      network, such as TPU slices. If all devices report the same slice or
+      none, they are cut evenly.
+    devices: the devices to use; all of JAX's by default.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the product of the sizes is not the number of devices, `slices`
+      does not divide `data`, or the devices lie in another number of slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = [data, fsdp]
   if -1 in sizes:
+    # One -1 makes the product negative; two cannot be inferred and fail below.
     rest = len(devices) // max(1, -np.prod(sizes)) if sizes != [-1, -1] else 0
     sizes[sizes.index(-1)] = int(rest)
   if np.prod(sizes) != len(devices):
@@ -62,11 +65,12 @@ def make_mesh(
       f'mesh.slices={slices} does not divide mesh.data={sizes[0]}'
     )
   within = (sizes[0] // slices, sizes[1])
-  # Linen annotates arrays as Auto meshes expect; Explicit is jax's default.
+  # Linen annotates arrays for Auto axes; jax's default is Explicit.
   return Mesh(
     np.concatenate(
       [
-        # A slice's own axes, such as 16 x 16, may be cut for one of ours.
+        # A physical axis, such as one of 16 x 16, may have to be split to
+        # give a mesh axis its size.
         mesh_utils.create_device_mesh(
           within, part, allow_split_physical_axes=True
         )
@@ -79,7 +83,7 @@ def make_mesh(
 
 
 def _by_slice(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
-  """The devices of each slice, in order."""
+  """Groups the devices by slice, in order of the slice index."""
   if slices == 1:
     return [devices]
   found = {}
@@ -98,8 +102,15 @@ def _by_slice(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
 def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
   """Returns the NamedSharding of every array of a train state.
 
-  A rule matches the end of an array's path, so that it holds for a parameter
-  and for its optimizer moments alike.
+  A rule matches the end of an array's path, so it applies to a parameter and
+  to its optimizer moments alike.
+
+  Args:
+    mesh: the mesh of all devices.
+    abstract_state: a tree of arrays or shapes.
+
+  Raises:
+    ValueError: an axis of an array is not divisible by its mesh axes.
   """
 
   def sharding(path, array):
@@ -112,9 +123,10 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
 
 
 def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-  """Which rows of a global batch lie on this host's devices, ascending.
+  """Returns the ascending indices of the batch rows on this host's devices.
 
-  They need not follow each other: meshes of slices interleave their hosts.
+  The indices need not be contiguous: a mesh of several slices interleaves the
+  hosts.
   """
   if jax.process_count() == 1:
     return np.arange(num_rows)
@@ -124,9 +136,12 @@ def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Makes global arrays of this host's `own_rows`, split over every device.
+  """Makes global arrays, sharded over every device, from this host's rows.
 
-  Row i of an array is row i of the global batch.
+  Args:
+    mesh: the mesh of all devices.
+    batch: arrays [b, ...] with the rows of the global batch that `own_rows`
+      names, in that order.
   """
   sharding = NamedSharding(mesh, BATCH)
   return {
@@ -136,14 +151,14 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def all_rows(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
-  """Joins every host's `own_rows` of a global batch, in order."""
+  """Gathers the rows of all hosts into the global batch, on every host."""
   if jax.process_count() == 1:
     return rows
   return to_host(put_batch(mesh, {'rows': rows})['rows'])
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-  """The whole array on this host, from every process."""
+  """Copies the whole array to this host; all processes must call it."""
   if not (x.is_fully_addressable or x.is_fully_replicated):
     replicated = NamedSharding(x.sharding.mesh, REPLICATED)
     x = jax.jit(_as_it_is, out_shardings=replicated)(x)
@@ -156,7 +171,7 @@ def on_cpu(mesh: Mesh) -> bool:
 
 
 def put(mesh: Mesh, spec: PartitionSpec, arrays: Any) -> Any:
-  """Makes global arrays of what every host has whole."""
+  """Makes global arrays from a tree of which every host has a full copy."""
   sharding = NamedSharding(mesh, spec)
   return jax.tree.map(
     lambda x: jax.make_array_from_callback(
@@ -167,12 +182,12 @@ def put(mesh: Mesh, spec: PartitionSpec, arrays: Any) -> Any:
 
 
 def _as_it_is(x: jax.Array) -> jax.Array:
-  """Has a name so that it is compiled once a shape."""
+  """Returns its argument; unlike a lambda, it is compiled once per shape."""
   return x
 
 
 def _spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-  """The table: first rule that matches the name wins."""
+  """Returns the PartitionSpec for an array; the first matching rule wins."""
   if re.search(r'classifier/weight$', name):
     return CLASSES
   if np.prod(shape) < _MIN_FSDP_SIZE or fsdp == 1:
@@ -189,6 +204,7 @@ def _spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 def _check(
   name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
 ) -> None:
+  """Raises ValueError if a spec does not fit an array of the given shape."""
   used = [
     a
     for axes in spec
@@ -207,7 +223,7 @@ def _check(
 
 
 def describe(mesh: Mesh) -> str:
-  """Returns such as '8 TPU v5 lite, mesh data 4 x fsdp 2, 2 processes'."""
+  """Returns a line like '8 TPU v5 lite, mesh data 4 x fsdp 2, 2 processes'."""
   processes = jax.process_count()
   return (
     f'{mesh.size} {mesh.devices.flat[0].device_kind}, mesh '

@@ -1,4 +1,4 @@
-"""Encoders."""
+"""Image and text encoders in Linen."""
 
 import jax.numpy as jnp
 import ml_collections
@@ -9,7 +9,8 @@ from mlcd_jax.runtime import errors
 
 Encoder = vit.ViT | resnet.ResNet
 
-# Fields that a ResNet has no use for, and what they must be.
+# `model` fields that a ResNet ignores, each with the only value it accepts, so
+# that no setting is dropped silently.
 _OF_VITS = {
   'pooling': 'average',
   'position': 'learned',
@@ -22,9 +23,12 @@ _OF_VITS = {
 def make(config: ml_collections.ConfigDict) -> Encoder:
   """Makes the encoder that the `model` fields describe.
 
+  Args:
+    config: the `model` fields.
+
   Raises:
-    UserError: unknown variant, an image size its patches do not divide, or
-      fields that it does not have.
+    UserError: the variant is unknown, its patches do not divide the image
+      size, or a field has a value that the variant does not support.
   """
   if config.variant in resnet.VARIANTS:
     return _resnet(config)
@@ -41,6 +45,7 @@ def make(config: ml_collections.ConfigDict) -> Encoder:
       f'size of model.variant={config.variant}'
     )
   sizes = vit.VARIANTS[name]
+  # 2-D rotations split a head into quarters.
   if config.position == 'rope2d' and sizes['width'] // sizes['heads'] % 4:
     raise errors.UserError(
       f'model.position=rope2d needs heads whose width 4 divides, which those '
@@ -55,7 +60,7 @@ def make(config: ml_collections.ConfigDict) -> Encoder:
     image_size=config.image_size,
     position=config.position,
     activation=config.activation,
-    pre_norm=config.pooling == 'class_token',  # CLIP's extra norm.
+    pre_norm=config.pooling == 'class_token',  # As in CLIP.
     remat=config.remat,
     scan_layers=config.scan_layers,
     drop_path=config.drop_path,
@@ -63,6 +68,7 @@ def make(config: ml_collections.ConfigDict) -> Encoder:
 
 
 def _resnet(config: ml_collections.ConfigDict) -> resnet.ResNet:
+  """Makes a ResNet; see `make`."""
   for field, value in _OF_VITS.items():
     if config[field] != value:
       raise errors.UserError(

@@ -1,8 +1,9 @@
-"""Batch normalisation whose running averages lie among the parameters.
+"""Batch normalisation that keeps its running averages among the parameters.
 
-A gradient never moves the averages, `follow` does, with what the layers saw of
-a batch. So an encoder stays one nested dict for checkpoints, averages,
-shardings and conversion, and nothing else has a state.
+Gradients never change the running averages. `follow` updates them with the
+statistics that the layers collected from a batch. So an encoder is one nested
+dict for checkpoints, moving averages, shardings and conversion, and needs no
+state besides its parameters.
 
 Shapes: B images, H W positions, C channels.
 """
@@ -16,19 +17,21 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-# The collection that a training batch's means and variances are found in.
+# The Linen collection that receives the means and variances of a batch.
 STATISTICS = 'statistics'
 
-_EPSILON = 1e-5  # PyTorch's, and so the published ResNets'.
-_MOMENTUM = 0.1  # Share of a batch in the averages; PyTorch's.
+# PyTorch's defaults, with which published ResNets were trained. The momentum is
+# the weight of a new batch in the running averages.
+_EPSILON = 1e-5
+_MOMENTUM = 0.1
 
 
 class BatchNorm(nn.Module):
-  """Normalises channels (Ioffe and Szegedy 2015), statistics in float32.
+  """Batch normalisation (Ioffe and Szegedy 2015) with float32 statistics.
 
   Attributes:
-    dtype: of the result.
-    scale_init: of the gain.
+    dtype: the type of the result.
+    scale_init: the initializer of the gain.
   """
 
   dtype: jnp.dtype
@@ -38,13 +41,16 @@ class BatchNorm(nn.Module):
   def __call__(
     self, x_BHWC: jax.Array, weight_B: jax.Array | None = None
   ) -> jax.Array:
-    """[B, H, W, C] to the same.
+    """Normalises the channels of a batch of maps.
 
     Args:
-      x_BHWC: any float type.
-      weight_B: in training, of the images, which are then normalised by their
-        own mean and variance, those of the batch over all devices; otherwise,
-        or if none weighs anything, by the running averages.
+      x_BHWC: maps of any float type.
+      weight_B: in training, the weights of the images in the mean and variance
+        of the batch, which spans all devices. None, or no positive weight,
+        means that the running averages are used.
+
+    Returns:
+      [B, H, W, C] in `dtype`.
     """
     shape = x_BHWC.shape[-1:]
     scale_C = self.param('scale', self.scale_init, shape)
@@ -59,6 +65,7 @@ class BatchNorm(nn.Module):
       mean_C = jnp.where(some, found[0], mean_C)
       variance_C = jnp.where(some, found[1], variance_C)
       for name, value in (('mean', mean_C), ('variance', variance_C)):
+        # Keeps the last value; sow would collect a tuple.
         self.sow(STATISTICS, name, value, reduce_fn=lambda _, new: new)
     factor_C = scale_C * lax.rsqrt(variance_C + _EPSILON)
     y_BHWC = (x_BHWC - _as_BHWC(mean_C)) * _as_BHWC(factor_C)
@@ -68,11 +75,14 @@ class BatchNorm(nn.Module):
 def follow(
   params: Mapping[str, Any], statistics: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns parameters whose running averages took in a batch.
+  """Updates the running averages with the statistics of a batch.
 
   Args:
-    params: of a model.
-    statistics: the collection of that name; {} changes nothing.
+    params: the parameters of a model.
+    statistics: the collection STATISTICS of the batch; {} changes nothing.
+
+  Returns:
+    The parameters with new running averages.
   """
   flat = flax.traverse_util.flatten_dict(params)
   for path, value in flax.traverse_util.flatten_dict(statistics).items():
@@ -83,15 +93,16 @@ def follow(
 def _moments(
   x_BHWC: jax.Array, weight_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Mean and variance [C] in one pass over the images."""
+  """Returns the weighted mean and variance [C], in one pass over the maps."""
   height, width = x_BHWC.shape[1:3]
   share_B = weight_B / (jnp.maximum(weight_B.sum(), 1) * height * width)
   share_B111 = share_B[:, None, None, None]
   mean_C = jnp.sum(x_BHWC * share_B111, axis=(0, 1, 2))
   square_C = jnp.sum(x_BHWC**2 * share_B111, axis=(0, 1, 2))
-  # Rounding may leave a constant channel less than nothing.
+  # Rounding may make the variance of a constant channel negative.
   return mean_C, jnp.maximum(square_C - mean_C**2, 0)
 
 
 def _as_BHWC(x_C: jax.Array) -> jax.Array:
+  """Reshapes [C] to [1, 1, 1, C]."""
   return x_C[None, None, None]

@@ -1,7 +1,7 @@
-"""The parts of a vision transformer.
+"""Layers of the vision and text transformers.
 
-Shapes: B images, L tokens, D width, N heads, K width of a head, F hidden width
-of an MLP.
+Shapes: B images, L tokens, M tokens attended to, D width, N heads, K width of a
+head, F hidden width of an MLP.
 """
 
 from flax import linen as nn
@@ -11,22 +11,35 @@ import jax.numpy as jnp
 from mlcd_jax.models import matmul
 from mlcd_jax.models import positions
 
+# The standard deviation that ViT code commonly uses (timm, big_vision).
 normal = nn.initializers.truncated_normal(0.02)
 
-# LayerScale's first value in DINOv2's configs.
+# Initial value of LayerScale in DINOv2's released configs.
 _LAYER_SCALE = 1.0
 
 _ACTIVATIONS = {
   'gelu': lambda x: nn.gelu(x, approximate=False),
   'gelu_tanh': lambda x: nn.gelu(x, approximate=True),
-  'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP.
+  # The approximation in OpenAI's CLIP (Hendrycks and Gimpel 2016).
+  'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
 }
-# 'swiglu' (Shazeer 2020) gates one half of the hidden layer by the other.
+# 'swiglu' (Shazeer 2020) is no elementwise function: one half of the hidden
+# layer gates the other, see `mlp`.
 ACTIVATIONS = (*_ACTIVATIONS, 'swiglu')
 
 
 class Block(nn.Module):
-  """Attention and MLP, each after a norm and beside a skip connection."""
+  """A pre-norm transformer block: attention and MLP with skip connections.
+
+  Attributes:
+    heads: the number of attention heads.
+    mlp_dim: the hidden width of the MLP.
+    dtype: the type of the operands of products.
+    activation: one of ACTIVATIONS.
+    layer_scale: multiply each branch by a learned vector.
+    norm_epsilon: the epsilon of both norms.
+    causal: hide later tokens from earlier ones.
+  """
 
   heads: int
   mlp_dim: int
@@ -43,11 +56,12 @@ class Block(nn.Module):
     weights: jax.Array | None = None,
     rotation: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
-    """Float32 [B, L, D] to the same.
+    """Transforms tokens, float32 [B, L, D] in and out.
 
     Args:
-      x_BLD: tokens.
-      weights: [2, B, 1, 1], of the two branches.
+      x_BLD: the tokens.
+      weights: factors of the attention and MLP branches, [2, B, 1, 1]; 0 drops
+        a branch.
       rotation: cosines and sines [L, K] of rotary positions.
     """
     y_BLD = norm(self.norm_epsilon, 'attention_norm')(x_BLD)
@@ -60,7 +74,7 @@ class Block(nn.Module):
     return x_BLD + (y_BLD if weights is None else weights[1] * y_BLD)
 
   def _scaled(self, name: str, y_BLD: jax.Array) -> jax.Array:
-    """LayerScale (Touvron et al. 2021), if there is one."""
+    """Applies LayerScale (Touvron et al. 2021) if the block has it."""
     if not self.layer_scale:
       return y_BLD
     init = nn.initializers.constant(_LAYER_SCALE)
@@ -68,7 +82,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; of a causal one no token sees later ones."""
+  """Multi-head self-attention; if causal, no token sees later tokens."""
 
   heads: int
   dtype: jnp.dtype
@@ -80,12 +94,12 @@ class Attention(nn.Module):
     x_BLD: jax.Array,
     rotation: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
-    """Float32 [B, L, D] to the same; see `Block` for the rotation."""
+    """Attends, float32 [B, L, D] in and out; for `rotation` see `Block`."""
     width = x_BLD.shape[-1]
     head_dim = width // self.heads
     qkv = Dense(3 * width, self.dtype, name='qkv')(x_BLD).astype(self.dtype)
     qkv = qkv.reshape(*x_BLD.shape[:2], 3, self.heads, head_dim)
-    # Heads before tokens: products then run over the last two axes.
+    # With heads before tokens, products run over the last two axes.
     q_BNLK, k_BNLK, v_BNLK = jnp.unstack(qkv.transpose(2, 0, 3, 1, 4))
     if rotation is not None:
       q_BNLK = positions.rotate(q_BNLK, rotation)
@@ -96,7 +110,7 @@ class Attention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-  """One learned query over all tokens, then an MLP: SigLIP's pooling."""
+  """SigLIP's pooling: a learned query attends to all tokens, then an MLP."""
 
   heads: int
   mlp_dim: int
@@ -106,7 +120,7 @@ class AttentionPool(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    """Float32 [B, L, D] to [B, D]."""
+    """Pools tokens, float32 [B, L, D], to [B, D]."""
     batch, _, width = x_BLD.shape
     head_dim = width // self.heads
     probe = self.param('probe', normal, (1, 1, width))
@@ -128,7 +142,7 @@ class AttentionPool(nn.Module):
 
 
 class Patches(nn.Module):
-  """Patches to tokens: a strided convolution, written as one product."""
+  """The patch embedding: a strided convolution, written as one product."""
 
   width: int
   patch_size: int
@@ -137,7 +151,10 @@ class Patches(nn.Module):
 
   @nn.compact
   def __call__(self, images_BHWC: jax.Array) -> jax.Array:
-    """Float32 [B, H, W, 3] to [B, L, D]; what no patch fills is left out."""
+    """Embeds images, float32 [B, H, W, 3], as tokens [B, L, D].
+
+    Rows and columns beyond the last whole patch are cut off.
+    """
     batch, height, width, channels = images_BHWC.shape
     p = self.patch_size
     kernel = self.param(
@@ -155,7 +172,7 @@ class Patches(nn.Module):
 
 
 class Dense(nn.Module):
-  """A linear layer: products in `dtype`, float32 [..., features] out."""
+  """A linear layer with products in `dtype` and a float32 result."""
 
   features: int
   dtype: jnp.dtype
@@ -164,7 +181,7 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[..., D] to [..., features]."""
+    """Maps [..., D] to float32 [..., features]."""
     kernel = self.param(
       'kernel', self.kernel_init, (x.shape[-1], self.features)
     )
@@ -178,7 +195,16 @@ class Dense(nn.Module):
 def mlp(
   x_BLD: jax.Array, hidden: int, activation: str, dtype: jnp.dtype
 ) -> jax.Array:
-  """The MLP of a block, as submodules of the module that calls it."""
+  """Applies the MLP of a block, float32 [B, L, D] in and out.
+
+  Its layers become submodules of the calling module.
+
+  Args:
+    x_BLD: the tokens.
+    hidden: F, the hidden width.
+    activation: one of ACTIVATIONS.
+    dtype: the type of the operands of products.
+  """
   gated = activation == 'swiglu'
   y_BLF = Dense(hidden * (1 + gated), dtype, name='mlp_in')(x_BLD)
   if gated:
@@ -190,12 +216,18 @@ def mlp(
 
 
 def projection(width: int, features: int, dtype: jnp.dtype) -> Dense:
-  """The linear layer from pooled features to the embedding."""
+  """Makes the linear layer from pooled features to the embedding.
+
+  Args:
+    width: the width of the pooled features.
+    features: the width of the embedding.
+    dtype: the type of the operands of the product.
+  """
   return Dense(
     features,
     dtype,
     use_bias=False,
-    kernel_init=nn.initializers.normal(width**-0.5),
+    kernel_init=nn.initializers.normal(width**-0.5),  # As in CLIP.
     name='projection',
   )
 
@@ -203,12 +235,13 @@ def projection(width: int, features: int, dtype: jnp.dtype) -> Dense:
 def normalise(
   images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> jax.Array:
-  """Images uint8 [B, H, W, 3] to float32; floats are so already.
+  """Normalises uint8 images to float32 [B, H, W, 3].
 
   Args:
-    images: RGB.
-    mean: of RGB in 0 .. 1, subtracted.
-    std: of RGB in 0 .. 1, divided by.
+    images: RGB, uint8 [B, H, W, 3]. Floats count as normalised already and are
+      only cast.
+    mean: the RGB mean to subtract, for values in 0 .. 1.
+    std: the RGB standard deviation to divide by, for values in 0 .. 1.
   """
   if jnp.issubdtype(images.dtype, jnp.floating):
     return images.astype(jnp.float32)
@@ -218,7 +251,7 @@ def normalise(
 
 
 def norm(epsilon: float, name: str) -> nn.LayerNorm:
-  """A LayerNorm in float32."""
+  """Makes a LayerNorm that computes in float32."""
   return nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, name=name)
 
 
@@ -229,7 +262,7 @@ def _attend(
   dtype: jnp.dtype,
   causal: bool = False,
 ) -> jax.Array:
-  """Softmax attention, [B, N, L, K]; scores and softmax in float32."""
+  """Computes attention, [B, N, L, K], with scores and softmax in float32."""
   scores = jnp.einsum(
     'BNLK,BNMK->BNLM',
     q_BNLK,
@@ -246,10 +279,10 @@ def _attend(
 def _flat_matmul(
   x: jax.Array, kernel: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-  """X [..., D] times kernel [D, F] with all other axes of x made one.
+  """Multiplies x [..., D] by kernel [D, F], with leading axes of x flattened.
 
-  The gradient of the kernel then sums over one axis, not over several, which
-  XLA's CPU back end is slow at.
+  So the gradient of the kernel sums over one axis. A sum over several axes is
+  slow in XLA's CPU back end.
   """
   out = matmul.matmul(x.reshape(-1, x.shape[-1]), kernel, dtype)
   return out.reshape(*x.shape[:-1], kernel.shape[-1])

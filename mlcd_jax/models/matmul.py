@@ -1,4 +1,4 @@
-"""Matrix products in one type that accumulate in float32, both ways."""
+"""Matrix products in low precision with float32 accumulation, also backward."""
 
 import functools
 
@@ -11,27 +11,29 @@ import jax.numpy as jnp
 def matmul(x_MK: jax.Array, y_KN: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """Returns x @ y, float32 [M, N].
 
-  The operands are rounded to `dtype` and so is the cotangent in the backward
-  pass, as with automatic mixed precision: without it the transposed products
-  would mix types, which no matrix unit computes at its full rate. The
-  gradients are float32 where the operands are.
+  The operands are rounded to `dtype`. The backward pass also rounds the
+  cotangent, as automatic mixed precision does. Otherwise its products would mix
+  types, which no matrix unit computes at full rate. Each gradient has the type
+  of its operand.
 
   Args:
-    x_MK: any float type.
-    y_KN: any float type.
-    dtype: of the operands.
+    x_MK: the left operand, any float type.
+    y_KN: the right operand, any float type.
+    dtype: the type to which the operands are rounded.
   """
   return _dot(x_MK.astype(dtype), y_KN.astype(dtype), 1, 0)
 
 
 def _forward(x_MK, y_KN, dtype):
+  """Returns the product and the rounded operands as residuals."""
   x, y = x_MK.astype(dtype), y_KN.astype(dtype)
-  # Empty arrays tell the backward pass the operands' own types.
+  # Empty arrays carry the original types to the backward pass.
   types = jnp.zeros((0,), x_MK.dtype), jnp.zeros((0,), y_KN.dtype)
   return _dot(x, y, 1, 0), (x, y, types)
 
 
 def _backward(dtype, residuals, g_MN):
+  """Returns g y^T and x^T g."""
   x, y, (x_like, y_like) = residuals
   g_MN = g_MN.astype(dtype)
   return (
@@ -41,7 +43,7 @@ def _backward(dtype, residuals, g_MN):
 
 
 def _dot(x, y, x_axis, y_axis):
-  """Contracts one axis of each."""
+  """Contracts one axis of x with one of y, accumulating in float32."""
   return lax.dot_general(
     x,
     y,

@@ -1,4 +1,4 @@
-"""Where tokens are: tables that are interpolated, and 2-D rotations.
+"""Positions of tokens: interpolated tables and 2-D rotations.
 
 Shapes: B images, N heads, L tokens, K width of a head, D width.
 """
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Of rotary positions (Su et al. 2021, section 3.3); MLCD and RICE keep it.
+# The base of rotary frequencies (Su et al. 2021, section 3.3), which MLCD and
+# RICE keep.
 _BASE = 10_000.0
 
-# The cubic kernel's free parameter: torch's bicubic has -0.75, and -0.5 (Keys
-# 1981, as Pillow) where it also antialiases.
+# The cubic kernel's free parameter by `antialias`. torch's bicubic uses -0.75,
+# but -0.5 (Keys 1981, as Pillow) when it antialiases.
 _CUBIC = {False: -0.75, True: -0.5}
 
 
@@ -25,17 +26,17 @@ def interpolate(
   extra: int,
   antialias: bool = False,
 ) -> jax.Array:
-  """Brings a table of positions from its own grid to another.
+  """Interpolates a table of positions to another grid of patches.
 
-  Bicubic as torch.nn.functional.interpolate with align_corners=False, which
-  is what `transformers` applies to every family here.
+  The method is that of torch.nn.functional.interpolate with mode='bicubic' and
+  align_corners=False, which `transformers` uses for all families here.
 
   Args:
-    table_LD: positions of the extra tokens, then of the patches by rows.
-    grid: (rows, columns) wanted.
+    table_LD: the positions of the extra tokens, then of the patches row by row.
+    grid: (rows, columns) of the result.
     own_grid: (rows, columns) of the table.
-    extra: tokens before the patches.
-    antialias: widen the kernel where the grid shrinks.
+    extra: the number of tokens before the patches; they keep their positions.
+    antialias: widen the kernel when the grid shrinks.
 
   Returns:
     The table [extra + rows * columns, D].
@@ -57,15 +58,17 @@ def interpolate(
 def rotations(
   grid: tuple[int, int], head_dim: int, class_angles: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines [L, K] of 2-D rotary positions.
+  """Returns cosines and sines [L, K] of 2-D rotary positions.
 
-  A quarter of the head turns with the row, a quarter with the column, and the
-  second half as the first (`transformers`, models/mlcd/modular_mlcd.py).
+  The angles of the first quarter of a head depend on the row, those of the
+  second on the column. The second half repeats the first (`transformers`,
+  models/mlcd/modular_mlcd.py).
 
   Args:
     grid: (rows, columns) of patches.
     head_dim: K, a multiple of 4.
-    class_angles: [1, K / 2] of a class token before the patches, if any.
+    class_angles: the angles [1, K / 2] of a class token before the patches;
+      None without one.
   """
   half = head_dim // 2
   frequencies = 1 / _BASE ** (np.arange(0, half, 2, dtype=np.float32) / half)
@@ -82,7 +85,12 @@ def rotations(
 def rotate(
   x_BNLK: jax.Array, rotation: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
-  """Turns queries or keys, in float32 whatever their type."""
+  """Rotates queries or keys in float32 and returns them in their own type.
+
+  Args:
+    x_BNLK: queries or keys.
+    rotation: cosines and sines [L, K], the result of `rotations`.
+  """
   cos, sin = (table[None, None] for table in rotation)
   x = x_BNLK.astype(jnp.float32)
   first, second = jnp.split(x, 2, axis=-1)
@@ -91,10 +99,11 @@ def rotate(
 
 
 def _cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
-  """Weights [new, old] of a cubic resize along one axis, float32."""
+  """Returns float32 weights [new, old] of a cubic resize along one axis."""
   a = _CUBIC[antialias]
   scale = old / new
   stretch = max(scale, 1.0) if antialias else 1.0
+  # Half a pixel is align_corners=False: pixel centers, not corners, are mapped.
   centers = (np.arange(new) + 0.5) * scale - 0.5
   reach = math.ceil(2 * stretch) + 1
   taps = np.floor(centers)[:, None] + np.arange(-reach, reach + 1)[None]
@@ -102,7 +111,9 @@ def _cubic_weights(old: int, new: int, antialias: bool) -> np.ndarray:
   near = ((a + 2) * d - (a + 3)) * d**2 + 1
   far = a * (((d - 5) * d + 8) * d - 4)
   values = np.where(d <= 1, near, np.where(d < 2, far, 0.0))
-  if antialias:  # What lies outside is left out; without, edges repeat.
+  # Like torch, drop taps outside the table when antialiasing; otherwise they
+  # repeat the edge, by np.clip below.
+  if antialias:
     values = np.where((taps >= 0) & (taps < old), values, 0.0)
     values /= values.sum(1, keepdims=True)
   weights = np.zeros((new, old))

@@ -1,4 +1,4 @@
-"""ResNets of bottlenecks with batch normalisation, in Linen.
+"""Bottleneck ResNets with batch normalisation, in Linen.
 
 Shapes: B images, H W pixels or positions of a map, L positions of the last
 map, D channels.
@@ -14,7 +14,8 @@ from mlcd_jax.models import layers
 from mlcd_jax.models import vit
 from mlcd_jax.models.batch_norm import BatchNorm
 
-# Sizes of He et al. (2016), Table 1. Nano is ours, for digits at 32 pixels.
+# The sizes of He et al. (2016), Table 1. resnet_nano is ours, for digits at 32
+# pixels.
 VARIANTS = {
   'resnet_nano': dict(width=16, blocks=(1, 1)),
   'resnet50': dict(width=64, blocks=(3, 4, 6, 3)),
@@ -22,27 +23,29 @@ VARIANTS = {
 
 REMAT = ('none', 'full')
 
-# Channels of a bottleneck's output, to those inside of it.
+# A bottleneck's output channels per inner channel (He et al. 2016).
 EXPANSION = 4
 
 
 class ResNet(nn.Module):
-  """Images to a map, pooled features and an embedding.
+  """An encoder from images to a map, pooled features and an embedding.
 
-  Version 1.5, as torchvision, timm and transformers have it: where a map
-  shrinks, the bottleneck's 3 x 3 convolution has the stride. A block's last
-  gain starts at zero (Goyal et al. 2017, section 5.1).
+  This is version 1.5, as in torchvision, timm and transformers: the 3 x 3
+  convolution of a bottleneck has the stride. The last gain of every block
+  starts at zero (Goyal et al. 2017, section 5.1).
 
   Attributes:
-    width: channels of the stem, and inside the first stage's bottlenecks.
-    blocks: of each stage; each has twice the channels of the one before.
-    embedding_dim: width of the projected output; 0 = pooled is the output.
-    dtype: of convolutions and maps; weights and statistics stay float32.
-    image_size: pixels of a side that it is trained with; others work too.
-    mean: of RGB in 0 .. 1, subtracted from uint8 images.
-    std: of RGB in 0 .. 1, which they are then divided by.
-    remat: one of REMAT: keep everything a block's backward pass needs, or
-      only its input.
+    width: the channels of the stem and inside the bottlenecks of stage 1.
+    blocks: the number of blocks in each stage. Each stage has twice the
+      channels of the previous one.
+    embedding_dim: the width of the embedding; 0 = it is the pooled features.
+    dtype: the type of convolutions and maps. Weights and statistics stay
+      float32.
+    image_size: the side of training images in pixels; other sizes work too.
+    mean: the RGB mean to subtract from uint8 images, for values in 0 .. 1.
+    std: the RGB standard deviation to divide by, for values in 0 .. 1.
+    remat: one of REMAT. The backward pass keeps all it needs ('none'), or only
+      the input of each block ('full').
   """
 
   width: int
@@ -66,12 +69,13 @@ class ResNet(nn.Module):
 
     Args:
       images: uint8 [B, H, W, 3], or floats that are normalised already.
-      weight_B: in training, of the images in the batch's statistics.
-      drop_path_key: for ViTs.
+      weight_B: in training, the weights of the images in the statistics of
+        the batch; None = use the running averages.
+      drop_path_key: not used; ViTs have the same interface.
 
     Returns:
-      hidden and tokens [B, L, D] of the last map, pooled [B, D], their mean,
-      and embedding [B, embedding_dim], all float32.
+      A dict of float32 arrays: hidden and tokens, both the last map [B, L, D];
+      pooled, its mean [B, D]; and embedding [B, embedding_dim].
     """
     del drop_path_key
     x = layers.normalise(images, self.mean, self.std).astype(self.dtype)
@@ -96,24 +100,31 @@ class ResNet(nn.Module):
     }
 
   def bottlenecks(self) -> Iterator[tuple[int, int]]:
-    """The width inside and the stride of every block."""
+    """Yields (inner width, stride) for every block."""
     for stage, count in enumerate(self.blocks):
       for i in range(count):
+        # The first block of every stage but the first halves the map.
         yield self.width * 2**stage, 2 if stage and not i else 1
 
   @property
   def depth(self) -> int:
-    """Number of blocks."""
+    """The number of blocks."""
     return sum(self.blocks)
 
   @property
   def patch_size(self) -> int:
-    """Pixels of a side that a position of the last map stands for."""
+    """The side in pixels that one position of the last map covers."""
     return 2 ** (len(self.blocks) + 1)
 
 
 class Bottleneck(nn.Module):
-  """1 x 1, 3 x 3 and 1 x 1 convolutions beside a skip connection."""
+  """1 x 1, 3 x 3 and 1 x 1 convolutions with a skip connection.
+
+  Attributes:
+    width: the channels of the first two convolutions.
+    stride: the stride of the 3 x 3 convolution.
+    dtype: the type of convolutions and maps.
+  """
 
   width: int
   stride: int
@@ -123,7 +134,7 @@ class Bottleneck(nn.Module):
   def __call__(
     self, x: jax.Array, weight_B: jax.Array | None = None
   ) -> jax.Array:
-    """[B, H, W, channels] to [B, H / stride, W / stride, 4 * width]."""
+    """Maps [B, H, W, channels] to [B, H / stride, W / stride, 4 * width]."""
     out = EXPANSION * self.width
     y = x
     for i, (channels, size, stride) in enumerate(
@@ -142,7 +153,7 @@ class Bottleneck(nn.Module):
 def _conv(
   channels: int, size: int, stride: int, dtype: jnp.dtype, name: str
 ) -> nn.Conv:
-  """A convolution with PyTorch's padding and He et al.'s (2015) weights."""
+  """Makes a convolution with PyTorch's padding and He et al. (2015) weights."""
   return nn.Conv(
     channels,
     (size, size),

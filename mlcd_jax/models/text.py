@@ -11,21 +11,23 @@ from mlcd_jax.models import layers
 
 
 class TextTower(nn.Module):
-  """Token ids to tokens, pooled features and an embedding.
+  """An encoder from token ids to tokens, pooled features and an embedding.
 
   Attributes:
-    vocab_size: number of token ids.
-    context: tokens of the longest text; the table of positions has so many.
+    vocab_size: the number of token ids.
+    context: the most tokens in a text, which is the length of the position
+      table.
     width: D.
-    depth: number of blocks.
-    heads: their number in a block.
-    mlp_dim: hidden width of a block's MLP.
-    embedding_dim: width of the projected output; 0 = pooled is the output.
-    dtype: of the products; weights, norms and softmax stay float32.
-    end_token: the id at whose first place a text is pooled; -1 = at its
-      highest id, which is the end in CLIP's own vocabulary.
+    depth: the number of blocks.
+    heads: the number of attention heads in a block.
+    mlp_dim: the hidden width of the MLPs.
+    embedding_dim: the width of the embedding; 0 = it is the pooled features.
+    dtype: the type of the operands of products. Weights, norms and softmax
+      stay float32.
+    end_token: the id that ends a text. Features are pooled at its first
+      occurrence. -1 = at the highest id, the end token of CLIP's vocabulary.
     activation: one of layers.ACTIVATIONS.
-    norm_epsilon: of all norms.
+    norm_epsilon: the epsilon of all norms.
   """
 
   vocab_size: int
@@ -45,12 +47,12 @@ class TextTower(nn.Module):
     """Encodes texts.
 
     Args:
-      tokens_BL: int ids, [B, L] with L at most `context`. What follows the
-        end of a text has no influence.
+      tokens_BL: int ids [B, L] with L at most `context`. Ids after the end of
+        a text do not affect its pooled features.
 
     Returns:
-      tokens [B, L, D] after the last norm, pooled [B, D] and embedding
-      [B, embedding_dim], all float32.
+      A dict of float32 arrays: tokens [B, L, D] after the last norm, pooled
+      [B, D] and embedding [B, embedding_dim].
     """
     table_VD = self.param(
       'embedding', layers.normal, (self.vocab_size, self.width)
@@ -70,6 +72,7 @@ class TextTower(nn.Module):
         name=f'block_{i:02d}',
       )(x_BLD)
     x_BLD = layers.norm(self.norm_epsilon, 'post_norm')(x_BLD)
+    # argmax returns the first of equal values.
     end_B = jnp.argmax(
       tokens_BL if self.end_token < 0 else tokens_BL == self.end_token, axis=1
     )

@@ -1,4 +1,4 @@
-"""One vision transformer for CLIP's, MLCD's, SigLIP's and DINOv2's, in Linen.
+"""A vision transformer for CLIP, MLCD, SigLIP and DINOv2 weights, in Linen.
 
 Shapes: B images, H W pixels, L tokens, D width, K width of a head.
 """
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from mlcd_jax.models import layers
 from mlcd_jax.models import positions
 
-# Sizes of Dosovitskiy et al. (2021), Zhai et al. (2022), Alabdulmohsin et al.
-# (2023, SO400M) and OpenCLIP (bigG). Nano is ours, for 28-pixel digits.
+# The sizes are those of Dosovitskiy et al. (2021), Zhai et al. (2022),
+# Alabdulmohsin et al. (2023, SO400M) and OpenCLIP (bigG). Nano is ours, for
+# digits at 28 pixels.
 VARIANTS = {
   'Nano': dict(width=96, depth=3, heads=3, mlp_dim=384),
   'Ti': dict(width=192, depth=12, heads=3, mlp_dim=768),
@@ -28,48 +29,53 @@ VARIANTS = {
   'bigG': dict(width=1_664, depth=48, heads=16, mlp_dim=8_192),
 }
 
-# CLIP's, of RGB in 0 .. 1.
+# The RGB mean and standard deviation of CLIP's images, for values in 0 .. 1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 POOLINGS = ('class_token', 'average', 'attention')
 POSITIONS = ('learned', 'rope2d')
 
-# What the backward pass of a block finds and what it computes anew.
+# Policies of rematerialisation, see ViT.remat.
 REMAT = ('none', 'dots', 'full')
 
 
 class ViT(nn.Module):
-  """Images to tokens, pooled features and an embedding.
+  """An encoder from images to tokens, pooled features and an embedding.
 
   Attributes:
     width: D.
-    depth: number of blocks.
-    heads: their number in a block.
-    mlp_dim: hidden width of a block's MLP.
-    patch_size: side of a patch in pixels.
-    embedding_dim: width of the projected output; 0 = pooled is the output.
-    pooling: 'class_token', or without one 'average' over the patches, or
-      'attention' by a learned query (SigLIP).
-    dtype: of the products; weights, norms and softmax stay float32.
-    image_size: pixels of the side that a table of positions is for; it is
-      interpolated for images of another size. 0 = the images' own.
-    position: 'learned', a table; or 'rope2d', rotations of queries and keys.
+    depth: the number of blocks.
+    heads: the number of attention heads in a block.
+    mlp_dim: the hidden width of the MLPs.
+    patch_size: the side of a patch in pixels.
+    embedding_dim: the width of the embedding; 0 = it is the pooled features.
+    pooling: one of POOLINGS. 'class_token' adds a class token and uses it;
+      'average' averages all tokens; 'attention' uses a learned query (SigLIP).
+    dtype: the type of the operands of products. Weights, norms and softmax
+      stay float32.
+    image_size: the side in pixels for which the position table is made. The
+      table is interpolated for other sizes. 0 = the size of the images that
+      the parameters are initialised with.
+    position: one of POSITIONS. 'learned' adds a table of positions; 'rope2d'
+      rotates queries and keys.
     activation: one of layers.ACTIVATIONS.
-    pre_norm: a norm before the blocks (CLIP).
-    patch_bias: a bias after the patches' convolution.
-    layer_scale: a learned factor after each branch of a block (DINOv2).
-    registers: tokens after the class token that are only worked with.
-    norm_epsilon: of all norms.
-    antialias: of the table's interpolation.
-    mean: of RGB in 0 .. 1, subtracted from uint8 images.
-    std: of RGB in 0 .. 1, which they are then divided by.
-    remat: one of REMAT: keep everything a block's backward pass needs, the
-      results of its products, or only its input.
-    scan_layers: compile one block and loop over it. The parameters and the
-      numbers are the same.
-    drop_path: chance that a block of the last layer is skipped in training,
-      falling linearly to 0 at the first.
+    pre_norm: apply a norm before the blocks (CLIP).
+    patch_bias: add a bias to the patch embedding.
+    layer_scale: multiply each branch of a block by a learned vector (DINOv2).
+    registers: the number of learned tokens, without positions, between the
+      class token and the patches (DINOv2).
+    norm_epsilon: the epsilon of all norms.
+    antialias: antialias when the position table is interpolated.
+    mean: the RGB mean to subtract from uint8 images, for values in 0 .. 1.
+    std: the RGB standard deviation to divide by, for values in 0 .. 1.
+    remat: one of REMAT. The backward pass keeps all it needs ('none'), the
+      results of products with weights ('dots'), or only the input of each
+      block ('full').
+    scan_layers: compile one block and loop over it. Parameters and results do
+      not change.
+    drop_path: the probability that a branch of the last block is dropped in
+      training. It falls linearly to 0 at the first block.
   """
 
   width: int
@@ -107,13 +113,13 @@ class ViT(nn.Module):
 
     Args:
       images: uint8 [B, H, W, 3], or floats that are normalised already.
-      weight_B: for ResNets; here no image depends on the others.
-      drop_path_key: in training, which images skip which blocks.
+      weight_B: not used; ResNets have the same interface.
+      drop_path_key: in training, the key that draws the dropped branches.
 
     Returns:
-      hidden [B, L, D] of the last block, tokens [B, L, D] after the last norm,
-      pooled [B, D] and embedding [B, embedding_dim], all float32; what linear
-      probes use is `pooled`.
+      A dict of float32 arrays: hidden [B, L, D] after the last block, tokens
+      [B, L, D] after the last norm, pooled [B, D], which linear probes use,
+      and embedding [B, embedding_dim].
     """
     del weight_B
     grid = tuple(side // self.patch_size for side in images.shape[1:3])
@@ -138,15 +144,15 @@ class ViT(nn.Module):
 
   @property
   def has_class_token(self) -> bool:
-    """Whether a class token stands before the patches."""
+    """True if a class token comes before the patches."""
     return self.pooling == 'class_token'
 
   def _num_positions(self, grid: tuple[int, int]) -> int:
-    """Rows of the table for a grid of patches."""
+    """Returns the rows of the position table for a grid of patches."""
     return self.has_class_token + grid[0] * grid[1]
 
   def _add_tokens(self, x_BLD: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Puts class token and registers before the patches; adds positions."""
+    """Prepends the class token, adds positions and inserts the registers."""
     if self.has_class_token:
       token = self.param('class_token', layers.normal, (1, 1, self.width))
       x_BLD = _prepend(token, x_BLD)
@@ -166,6 +172,7 @@ class ViT(nn.Module):
         antialias=self.antialias,
       )
       x_BLD = x_BLD + table_LD[None]
+    # Registers come after the positions were added, since they have none.
     if self.registers:
       tokens = self.param(
         'registers', layers.normal, (1, self.registers, self.width)
@@ -179,19 +186,19 @@ class ViT(nn.Module):
   def _rotation(
     self, grid: tuple[int, int]
   ) -> tuple[jax.Array, jax.Array] | None:
-    """Cosines and sines [L, K] of rotary positions, if there are any."""
+    """Returns cosines and sines [L, K] of rotary positions, None without."""
     if self.position != 'rope2d':
       return None
     head_dim = self.width // self.heads
     angles = None
-    if self.has_class_token:  # MLCD learns where the class token is.
+    if self.has_class_token:  # MLCD learns the angles of its class token.
       angles = self.param(
         'class_position', nn.initializers.normal(1.0), (1, head_dim // 2)
       )
     return positions.rotations(grid, head_dim, angles)
 
   def _pool(self, x_BLD: jax.Array) -> jax.Array:
-    """Tokens after the last norm to [B, D]."""
+    """Pools the tokens after the last norm to [B, D]."""
     if self.pooling == 'class_token':
       return x_BLD[:, 0]
     if self.pooling == 'average':
@@ -211,7 +218,13 @@ class ViT(nn.Module):
     rotation: tuple[jax.Array, jax.Array] | None,
     drop_path_key: jax.Array | None,
   ) -> jax.Array:
-    """All blocks, over parameters that lie beside each other by layer."""
+    """Applies all blocks; each has its own parameters, named by its index.
+
+    Args:
+      x_BLD: the tokens.
+      rotation: cosines and sines [L, K] of rotary positions, or None.
+      drop_path_key: the key that draws the dropped branches, or None.
+    """
     block = layers.Block(
       self.heads,
       self.mlp_dim,
@@ -230,6 +243,7 @@ class ViT(nn.Module):
         weight = None if weights is None else weights[i]
         x_BLD = run(x_BLD, layer, weight, rotation)
       return x_BLD
+    # Stacked here, so that checkpoints are the same with and without a scan.
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     return lax.scan(
       lambda x, layer: (run(x, *layer, rotation), None),
@@ -238,7 +252,11 @@ class ViT(nn.Module):
     )[0]
 
   def _drop_path(self, key: jax.Array | None, batch: int) -> jax.Array | None:
-    """Weights of every layer's two branches, [depth, 2, B, 1, 1], mean 1."""
+    """Draws factors [depth, 2, B, 1, 1] of both branches of every block.
+
+    A dropped branch has factor 0. The others are scaled so that the expected
+    factor is 1.
+    """
     if key is None or not self.drop_path:
       return None
     kept = 1 - self.drop_path * jnp.linspace(0, 1, self.depth)
@@ -248,7 +266,7 @@ class ViT(nn.Module):
 
 
 def _prepend(tokens: jax.Array, x_BLD: jax.Array) -> jax.Array:
-  """The same tokens [1, n, D] before those of every image."""
+  """Prepends the same tokens [1, n, D] to those of every image."""
   shape = (len(x_BLD), *tokens.shape[1:])
   return jnp.concatenate([jnp.broadcast_to(tokens, shape), x_BLD], axis=1)
 
@@ -260,11 +278,12 @@ def _apply_block(
   weights: jax.Array | None,
   rotation: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
+  """Applies a block with the given parameters."""
   return block.apply({'params': params}, x_BLD, weights, rotation)
 
 
 def _with_remat(policy: str, f):
-  """The function with less kept for its backward pass; see ViT.remat."""
+  """Wraps f so that its backward pass keeps less; see ViT.remat."""
   if policy == 'none':
     return f
   saved = {

@@ -1,1 +1,1 @@
-"""The train stage: images and labels to an encoder."""
+"""The train stage: trains an encoder on images and their labels."""

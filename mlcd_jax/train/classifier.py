@@ -1,10 +1,10 @@
 """Class centers sharded over every device, and the loss against them.
 
-As in PartialFC every device owns a share of the classes. Embeddings and
-labels are gathered, which costs O(B D), while the weights and their gradients,
-O(C D), never leave their device. Negatives are one subset of the classes a
-step, shared by the batch; an image's own positives are computed apart and
-masked out of it.
+As in PartialFC, every device owns a share of the classes. Devices gather the
+embeddings and labels, O(B D); the weights and their gradients, O(C D), never
+leave their device. Each step draws one subset of the classes as negatives for
+the whole batch. The positives of an image are computed separately and masked
+out of its negatives.
 
 Shapes: B images, D dimensions, C classes padded to whole blocks, P positives,
 S sampled classes, N pairs of an image and a positive. Upper case is global,
@@ -26,16 +26,16 @@ from mlcd_jax.models import matmul
 from mlcd_jax.runtime import errors
 from mlcd_jax.train import sampling
 
-# The paper's code family draws them from N(0, 0.01) (unicom/partial_fc.py).
+# The authors' code draws class centers from N(0, 0.01) (unicom/partial_fc.py).
 INIT_STDDEV = 0.01
 
-# Room for positives on a device, in shares of them: labels spread as evenly
-# as the classes do, so that more is as good as never needed.
+# Room for a device's positives, as a multiple of its fair share. Labels spread
+# almost as evenly as classes; `_statistics` handles the rare excess.
 _PAIRS_SLACK = 2
 
 
 class _Capacity(NamedTuple):
-  """Room for what of the classes lies on a device and takes part."""
+  """Room on a device for drawn classes, and for pairs whose center it owns."""
 
   sampled: int
   pairs: int
@@ -44,7 +44,7 @@ class _Capacity(NamedTuple):
 def init(
   key: jax.Array, num_classes: int, dim: int, num_devices: int = 1
 ) -> dict[str, jax.Array]:
-  """Returns {"weight": float32 [C, D]}, for any devices the same classes."""
+  """Returns {"weight": float32 [C, D]}; only padding depends on num_devices."""
   layout = sampling.Layout(num_classes)
   weight = INIT_STDDEV * jax.random.normal(key, (layout.rows, dim))
   padding = layout.rows_over(num_devices) - layout.rows
@@ -52,7 +52,7 @@ def init(
 
 
 def check_devices(num_classes: int, num_devices: int) -> None:
-  """Raises UserError where there are more devices than blocks of classes."""
+  """Raises UserError if there are more devices than blocks of classes."""
   blocks = sampling.Layout(num_classes).blocks
   if num_devices > blocks:
     raise errors.UserError(
@@ -75,14 +75,14 @@ def loss(
   """Returns the loss of every image, float32 [B].
 
   Args:
-    weight_CD: class centers, normalised here; sharded as sharding.CLASSES.
-    embeddings_BD: normalised here; sharded as sharding.BATCH.
-    labels_BP: int32 classes, -1 where there is none; repeats count once.
-    num_classes: classes without the padding.
+    weight_CD: class centers of any length, sharded as sharding.CLASSES.
+    embeddings_BD: embeddings of any length, sharded as sharding.BATCH.
+    labels_BP: int32 classes, -1 for a missing label; repeats count once.
+    num_classes: the number of classes without padding.
     config: the `loss` fields.
-    dtype: of the products' operands; they accumulate in float32.
-    key: draws the negatives; the same on every device.
-    mesh: of all devices.
+    dtype: the type of the operands of products, which accumulate in float32.
+    key: the key that draws the negatives; equal on every device.
+    mesh: the mesh of all devices.
   """
   layout = sampling.Layout(num_classes)
 
@@ -95,7 +95,7 @@ def loss(
     drawn_c = sampling.draw(
       key, layout, rows_BP, config=config, first=first, num_local=num_local
     )
-    # Out of bounds, and so neither read nor written, where not the device's.
+    # num_local is out of bounds: gathers fill it and scatters drop it.
     own_BP = jnp.where(rows_BP >= first, rows_BP - first, num_local)
     own_BP = jnp.minimum(own_BP, num_local)
     negatives_B, cosines_BP = _statistics(
@@ -129,30 +129,31 @@ def loss(
 
 
 def _unit(x: jax.Array) -> jax.Array:
-  """Unit rows in float32; zero rows stay zero."""
+  """Normalises rows to unit length in float32; zero rows stay zero."""
+  # 1e-12 keeps the derivative finite at a zero row.
   x = x.astype(jnp.float32)
   return x * lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
 
 
 def _without_repeats(labels_BP: jax.Array) -> jax.Array:
-  """A label that stands further left already becomes -1."""
+  """Replaces every repetition of a label within an image by -1."""
   same = labels_BP[:, :, None] == labels_BP[:, None, :]
   earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
   return jnp.where(jnp.any(same & earlier[None], axis=-1), -1, labels_BP)
 
 
 def _drawn(drawn_c: jax.Array, own_BP: jax.Array) -> jax.Array:
-  """Which of the positives this device owns and drew."""
+  """Returns bool [B, P], True for positives this device owns and drew."""
   return drawn_c.at[own_BP].get(mode='fill', fill_value=False)
 
 
 def _merged_loss(config, negatives_B, cosines_BP, valid_BP, drawn_BP):
-  """The loss of every image from what each device knows."""
+  """Merges the statistics of all devices into the loss of every image, [B]."""
   negatives_B = losses.merge_negatives(config.name, negatives_B, sharding.AXES)
-  # Each positive lives on one device; the others add zero.
+  # One device owns each positive; all others add zero.
   cosines_BP = lax.psum(cosines_BP, sharding.AXES)
-  # Where these meet what differs between devices their gradients are summed
-  # over those: here, and not once they are broadcast to [B, P, P].
+  # Mark these as device-varying here, so that their gradients are summed over
+  # devices at [B] and [B, P], not after the broadcast to [B, P, P].
   negatives_B, cosines_BP = lax.pcast(
     (negatives_B, cosines_BP), sharding.AXES, to='varying'
   )
@@ -178,7 +179,7 @@ def _negative_logits(config, cosines):
 
 
 def _capacity(layout, config, own_BP, num_local, num_devices) -> _Capacity:
-  """Room that is as good as always enough; `_statistics` sees to the rest."""
+  """Returns room that is almost always enough; `_statistics` has a fallback."""
   sampled = sampling.capacity(
     layout, config, num_labels=own_BP.size, num_local=num_local
   )
@@ -187,27 +188,25 @@ def _capacity(layout, config, own_BP, num_local, num_devices) -> _Capacity:
 
 
 def _statistics(w_cD, e_BD, own_BP, drawn_c, *, small, config, dtype):
-  """What this device knows of all images.
+  """Returns this device's reduced negatives [B] and positive cosines [B, P].
 
-  Where the classes that take part do not fit the small capacity, a slower
-  branch takes its place that has room for all of them: the capacity is a
-  matter of speed alone. Devices branch each for themselves.
+  Cosines of positives that the device does not own are zero.
+
+  If drawn classes or owned pairs exceed the small capacity, a slower branch
+  with room for all runs instead: the capacity affects speed, never the result.
+  Each device chooses its branch on its own.
 
   Args:
-    w_cD: the device's classes.
+    w_cD: the device's class centers.
     e_BD: unit embeddings of all images.
-    own_BP: their positives as rows of w_cD, or out of bounds.
-    drawn_c: which of the device's classes are drawn.
-    small: the capacity.
+    own_BP: their positives as rows of w_cD; out of bounds if not owned.
+    drawn_c: bool, True for the device's drawn classes.
+    small: the capacity of the fast branch.
     config: the `loss` fields.
-    dtype: of the products' operands.
-
-  Returns:
-    The reduced negatives [B], and the cosines of those positives that the
-    device owns [B, P], zero for the others.
+    dtype: the type of the operands of products.
   """
   full = _Capacity(w_cD.shape[0], own_BP.size)
-  if config.negatives == 'uniform':  # Then what is drawn always fits.
+  if config.negatives == 'uniform':  # Its draws always fit `small`.
     full = full._replace(sampled=small.sampled)
   run = functools.partial(_with_room, config=config, dtype=dtype)
   if small == full:
@@ -226,10 +225,10 @@ def _statistics(w_cD, e_BD, own_BP, drawn_c, *, small, config, dtype):
 
 
 def _either(fits, fast, slow, w_cD, e_BD, *indices):
-  """lax.cond(fits, fast, slow) that keeps only its inputs for the gradient.
+  """Runs lax.cond(fits, fast, slow), but saves only its inputs for backward.
 
-  lax.cond keeps what either branch needs, and writes zeros for the one it did
-  not take.
+  lax.cond itself saves residuals of both branches, zeros for the one not
+  taken. Here the backward pass recomputes its branch.
   """
 
   @jax.custom_vjp
@@ -254,11 +253,12 @@ def _either(fits, fast, slow, w_cD, e_BD, *indices):
 
 
 def _with_room(w_cD, e_BD, own_BP, drawn_c, *, capacity, config, dtype):
-  """`_statistics` with a given capacity."""
+  """Computes `_statistics` with the given capacity."""
   num_local = w_cD.shape[0]
   budget = int(config.chunk_megabytes * 2**20)
   row_s = _drawn_rows(drawn_c, capacity.sampled)
   pairs_n = _owned_pairs(own_BP, num_local, capacity.pairs)
+  # Four bytes an element: centers and logits are float32.
   in_one = 4 * capacity.pairs * w_cD.shape[1] <= budget
   row_n = own_BP.reshape(-1).at[pairs_n].get(mode='fill', fill_value=num_local)
   w_sD, w_nD = _take(w_cD, row_s, row_n if in_one else row_n[:0])
@@ -290,29 +290,33 @@ def _with_room(w_cD, e_BD, own_BP, drawn_c, *, capacity, config, dtype):
 
 
 def _drawn_rows(drawn_c: jax.Array, capacity: int) -> jax.Array:
-  """The drawn rows, ascending; the rest of the capacity is out of bounds."""
+  """Returns the drawn rows [capacity], padded with rows out of bounds."""
   num_local = drawn_c.shape[0]
   if capacity == num_local:
+    # In place, so that `_take` can skip the gather.
     return jnp.where(drawn_c, jnp.arange(num_local), num_local)
   found = _places(drawn_c, capacity)
-  # All different, so that a scatter to them need not be serial.
+  # Distinct padding lets the gradient's scatter promise unique indices.
   return jnp.where(found < num_local, found, num_local + jnp.arange(capacity))
 
 
 def _owned_pairs(own_BP: jax.Array, num_local: int, capacity: int) -> jax.Array:
-  """Flat indices into own_BP of what the device owns; the rest is outside."""
+  """Returns flat indices [capacity] of owned pairs, padded out of bounds."""
   if capacity == own_BP.size:
-    return jnp.arange(own_BP.size)
+    return jnp.arange(own_BP.size)  # Every pair, owned or not.
   return _places(own_BP.reshape(-1) < num_local, capacity)
 
 
 def _places(mask: jax.Array, capacity: int) -> jax.Array:
-  """Where the mask is set, then its length; jnp.nonzero's scatter is slow."""
+  """Does jnp.nonzero(fill_value=len(mask)) without its slow scatter."""
   return jnp.searchsorted(jnp.cumsum(mask), jnp.arange(1, capacity + 1))
 
 
 def _reduced_negatives(e_BD, own_BP, *, w_sD, negative_s, config, dtype):
-  """Reduces a chunk of images' negatives, [B]."""
+  """Reduces the negatives of a chunk of images to [B].
+
+  `negative_s` holds the device's row of each center in w_sD, -1 for padding.
+  """
   cosines_Bs = matmul.matmul(e_BD, w_sD.T, dtype)
   masked_Bs = (negative_s < 0)[None]
   for p in range(own_BP.shape[1]):  # One fused comparison, no [B, s, P].
@@ -324,7 +328,10 @@ def _reduced_negatives(e_BD, own_BP, *, w_sD, negative_s, config, dtype):
 
 
 def _pair_cosines(w_nD, e_BD, pairs_n, shape):
-  """Cosines [B, P] of pairs with their centers; zero where there is none."""
+  """Returns the cosines [B, P] of images and the positives the device owns.
+
+  `shape` is (B, P). `pairs_n` is unused if w_nD has a row for every pair.
+  """
   num_pairs = shape[0] * shape[1]
   if w_nD.shape[0] == num_pairs:
     return jnp.sum(e_BD[:, None] * w_nD.reshape(*shape, -1), axis=-1)
@@ -336,15 +343,12 @@ def _pair_cosines(w_nD, e_BD, pairs_n, shape):
 
 @jax.custom_vjp
 def _take(w_cD, row_s, row_n):
-  """Rows of the weight, zeros where out of bounds.
+  """Reads two sets of rows of the weight; zeros where out of bounds.
 
-  The gradients of both meet in one array of the weight's size; the sum of two
-  would be one more pass over it.
+  The backward pass adds both gradients into one array of the weight's size.
+  Two arrays and their sum would cost another pass over it.
 
-  Args:
-    w_cD: the weight.
-    row_s: all different; w_cD as it is where there are as many.
-    row_n: any.
+  The rows of `row_s` are distinct; if there are c of them, w_cD is returned.
   """
   if len(row_s) == len(w_cD):
     return w_cD, _read(w_cD, row_n)
@@ -366,7 +370,7 @@ def _take_backward(residuals, gradients):
 _take.defvjp(
   lambda w_cD, row_s, row_n: (
     _take(w_cD, row_s, row_n),
-    (row_s, row_n, w_cD[:, :0]),
+    (row_s, row_n, w_cD[:, :0]),  # Its length and type, without its data.
   ),
   _take_backward,
 )
@@ -377,10 +381,7 @@ def _read(w_cD, rows, **promises):
 
 
 def _in_chunks(f, images, *, chunk):
-  """Maps f over chunks of images and recomputes them in the backward pass.
-
-  Of its temporaries only one chunk's then ever exists.
-  """
+  """Maps f over chunks of images; the backward pass recomputes each chunk."""
   num_images = images[0].shape[0]
   if num_images <= chunk:
     return f(*images)

@@ -1,7 +1,6 @@
-"""The FLOPs that a model takes.
+"""FLOPs of the encoder and the classifier per image.
 
-A multiplication and an addition are two FLOPs. Shapes: B images, L tokens, D
-width, F hidden width, C classes, P positives.
+Only matrix products and convolutions count. A multiply-add is two FLOPs.
 """
 
 import ml_collections
@@ -12,7 +11,7 @@ from mlcd_jax.train import sampling
 
 
 def encoder_flops(config: ml_collections.ConfigDict) -> float:
-  """FLOPs of one image's way through the encoder.
+  """Returns the FLOPs of one image's forward pass through the encoder.
 
   Args:
     config: the `model` fields.
@@ -23,17 +22,19 @@ def encoder_flops(config: ml_collections.ConfigDict) -> float:
   patches = (config.image_size // model.patch_size) ** 2
   tokens = patches + model.has_class_token
   width = model.width
+  # Queries, keys, values and output; then the two layers of the MLP.
   products = 4 * width**2 + 2 * width * model.mlp_dim
+  # The second term is attention: scores and weighted values.
   block = 2 * tokens * products + 4 * tokens**2 * width
   embed = 2 * patches * 3 * model.patch_size**2 * width
   return model.depth * block + embed + 2 * width * config.embedding_dim
 
 
 def _resnet_flops(model: resnet.ResNet) -> float:
-  """The same of convolutions, whose maps are rounded up when they shrink."""
+  """Returns the FLOPs of a ResNet; a stride rounds the size of a map up."""
   channels, side = model.width, -(-model.image_size // 2)
   products = 7**2 * 3 * channels * side**2
-  side = -(-side // 2)
+  side = -(-side // 2)  # Max pooling.
   for width, stride in model.bottlenecks():
     out = resnet.EXPANSION * width
     products += channels * width * side**2
@@ -48,11 +49,13 @@ def _resnet_flops(model: resnet.ResNet) -> float:
 def classifier_flops(
   config: ml_collections.ConfigDict, num_classes: int
 ) -> float:
-  """FLOPs of one image against the classes drawn and its positives.
+  """Returns the FLOPs of one image's products with classes, forward pass.
+
+  The classes are those drawn in a step and the positives of the image.
 
   Args:
     config: the whole config.
-    num_classes: without padding.
+    num_classes: the number of classes without padding.
   """
   classes = sampling.num_sampled(config.loss, num_classes)
   classes += config.loss.num_positives
@@ -62,10 +65,15 @@ def classifier_flops(
 def train_flops(
   config: ml_collections.ConfigDict, num_classes: int
 ) -> dict[str, float]:
-  """FLOPs of one image in training, by part, without what is recomputed.
+  """Returns the training FLOPs of one image, by part.
 
-  The backward pass takes two products for each of the forward pass.
+  Recomputation (model.remat, chunks) is not counted.
+
+  Args:
+    config: the whole config.
+    num_classes: the number of classes without padding.
   """
+  # The backward pass takes two products for each product of the forward pass.
   return {
     'encoder': 3 * encoder_flops(config.model),
     'classifier': 3 * classifier_flops(config, num_classes),

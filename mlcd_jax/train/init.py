@@ -1,4 +1,4 @@
-"""The state that training starts from: fresh, or from weights."""
+"""Makes the state that training starts from, fresh or from given weights."""
 
 import logging
 import pathlib
@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 
 _FIELD = 'model.init_from'
 
-# What must be alike in both models, where one has it, and the field that sets
-# it in ours.
+# Attributes in which the loaded model must equal the one to be trained, each
+# with the `model` field that sets it; '' = no field does.
 _ALIKE = {
   'width': 'variant',
   'depth': 'variant',
@@ -41,18 +41,18 @@ _ALIKE = {
 
 
 def make(program: step.Program, *, clusters: pathlib.Path) -> step.TrainState:
-  """Makes the state of step 0 as the `model.init_...` fields say.
+  """Makes the state of step 0 from the `model.init_...` fields.
 
-  Positions are interpolated to the image size. A projection of another width
-  stays fresh, and so does the classifier unless model.init_classifier says
-  otherwise.
+  Learned positions are interpolated to the image size. The projection stays
+  fresh if the loaded one has another width. The classifier stays fresh unless
+  model.init_classifier says otherwise.
 
   Args:
-    program: of the run.
-    clusters: folder of the clusters that are trained on.
+    program: the program of the run.
+    clusters: the folder of the clusters that serve as classes.
 
   Raises:
-    UserError: the weights are not of such a model or classifier.
+    UserError: the weights do not fit the model or the classifier.
   """
   config = program.config.model
   state = program.init()
@@ -66,7 +66,8 @@ def make(program: step.Program, *, clusters: pathlib.Path) -> step.TrainState:
     params['classifier'] = _placed({'weight': weight}, params['classifier'])
   if not config.init_from and config.init_classifier == 'fresh':
     return state
-  # The optimizer's moments are zero whatever the parameters are.
+  # opt_state can stay: its moments are zero for any parameters. The average
+  # gets its own copy, because a step donates the buffers of the whole state.
   return state.replace(
     params=params,
     ema=jax.tree.map(jnp.copy, params['encoder']) if state.ema else {},
@@ -79,7 +80,17 @@ def _adapted(
   loaded: dict[str, Any],
   params: Any,
 ) -> dict[str, Any]:
-  """The encoder's parameters, with positions for its own size."""
+  """Adapts loaded parameters to the model that is to be trained.
+
+  Args:
+    model: the encoder to train.
+    source: the encoder that the parameters belong to.
+    loaded: the parameters of `source`.
+    params: the fresh parameters of the train state.
+
+  Raises:
+    UserError: the two encoders differ in more than image size and projection.
+  """
   if getattr(source, 'patch_bias', False):
     raise errors.UserError(
       f"{_FIELD}: SigLIP's and DINOv2's towers are embedders only; start from "
@@ -123,7 +134,16 @@ def _classifier(
   clusters: pathlib.Path,
   workdir: pathlib.Path | None,
 ) -> np.ndarray:
-  """The weight [C, D], padded, kept from a run or made of the centers."""
+  """Returns a padded weight [C, D] from another run or the cluster centers.
+
+  Args:
+    program: the program of the run.
+    clusters: the folder of the clusters that serve as classes.
+    workdir: the workdir that model.init_from names, or None.
+
+  Raises:
+    UserError: the run or the centers do not fit the classifier.
+  """
   choice = f'model.init_classifier={program.config.model.init_classifier}'
   expected = program.abstract_state.params['classifier']['weight'].shape
   if program.config.model.init_classifier == 'kept':
@@ -134,7 +154,7 @@ def _classifier(
       )
     found = load_lib.from_run(workdir, classifier=True)[2]
     theirs = sampling.Layout(found['config'].cluster.num_centers).rows
-    weight = found['classifier'][:theirs]  # Without its mesh's padding.
+    weight = found['classifier'][:theirs]  # Drops the padding for its mesh.
     needed = (sampling.Layout(program.num_classes).rows, expected[1])
     if weight.shape != needed:
       raise errors.UserError(
@@ -148,9 +168,10 @@ def _classifier(
       f'{choice}: the cluster centers have {centers.shape[1]} columns, '
       f'model.embedding_dim={expected[1]}; make them equal, or use fresh'
     )
-  weight = np.zeros(expected, np.float32)  # Padding is never read.
+  weight = np.zeros(expected, np.float32)  # Padding rows are never drawn.
   rows = sampling.Layout(program.num_classes).row_of(np.arange(len(centers)))
-  # As long as fresh rows are, on which the optimizer's step depends.
+  # The loss normalises rows, so their length only sets how far a step of the
+  # optimizer turns them. Give them the expected length of fresh rows.
   weight[np.asarray(rows)] = centers * (
     classifier.INIT_STDDEV * expected[1] ** 0.5
   )
@@ -158,7 +179,7 @@ def _classifier(
 
 
 def _placed(tree: Any, like: Any) -> Any:
-  """Arrays with the types and shardings of others."""
+  """Returns the arrays of `tree` with the types and shardings of `like`."""
   return jax.tree.map(
     lambda x, old: jax.make_array_from_callback(
       old.shape, old.sharding, np.asarray(x, old.dtype).__getitem__

@@ -25,17 +25,20 @@ from mlcd_jax.weights import checkpoint
 
 _log = logging.getLogger(__name__)
 
-# What a process asks for at the end of a step; the greatest is done.
+# Requests of a process at the end of a step. All processes follow the largest.
 _SAVE, _STOP = 1, 2
 
-# (program, parameters of the encoder) -> scores by name.
+# Maps (program, parameters of the encoder) to scores by name; None = no score.
 Evaluate = Callable[[step_lib.Program, Any], Mapping[str, float | None]]
 
 _MUST_BE_FINITE = ('train/loss', 'train/gradient_norm')
 
 
 class Log:
-  """Writes metrics every so many steps, one step late."""
+  """Checks the metrics of every step and writes them every few steps.
+
+  It works one step behind, so that the devices never wait for the host.
+  """
 
   def __init__(
     self,
@@ -46,6 +49,15 @@ class Log:
     keys: Callable[[int], list[str]],
     on_log: Callable[[], None],
   ):
+    """Opens the outputs.
+
+    Args:
+      program: the program of the run.
+      workdir: the folder of the run.
+      first: the number of steps taken before this invocation.
+      keys: the function from a step to the keys of its batch.
+      on_log: a function to call after metrics were written.
+    """
     self._schedule = program.schedule
     self._every = program.config.train.log_every_steps
     self._batch_size = program.config.train.batch_size
@@ -60,32 +72,39 @@ class Log:
       'train', program.steps, unit='steps', done=first
     )
     self._workdir = workdir
-    self._keys = keys  # Of a step's batch.
+    self._keys = keys
     self._on_log = on_log
-    self._saving = 0.0  # Seconds since what was written last.
+    self._saving = 0.0  # Seconds spent saving since the last write.
     self._skipped = 0
     self._max_skipped = program.config.train.max_skipped_steps
     self._pending = None
-    self._timed_from = None  # (step, time, wait) rates count from.
+    self._timed_from = None  # (step, time, seconds waited) at the last write.
 
   def add(
     self, step: int, metrics: dict[str, jax.Array], seconds_waited: float
   ) -> None:
-    """Takes a step's metrics, writes those of the step before if due.
+    """Takes the metrics of a step and flushes those of the previous step.
 
     Args:
-      step: number.
-      metrics: of the step.
-      seconds_waited: for data, since the beginning.
+      step: the number of the step, from 1.
+      metrics: the metrics of the step, still on the devices.
+      seconds_waited: the seconds spent waiting for data since the start.
+
+    Raises:
+      RunError: the previous step failed its check, see `flush`.
     """
     self.flush(last=False)
     self._pending = step, metrics, seconds_waited
 
   def flush(self, *, last: bool) -> None:
-    """Checks what is pending, and writes it if due or the last.
+    """Checks the pending metrics and writes them if due.
+
+    Args:
+      last: write them even if they are not due.
 
     Raises:
-      RunError: the loss or its gradient is not finite, or the loss a spike.
+      RunError: the loss or the gradient is not finite or the loss is a spike,
+        in more steps than train.max_skipped_steps allows.
     """
     if self._pending is None:
       return
@@ -95,12 +114,13 @@ class Log:
     self._check_step(step, values)
     self._progress.update(step, loss=values['train/loss'])
     now = time.monotonic()
-    if self._timed_from is None:  # Compiling is not counted.
+    if self._timed_from is None:  # Rates exclude the first step's compilation.
       self._timed_from = step, now, waited
     if not (last or step == 1 or step % self._every == 0):
       return
     if self._max_skipped:
       values['train/skipped_steps'] = float(self._skipped)
+    # The optimizer counts steps from 0.
     values['train/learning_rate'] = float(self._schedule(step - 1))
     from_step, since, waited_before = self._timed_from
     if step > from_step:
@@ -119,20 +139,23 @@ class Log:
     self._on_log()
 
   def evaluated(self, step: int, values: Mapping[str, float | None]) -> None:
-    """Writes the scores at a step, after its own metrics if these are due."""
+    """Writes scores of the encoder after `step`; flushes its metrics first."""
     self.flush(last=False)
     self._writer.write(step, {k: v for k, v in values.items() if v is not None})
-    self._timed_from = None  # Neither is evaluating.
+    self._timed_from = None  # Rates exclude the time of an evaluation.
 
   @contextlib.contextmanager
   def saving(self) -> Iterator[None]:
-    """Counts the time inside as saving."""
+    """Counts the time in the context as time spent saving."""
     start = time.monotonic()
     yield
     self._saving += time.monotonic() - start
 
   def _check_step(self, step: int, values: dict[str, float]) -> None:
-    """Counts a step that must not be taken, or raises RunError."""
+    """Counts a step whose update was skipped; too many raise RunError.
+
+    It writes the keys of the batch to a file, so that the images can be found.
+    """
     broken = [n for n in _MUST_BE_FINITE if not math.isfinite(values[n])]
     if not broken and not values.get('train/spike'):
       return
@@ -161,11 +184,11 @@ class Log:
     _log.warning('train: skipped: %s', says)
 
   def latest(self) -> dict[str, float]:
-    """See metrics.Writer.latest."""
+    """Returns the last values, see metrics.Writer.latest."""
     return self._writer.latest()
 
   def close(self) -> None:
-    """Flushes the files."""
+    """Closes the files; pending metrics are not written."""
     self._writer.close()
 
 
@@ -180,31 +203,34 @@ def run(
   interrupted: Callable[[], bool],
   evaluate: Evaluate | None,
 ) -> None:
-  """Takes data, step, log, save, in this order, from the state's step on.
+  """Trains from the step of the state to `last`: data, step, log, save.
 
-  A step's metrics are fetched after the next one was dispatched, so that the
-  devices never wait for the host; only before a state is saved are its own
-  fetched, since one that is not finite must not replace a good one.
+  The metrics of a step are fetched after the next step was dispatched, so that
+  the devices never wait for the host. The exception is a step whose state is
+  saved: its metrics are checked first, since a state that is not finite must
+  not replace a good checkpoint.
 
   Args:
-    program: the compiled step.
-    state: to begin with.
-    batches: on the devices, from the state's step on.
-    last: the step to end after.
-    checkpointer: saves the states.
-    log: takes each step's metrics.
-    interrupted: says whether a signal asked this process to stop.
-    evaluate: scores the encoder every evaluate.every_steps; None = never.
+    program: the program of the run, with its jitted step.
+    state: the state to start from.
+    batches: the batches after that state, on the devices.
+    last: the number of the last step.
+    checkpointer: the checkpointer that saves the states.
+    log: the log that takes the metrics of each step.
+    interrupted: a function that returns whether a signal asked this process
+      to stop.
+    evaluate: a function that scores the encoder every evaluate.every_steps;
+      None = never.
 
   Raises:
-    RunError: the loss is not finite.
-    Stopped: by a signal, after saving.
+    RunError: too many steps failed their check, see `Log.flush`.
+    Stopped: a signal stopped training, after the state was saved.
   """
   every = program.config.train.checkpoint_every_steps
   evaluate_every = program.config.evaluate.every_steps
   seconds = 60 * program.config.train.checkpoint_every_minutes
-  # A signal to one process stops all after the same step, and its clock makes
-  # all save.
+  # A signal to one process must stop all of them after the same step, and a
+  # save that is due by one clock must be a save of all.
   agree = distributed.agreement(program.mesh)
   step = int(state.step)
   saved_step, saved_at = step, time.monotonic()
@@ -217,7 +243,9 @@ def run(
     late = seconds and time.monotonic() - saved_at > seconds
     wish = agree(_STOP if interrupted() else _SAVE if late else 0)
     if wish == _SAVE and step == saved_step + 1 and jax.process_count() > 1:
-      wish = 0  # The answer to what was asked before the save.
+      # With several processes the answer is one step old, so this one still
+      # belongs to the save just done.
+      wish = 0
     stopped = wish == _STOP
     if wish or step == last or step % every == 0:
       log.flush(last=stopped or step == last)

@@ -20,7 +20,10 @@ _log = logging.getLogger(__name__)
 
 
 class Writer:
-  """Writes scalars to metrics.jsonl, tensorboard/ and W&B, on one process."""
+  """Writes scalars to metrics.jsonl, tensorboard/ and W&B.
+
+  Only the main process writes.
+  """
 
   def __init__(
     self,
@@ -29,15 +32,19 @@ class Writer:
     first_step: int,
     config: ml_collections.ConfigDict | None = None,
   ):
-    """Opens them; what an earlier invocation wrote from `first_step` on goes.
+    """Opens the outputs and deletes entries of earlier invocations.
+
+    An interrupted run may have logged steps after its last checkpoint. They
+    will be taken again, so entries at or after `first_step` are deleted.
 
     Args:
-      workdir: the run's folder.
-      first_step: the step this invocation starts with.
-      config: of the run, whose train.wandb_project may name one.
+      workdir: the folder of the run.
+      first_step: the first step of this invocation.
+      config: the config of the run. If its train.wandb_project names a
+        project, metrics also go to Weights & Biases.
 
     Raises:
-      UserError: Weights & Biases does not take the run.
+      UserError: Weights & Biases refuses the run.
     """
     self._file = self._board = self._wandb = None
     self._latest = {}
@@ -45,6 +52,7 @@ class Writer:
       return
     path = workdir / 'metrics.jsonl'
     _drop_from(path, first_step)
+    # Line buffering: a killed run keeps every line it wrote.
     self._file = open(path, 'a', buffering=1)
     self._board = tensorboardX.SummaryWriter(
       str(workdir / 'tensorboard'), purge_step=first_step, write_to_disk=True
@@ -53,24 +61,30 @@ class Writer:
       self._wandb = _wandb_run(workdir, config)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes one line and one point a value."""
+    """Writes one line of JSON, and one point per value to the curves.
+
+    Args:
+      step: the number of the step.
+      values: the values by name, such as train/loss.
+    """
     self._latest.update(values)
     if self._file is None:
       return
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
-    # It refuses what it has; a continued run brings the same numbers again.
+    # W&B refuses steps it already has. A continued run repeats them with the
+    # same values.
     if self._wandb and step >= self._wandb.step:
       self._wandb.log(values, step=step)
 
   def latest(self) -> dict[str, float]:
-    """The last value of every metric since this was asked before."""
+    """Returns the last value of each metric written since the last call."""
     latest, self._latest = self._latest, {}
     return latest
 
   def close(self) -> None:
-    """Flushes all."""
+    """Flushes and closes the outputs."""
     if self._file is not None:
       self._file.close()
       self._board.close()
@@ -79,9 +93,14 @@ class Writer:
 
 
 def _wandb_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Any:
-  """Begins the workdir's run at Weights & Biases, or goes on with it."""
-  import wandb  # Optional; config_check has looked for it.
+  """Starts or resumes the workdir's run at Weights & Biases.
 
+  Raises:
+    UserError: Weights & Biases refuses the run.
+  """
+  import wandb  # Optional; checked when the config was.
+
+  # The id makes a later invocation resume the same run.
   path = workdir / 'wandb_id.txt'
   if not path.exists():
     with files.atomic(path) as temporary:
@@ -106,7 +125,7 @@ def _wandb_run(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Any:
 
 
 def _drop_from(path: pathlib.Path, first_step: int) -> None:
-  """Drops the lines of steps that will be written again."""
+  """Deletes the lines at or after `first_step`, and lines without a step."""
   if not path.exists():
     return
   kept = []

@@ -40,22 +40,25 @@ def run(
   evaluate: loop.Evaluate | None = None,
   on_log: Callable[[], None] = lambda: None,
 ) -> None:
-  """Trains to the end, or as far as this invocation may.
+  """Trains to the last step, or for train.stop_after_steps steps.
 
   Args:
-    config: of the run.
-    manifest: of this stage.
-    workdir: where the metrics go.
-    embedded: manifest of the embed stage, whose rows the labels are of.
-    labels: of those rows.
-    mesh: of all devices.
-    evaluate: scores the encoder every evaluate.every_steps.
-    on_log: called after metrics were written.
+    config: the config of the run.
+    manifest: the manifest of this stage.
+    workdir: the folder that receives the metrics.
+    embedded: the manifest of the embed stage, which made the labelled rows.
+    labels: the labels of those rows.
+    mesh: the mesh of all devices.
+    evaluate: a function that scores the encoder every evaluate.every_steps;
+      None = never.
+    on_log: a function to call after metrics were written.
 
   Raises:
-    UserError: the images and labels do not fit, or the batch and the mesh.
-    RunError: the loss is not finite.
-    Stopped: by a signal, after saving.
+    UserError: the images do not match the labels, the mesh has too many
+      devices for the classes, or model.init_... names unfit weights.
+    RunError: the loss or the gradient is not finite or the loss is a spike,
+      in more steps than train.max_skipped_steps allows.
+    Stopped: a signal stopped training, after the state was saved.
   """
   source = sources.make(config.data)
   sources.check_same(source, 'data.path')
@@ -101,6 +104,7 @@ def run(
     batches.close()
     log.close()
     checkpointer.close()
+  # A stage stopped by train.stop_after_steps stays open for the next run.
   if last == program.steps:
     manifest.finish(step=last)
 
@@ -108,7 +112,8 @@ def run(
 def _pin_start(
   config: ml_collections.ConfigDict, manifest: manifests.Manifest
 ) -> None:
-  """Notes which weights `model.init_from` stood for when training began."""
+  """Records which weights `model.init_from` named when training began."""
+  # The first invocation decides; the weights behind a name may change later.
   if config.model.init_from and 'init_from' not in manifest.notes:
     path = hub.pinned(config.model.init_from, 'model.init_from')
     manifest.notes['init_from'] = path
@@ -118,6 +123,7 @@ def _pin_start(
 def _checkpointer(
   config: ml_collections.ConfigDict, folder: pathlib.Path
 ) -> checkpoint.Checkpointer:
+  """Opens the checkpoints in a folder with the rules of the `train` fields."""
   return checkpoint.Checkpointer(
     folder,
     keep=config.train.keep_checkpoints,
@@ -128,7 +134,7 @@ def _checkpointer(
 
 
 def _batches(config, source, label_rows, labels, first, mesh):
-  """This host's rows of the batches after step `first`."""
+  """Returns an iterator over this host's rows of the batches after `first`."""
   return pipelines.train_batches(
     source,
     label_rows,
@@ -147,7 +153,12 @@ def _batches(config, source, label_rows, labels, first, mesh):
 
 
 def num_steps(config: ml_collections.ConfigDict, num_images: int) -> int:
-  """Steps of the whole run; `epochs` are turned into whole steps."""
+  """Returns the steps of the whole run: train.steps, or those of the epochs.
+
+  Args:
+    config: the config of the run.
+    num_images: the number of images in an epoch.
+  """
   if config.train.steps:
     return config.train.steps
   return max(
@@ -160,7 +171,19 @@ def _label_rows(
   source: sources.Source,
   embedded: manifests.Manifest,
 ) -> np.ndarray:
-  """Each record's row among the labels, or -1; refuses too many of those."""
+  """Matches records to labels by key.
+
+  Args:
+    config: the config of the run.
+    source: the images to train on.
+    embedded: the manifest of the embed stage, whose keys the labels have.
+
+  Returns:
+    Int [N], the row of each record among the labels; -1 if it has none.
+
+  Raises:
+    UserError: more than data.max_bad_fraction of the records have no label.
+  """
   keys = source.keys()
   label_keys = shards.open_made(embedded).keys()
   rows = matching.join(keys, label_keys, matching.root_of(config.data.path))
@@ -194,13 +217,14 @@ def _label_rows(
 
 
 def _named(keys: np.ndarray) -> str:
+  """Returns keys as text, separated by commas."""
   return ', '.join(map(keys_lib.text, keys.tolist()))
 
 
 def _keys(
   config: ml_collections.ConfigDict, source: sources.Source, step: int
 ) -> list[str]:
-  """The keys of the batch that step number `step`, from 1, is made with."""
+  """Returns the keys of the batch of a step; steps count from 1."""
   first = (step - 1) * config.train.batch_size
   places = range(first, first + config.train.batch_size)
   keys = source.keys()
@@ -218,7 +242,11 @@ def _restore_or_init(
   *,
   clusters: pathlib.Path,
 ) -> tuple[step_lib.TrainState, int]:
-  """The state to go on from, and its step."""
+  """Restores the latest checkpoint or makes a fresh state.
+
+  Returns:
+    The state and its step.
+  """
   restored = checkpointer.restore_latest(program.abstract_state)
   if restored is None:
     return init.make(program, clusters=clusters), 0

@@ -1,4 +1,7 @@
-"""The train state and the one jitted step."""
+"""The train state and the jitted training step.
+
+Shapes: B images, L labels in a batch, P positives the loss uses.
+"""
 
 import dataclasses
 import functools
@@ -19,23 +22,23 @@ from mlcd_jax import sharding
 from mlcd_jax.models import batch_norm
 from mlcd_jax.train import classifier
 
-# How much of a step's loss goes into the average that spikes are told by: the
-# last hundred steps or so.
+# Weight of a step's loss in the moving average that spikes are compared with.
+# 0.01 averages over the last hundred steps or so.
 _LOSS_RATE = 0.01
 
 
 @flax.struct.dataclass
 class TrainState:
-  """What a checkpoint holds.
+  """The state of training, as a checkpoint holds it.
 
   Attributes:
-    step: int32 scalar, steps taken.
-    params: {"encoder": ..., "classifier": {"weight"}}, float32; a ResNet's
-      encoder includes its running averages.
-    opt_state: of optax.
-    ema: moving average of params["encoder"]; {} without one.
-    loss_average: of the steps taken, float32 scalar, infinite before the
-      first; {} without a rule for spikes.
+    step: int32 scalar, the number of steps taken.
+    params: {"encoder": ..., "classifier": {"weight"}}, float32. The encoder of
+      a ResNet includes its running averages.
+    opt_state: the state of the optax optimizer.
+    ema: the moving average of params["encoder"]; {} if train.ema_decay is 0.
+    loss_average: float32 scalar, the moving average of the loss, infinite
+      before the first step; {} if train.max_loss_ratio is 0.
   """
 
   step: jax.Array
@@ -46,19 +49,19 @@ class TrainState:
 
   @property
   def encoder(self) -> dict[str, Any]:
-    """The encoder to use: its average where there is one."""
+    """The encoder parameters to use: the moving average if there is one."""
     return self.ema or self.params['encoder']
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The jitted parts of training, before any array exists.
+  """The jitted functions of training; making one allocates no array.
 
   Attributes:
     config: the whole config.
-    num_classes: of the classifier, without padding.
-    steps: of the whole run.
-    mesh: of all devices.
+    num_classes: the number of classes without padding.
+    steps: the number of steps of the whole run.
+    mesh: the mesh of all devices.
   """
 
   config: ml_collections.ConfigDict
@@ -73,12 +76,16 @@ class Program:
 
   @functools.cached_property
   def schedule(self) -> optax.Schedule:
-    """Step -> learning rate."""
+    """The function from step to learning rate."""
     return optimizer.make_schedule(self.config.optimizer, self.steps)
 
   @functools.cached_property
   def abstract_state(self) -> TrainState:
-    """Shapes, types and shardings of the state."""
+    """The shapes, types and shardings of the state.
+
+    Raises:
+      UserError: the mesh has too many devices for the classes.
+    """
     classifier.check_devices(self.num_classes, self.mesh.size)
     shapes = jax.eval_shape(self._init)
     return jax.tree.map(
@@ -89,7 +96,7 @@ class Program:
 
   @property
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of a batch."""
+    """The shapes, types and shardings of a batch."""
     batch = NamedSharding(self.mesh, sharding.BATCH)
     size, images = self.config.model.image_size, self.config.train.batch_size
     return {
@@ -102,18 +109,18 @@ class Program:
     }
 
   def init(self) -> TrainState:
-    """Makes the state of step 0, the same on every mesh."""
+    """Makes the state of step 0, the same on every mesh except for padding."""
     return jax.jit(self._init, out_shardings=self._shardings)()
 
   def init_encoder(self) -> dict[str, Any]:
-    """The encoder's parameters of step 0, without the rest of the state."""
+    """Makes only the encoder's parameters of step 0."""
     return jax.jit(
       self._init_encoder, out_shardings=self._shardings.params['encoder']
     )()
 
   @functools.cached_property
   def step(self):
-    """(state, batch) -> (state, metrics); the old state is given up."""
+    """The function (state, batch) -> (state, metrics); donates the state."""
     replicated = NamedSharding(self.mesh, sharding.REPLICATED)
     batch = NamedSharding(self.mesh, sharding.BATCH)
     return jax.jit(
@@ -125,6 +132,7 @@ class Program:
 
   @property
   def _shardings(self):
+    """The shardings of the state."""
     return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
   @functools.cached_property
@@ -132,14 +140,20 @@ class Program:
     return optimizer.make(self.config.optimizer, self.schedule)
 
   def _key(self, purpose: int) -> jax.Array:
+    """Returns the key of one purpose.
+
+    0: encoder, 1: classifier, 2: negatives, 3: choice of labels, 4: drop path.
+    """
     return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
   def _init_encoder(self) -> dict[str, Any]:
+    """Initialises the encoder's parameters."""
     size = self.config.model.image_size
     images = jnp.zeros((1, size, size, 3), jnp.uint8)
     return self.model.init(self._key(0), images)['params']
 
   def _init(self) -> TrainState:
+    """Initialises the whole state."""
     params = {
       'encoder': self._init_encoder(),
       'classifier': classifier.init(
@@ -160,6 +174,18 @@ class Program:
     )
 
   def _step(self, state: TrainState, batch: dict[str, jax.Array]):
+    """Takes one step.
+
+    If train.max_skipped_steps is not 0, a step whose loss or gradient is not
+    finite or whose loss is a spike changes nothing but the step number.
+
+    Args:
+      state: the state before the step.
+      batch: arrays shaped as in `abstract_batch`.
+
+    Returns:
+      The state after the step and its metrics, scalars by name.
+    """
     batch = self._with_chosen_labels(batch, state.step)
     (loss, statistics), gradients = self._gradients(state, batch)
     updates, opt_state = self._optimizer.update(
@@ -178,6 +204,7 @@ class Program:
       spike = loss > self.config.train.max_loss_ratio * loss_average
       accepted &= ~spike
       metrics['train/spike'] = spike.astype(jnp.float32)
+      # Infinite before the first step, whose loss then starts the average.
       loss_average = jnp.where(
         jnp.isinf(loss_average),
         loss,
@@ -196,12 +223,17 @@ class Program:
     return new, metrics
 
   def _with_chosen_labels(self, batch, step):
-    """The batch with as many labels as the loss uses, or fewer."""
+    """Returns the batch with the labels that the loss uses, [B, P].
+
+    An image without any label gets weight 0. `random` chooses anew each step;
+    otherwise the first labels are used.
+    """
     labels_BL, count = batch['labels'], self.config.loss.num_positives
     if self.config.loss.label_choice == 'random':
       key = jax.random.fold_in(self._key(3), step)
       chance_BL = jax.random.uniform(key, labels_BL.shape)
-      chance_BL = jnp.where(labels_BL < 0, -1, chance_BL)  # Padding last.
+      # Below every uniform number, so that missing labels are chosen last.
+      chance_BL = jnp.where(labels_BL < 0, -1, chance_BL)
       chosen_BP = lax.top_k(chance_BL, count)[1]
       labels_BL = jnp.take_along_axis(labels_BL, chosen_BP, axis=1)
     labels_BP = labels_BL[:, :count]
@@ -210,10 +242,14 @@ class Program:
     return batch | {'labels': labels_BP, 'weight': weight_B}
 
   def _gradients(self, state, batch):
-    """((loss, statistics), gradients), over train.accumulate_steps parts.
+    """Returns ((loss, statistics), gradients) of a batch.
 
-    The statistics are the mean of the parts', each normalised by its own.
+    The batch is processed in train.accumulate_steps parts. The sums over parts
+    equal those of the whole batch, except that batch normalisation uses the
+    statistics of each part and drop path draws anew for each. The returned
+    statistics are the mean over parts.
     """
+    # Weights are 0 or 1; a batch without labels must not divide by 0.
     total = jnp.maximum(jnp.sum(batch['weight']), 1)
 
     def mean_loss(params, part, i):
@@ -225,7 +261,8 @@ class Program:
     if parts == 1:
       return gradients(state.params, batch, 0)
 
-    def split(x):  # Every part takes rows from every device.
+    # Every part takes rows from every device, so no rows move between devices.
+    def split(x):
       return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
 
     def add(carry, part):
@@ -242,10 +279,19 @@ class Program:
     return (loss, jax.tree.map(lambda x: x.mean(0), statistics)), summed
 
   def _as_params(self, tree):
+    """Shards a tree of gradients like the parameters."""
+    # Without this XLA may replicate the sum that the scan carries.
     return lax.with_sharding_constraint(tree, self._shardings.params)
 
   def _loss_sum(self, params, batch, step, part):
-    """The weighted sum of the images' losses; statistics of their maps."""
+    """Returns the weighted sum of losses and the batch-norm statistics.
+
+    Args:
+      params: the parameters of encoder and classifier.
+      batch: a part of the batch, with the labels to use.
+      step: the number of steps taken before.
+      part: the index of the part, which only drop path depends on.
+    """
     key = jax.random.fold_in(self._key(4), step)
     out, seen = self.model.apply(
       {'params': params['encoder']},
@@ -261,7 +307,7 @@ class Program:
       num_classes=self.num_classes,
       config=self.config.loss,
       dtype=jnp.dtype(self.config.model.dtype),
-      # All parts of a step share its negatives.
+      # All parts of a step share their negatives, as in one large batch.
       key=jax.random.fold_in(self._key(2), step),
       mesh=self.mesh,
     )
@@ -269,10 +315,11 @@ class Program:
     return loss, seen.get(batch_norm.STATISTICS, {})
 
   def _average(self, state, encoder):
+    """Returns the moving average after a step; {} if train.ema_decay is 0."""
     decay = self.config.train.ema_decay
     if not decay:
       return {}
-    # Short at first, or the random start would linger.
+    # Average over few steps at first, or the random start would linger.
     decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     return jax.tree.map(
       lambda old, new: old + (1 - decay) * (new - old), state.ema, encoder
@@ -280,7 +327,11 @@ class Program:
 
 
 def num_labels(config: ml_collections.ConfigDict) -> int:
-  """Labels of an image in a batch; a random choice needs all stored ones."""
+  """Returns the number of labels per image in a batch.
+
+  A random choice needs all stored labels; otherwise the loss's number is
+  enough.
+  """
   if config.loss.label_choice == 'random':
     return config.cluster.num_labels
   return config.loss.num_positives

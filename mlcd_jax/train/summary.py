@@ -1,4 +1,4 @@
-"""A table of the parameters that a run trains."""
+"""A table of the parameters that a run trains, for the log."""
 
 import math
 from typing import Any
@@ -7,18 +7,20 @@ import jax
 
 from mlcd_jax.train import step
 
-_MAX_DEPTH = 2  # Names of a path that make a row of the table.
+# Parameters whose paths share so many leading names form a row of the table.
+_MAX_DEPTH = 2
 
 
 def parameters(program: step.Program) -> str:
-  """A table of the parameters and the memory their state takes.
+  """Returns a table of the parameters and the memory that the state takes.
 
   Args:
-    program: whose abstract state is looked at; no array is made.
+    program: the program of the run. Only its abstract state is read; no array
+      is made.
 
   Returns:
-    Lines with the number of parameters of each part, how it is split, and the
-    bytes that parameters, optimizer and average take on a device.
+    One line per part with its number of parameters and its shardings, then a
+    line with the total and the GiB of the whole state on one device.
   """
   state = program.abstract_state
   rows = {}
@@ -41,7 +43,7 @@ def parameters(program: step.Program) -> str:
 
 
 def _gib(state: Any) -> str:
-  """What one device holds of the state."""
+  """Returns the size of one device's part of the state in GiB, as text."""
   size = sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     for x in jax.tree.leaves(state)

@@ -1,1 +1,1 @@
-"""Encoders on disk: checkpoints, released weights in and out."""
+"""Encoders on disk: checkpoints, imports, exports and released weights."""

@@ -1,4 +1,4 @@
-"""Checkpoints of the train state, by Orbax."""
+"""Checkpoints of the train state, written by Orbax."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -21,11 +21,12 @@ from mlcd_jax.weights import shapes
 
 _log = logging.getLogger(__name__)
 
+# Texts of ENOSPC, EDQUOT and EFBIG.
 _FULL = ('No space left', 'Disk quota exceeded', 'File too large')
 
 
 class Checkpointer:
-  """Saves and restores train states under a folder, one folder a step."""
+  """Saves and restores train states, each in a folder named by its step."""
 
   def __init__(
     self,
@@ -39,11 +40,12 @@ class Checkpointer:
     """Opens the folder, or makes it.
 
     Args:
-      folder: of the checkpoints.
-      keep: the last so many stay.
-      keep_every_steps: and those of multiples of it; 0 = none.
-      keep_best: and the one that is best by the metric of this name; '' = none.
-      best_is: lowest or highest.
+      folder: the folder of the checkpoints.
+      keep: the number of latest checkpoints to keep.
+      keep_every_steps: keep also every checkpoint at a multiple of this many
+        steps; 0 = none.
+      keep_best: the metric whose best checkpoint is also kept; '' = none.
+      best_is: lowest or highest, the better value of that metric.
     """
     self._folder = folder
     self._best = keep_best
@@ -63,30 +65,30 @@ class Checkpointer:
       item_handlers=ocp.StandardCheckpointHandler(),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-        best_fn=best_fn,  # Has the metric written beside the state.
+        best_fn=best_fn,  # Makes Orbax write the metric beside the state.
         cleanup_tmp_directories=True,
-        # All processes know the same steps, whatever each one's disk shows.
+        # All processes use one list of steps, whatever each one's disk shows.
         single_host_load_and_broadcast=True,
-        # When to save is the training loop's decision.
+        # The training loop decides when to save.
         save_interval_steps=1,
       ),
     )
     self._sealing = futures.ThreadPoolExecutor(1, 'seal')
-    self._unsealed = None  # A step whose digests are not written yet.
+    self._unsealed = None  # The step whose digests are not written yet.
 
   def save(
     self, step: int, state: Any, metrics: Mapping[str, float] | None = None
   ) -> None:
-    """Writes in the background, unless the step is there already.
+    """Writes a state in the background unless it is the latest checkpoint.
 
     Args:
-      step: number.
-      state: of the step.
-      metrics: by name; the checkpoint is never the best one without a finite
-        value of the metric to keep by.
+      step: the number of the step.
+      state: the state after the step.
+      metrics: metrics by name. Without a finite value of the metric
+        `keep_best`, the checkpoint cannot become the best one.
 
     Raises:
-      RunError: this one or the one before cannot be written.
+      RunError: this checkpoint or the previous one cannot be written.
     """
     if step == self._manager.latest_step():
       return
@@ -104,11 +106,11 @@ class Checkpointer:
     """Reads a state onto any mesh.
 
     Args:
-      step: of a complete checkpoint.
-      abstract_state: jax.ShapeDtypeStructs with the shardings wanted.
+      step: the step of a complete checkpoint.
+      abstract_state: jax.ShapeDtypeStructs with the shardings to restore to.
 
     Raises:
-      UserError: the checkpoint is damaged or of another model.
+      UserError: the checkpoint is damaged or belongs to another model.
     """
     try:
       return self._restore(step, abstract_state)
@@ -116,18 +118,18 @@ class Checkpointer:
       raise self._cannot_be_restored(step, str(e)) from e
 
   def restore_latest(self, abstract_state: Any) -> tuple[Any, int] | None:
-    """Reads the last state that is whole; damaged ones are moved aside.
+    """Reads the latest undamaged state and moves damaged ones aside.
 
     Args:
       abstract_state: as for `restore`.
 
     Returns:
-      The state and its step, or None where there is no checkpoint.
+      The state and its step, or None if there is no checkpoint.
 
     Raises:
-      UserError: all are damaged, or one is of another model.
+      UserError: all checkpoints are damaged, or one belongs to another model.
     """
-    # Refuses what is no folder of checkpoints.
+    # Raises if the folder holds anything but checkpoints.
     distributed.decide('checkpoints', lambda: latest_step(self._folder))
     self._manager.reload()
     steps = sorted(self._manager.all_steps(), reverse=True)
@@ -149,10 +151,10 @@ class Checkpointer:
     return None
 
   def close(self) -> None:
-    """Waits for what is being written, and says which one is the best.
+    """Waits for the last write and logs which checkpoint is the best.
 
     Raises:
-      RunError: it cannot be written.
+      RunError: the checkpoint cannot be written.
     """
     with self._explained():
       self._finish_last()
@@ -163,6 +165,7 @@ class Checkpointer:
       self._manager.close()
 
   def _finish_last(self) -> None:
+    """Waits for the last write, then starts writing its digests."""
     self._manager.wait_until_finished()
     step, self._unsealed = self._unsealed, None
     if step is not None and distributed.is_main():
@@ -171,7 +174,7 @@ class Checkpointer:
   def _metric(
     self, step: int, metrics: Mapping[str, float]
   ) -> dict[str, float] | None:
-    """What is written beside a state, for the choice of the best one."""
+    """Returns the metric to write beside a state, None if it has none."""
     value = metrics.get(self._best)
     if value is not None and math.isfinite(value):
       return {self._best: float(value)}
@@ -189,26 +192,26 @@ class Checkpointer:
     return _Explained(self._folder)
 
   def _restore(self, step: int, abstract_state: Any) -> Any:
-    """As `restore`, raises digests.Damaged in all processes alike."""
+    """Does `restore`, but raises digests.Damaged, in all processes alike."""
     found = distributed.decide('checkpoint', lambda: self._look(step))
     if 'damage' in found:
       raise digests.Damaged(found['damage'])
     self._check_same_model(step, found['shapes'], abstract_state)
     try:
-      # Not strict: the class centers' padding is another on another mesh.
+      # Not strict, since the padding of class centers depends on the mesh.
       return self._manager.restore(
         step, args=ocp.args.StandardRestore(abstract_state, strict=False)
       )
     except Exception as e:  # Orbax and TensorStore raise all kinds.
       if watchdog.may_be_lost(e):
-        watchdog.wait()  # Else a good checkpoint would count as damaged.
+        watchdog.wait()  # A lost process is no damage of the checkpoint.
       if jax.process_count() > 1:
-        # Others may have found no damage, and wait for this process.
+        # Others may see no damage. A retry here would leave them waiting.
         raise self._cannot_be_restored(step, _first_line(e)) from e
       raise digests.Damaged(_first_line(e)) from e
 
   def _look(self, step: int) -> dict[str, Any]:
-    """The `shapes` of a checkpoint's arrays, or its `damage`."""
+    """Returns the `shapes` of the arrays or the reason of the `damage`."""
     try:
       digests.check(self._folder / str(step))
       return {'shapes': shapes.by_path(self._manager.item_metadata(step))}
@@ -241,7 +244,7 @@ class Checkpointer:
       )
 
   def _set_aside(self, steps: list[int]) -> None:
-    """Moves damaged checkpoints away, so that their steps can be saved."""
+    """Moves damaged checkpoints aside, so that their steps can be saved."""
     if steps and distributed.is_main():
       aside = self._folder / 'damaged'
       aside.mkdir(exist_ok=True)
@@ -255,15 +258,15 @@ class Checkpointer:
 
 
 def restore_part(folder: pathlib.Path, step: int, abstract: Any) -> Any:
-  """Reads some arrays of a checkpoint, onto one device, and not the others.
+  """Reads some arrays of a checkpoint onto one device, and no others.
 
   Args:
-    folder: of the checkpoints.
-    step: of a complete checkpoint.
-    abstract: jax.ShapeDtypeStructs of those arrays, nested as in the state.
+    folder: the folder of the checkpoints.
+    step: the step of a complete checkpoint.
+    abstract: jax.ShapeDtypeStructs of the arrays, nested as in the state.
 
   Raises:
-    UserError: the checkpoint is damaged, or has no such arrays.
+    UserError: the checkpoint is damaged or has no such arrays.
   """
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   abstract = jax.tree.map(
@@ -296,12 +299,12 @@ def restore_part(folder: pathlib.Path, step: int, abstract: Any) -> Any:
 def shape(
   folder: pathlib.Path, step: int, names: Sequence[str]
 ) -> jax.ShapeDtypeStruct:
-  """The shape of one float32 array of a checkpoint, by its path's names."""
+  """Returns the shape of a float32 array, given the names of its path."""
   return jax.ShapeDtypeStruct(_at(_metadata(folder, step), names), jnp.float32)
 
 
 def has(folder: pathlib.Path, step: int, name: str) -> bool:
-  """Whether a part of the state has any arrays."""
+  """Returns whether a part of a checkpoint's state has any arrays."""
   return bool(jax.tree.leaves(_metadata(folder, step).get(name)))
 
 
@@ -321,10 +324,10 @@ def _array_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def latest_step(folder: pathlib.Path) -> int | None:
-  """The last complete checkpoint's step; None where there is none.
+  """Returns the step of the last complete checkpoint, None without one.
 
   Raises:
-    UserError: a folder that looks like a checkpoint is none.
+    UserError: the folder holds something that is not a checkpoint.
   """
   if not folder.exists():
     return None
@@ -338,10 +341,10 @@ def latest_step(folder: pathlib.Path) -> int | None:
 
 
 def step_of(path: pathlib.Path) -> int:
-  """The step of a complete checkpoint, by its folder.
+  """Returns the step of a complete checkpoint, given its folder.
 
   Raises:
-    UserError: there is none of that name.
+    UserError: there is no such checkpoint.
   """
   steps = sorted(ocp.utils.checkpoint_steps(path.parent))
   if path.name not in map(str, steps):
@@ -352,7 +355,7 @@ def step_of(path: pathlib.Path) -> int:
 
 
 class _Explained:
-  """Turns what goes wrong in writing into one line."""
+  """A context that turns errors of writing into a RunError of one line."""
 
   def __init__(self, folder: pathlib.Path):
     self._folder = folder

@@ -1,7 +1,7 @@
-"""The digests of a checkpoint's files.
+"""SHA-256 digests of the files of a checkpoint.
 
-Orbax notices a file that is cut short or gone, but restores changed bytes as
-if nothing were.
+Orbax notices files that are truncated or missing, but restores changed bytes
+without an error. The digests detect those too.
 """
 
 import json
@@ -16,11 +16,15 @@ _NAME = 'sha256.json'
 
 
 class Damaged(Exception):
-  """A checkpoint that cannot be used; says why."""
+  """A checkpoint cannot be used; the message gives the reason."""
 
 
 def write(folder: pathlib.Path) -> None:
-  """Writes the digests of a finished checkpoint's files."""
+  """Writes the digests of all files of a finished checkpoint.
+
+  Args:
+    folder: the folder of the checkpoint.
+  """
   try:
     found = {
       str(p.relative_to(folder)): files.sha256(p)
@@ -29,17 +33,20 @@ def write(folder: pathlib.Path) -> None:
     }
     if folder.exists():
       files.write_json(folder / _NAME, found)
-  except OSError as e:  # Deleted meanwhile, or no space: it is whole anyway.
+  # The checkpoint may be deleted meanwhile, or the disk be full. It is complete
+  # without digests, so training goes on.
+  except OSError as e:
     _log.info('train: %s has no digests: %s', folder, e)
 
 
 def check(folder: pathlib.Path) -> None:
-  """Raises Damaged naming a file that is not as it was written.
+  """Raises Damaged if a file of a checkpoint is missing or has changed.
 
-  A process that is killed just after a save has not written them yet; then
-  Orbax's own checks must do.
+  Args:
+    folder: the folder of the checkpoint.
   """
   path = folder / _NAME
+  # Without digests (killed just after the save) Orbax's own checks must do.
   if not path.exists():
     return
   try:
