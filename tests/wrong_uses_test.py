@@ -10,6 +10,7 @@ import pytest
 
 from mlcd_jax import main
 from mlcd_jax import stages
+from mlcd_jax.config import fields
 from mlcd_jax.runtime import cli
 from mlcd_jax.runtime import errors
 from tests import commands
@@ -45,7 +46,7 @@ def fixture_command(monkeypatch, capsys, tmp_path):
     for flag in [f for f in flags.FLAGS if f.startswith('config.')]:
       delattr(flags.FLAGS, flag)
     try:
-      cli.run(main.main, required=('config',))
+      cli.run(main.main, required=('config',), fields=fields.NAMES)
     except Exited as e:
       return e.args[0], capsys.readouterr().err.splitlines()
     except SystemExit as e:
