@@ -13,9 +13,6 @@ import optax
 
 from mlcd_jax.runtime import errors
 
-SCHEDULES = ('cosine', 'polynomial', 'constant')
-HEAD_UPDATES = ('dense', 'sparse')
-
 # AdamW's usual exceptions: gains, biases, positions and learned tokens. Running
 # averages are no weights at all; batch_norm.follow alone may move them.
 _NOT_DECAYED = re.compile(

@@ -42,7 +42,6 @@ _MAKERS = {
   'parquet': ('parquet', 'make'),
   'coco': ('coco', 'make'),
 }
-NAMES = tuple(_MAKERS)
 
 # So many classes have had numbers from 0 on (ImageNet-21k: 21,843, all used);
 # of more, some that are not used are taken for identifiers.

@@ -33,9 +33,6 @@ VARIANTS = {
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-POOLINGS = ('class_token', 'average', 'attention')
-POSITIONS = ('learned', 'rope2d')
-
 # Policies of rematerialisation, see ViT.remat.
 REMAT = ('none', 'dots', 'full')
 
@@ -50,14 +47,14 @@ class ViT(nn.Module):
     mlp_dim: the hidden width of the MLPs.
     patch_size: the side of a patch in pixels.
     embedding_dim: the width of the embedding; 0 = it is the pooled features.
-    pooling: one of POOLINGS. 'class_token' adds a class token and uses it;
+    pooling: 'class_token' adds a class token and uses it;
       'average' averages all tokens; 'attention' uses a learned query (SigLIP).
     dtype: the type of the operands of products. Weights, norms and softmax
       stay float32.
     image_size: the side in pixels for which the position table is made. The
       table is interpolated for other sizes. 0 = the size of the images that
       the parameters are initialised with.
-    position: one of POSITIONS. 'learned' adds a table of positions; 'rope2d'
+    position: 'learned' adds a table of positions; 'rope2d'
       rotates queries and keys.
     activation: one of layers.ACTIVATIONS.
     pre_norm: apply a norm before the blocks (CLIP).
