@@ -101,6 +101,7 @@ def field(assignment, *says):
     # Fields that do not exist, and values of another type.
     field('lr=1', "no field 'lr'", '--help'),
     field('batch_size=1', "'batch_size'", '--config.train.batch_size'),
+    field('data.datasets=1', "'datasets'", '--config.evaluate.datasets'),
     field('train.num_centers=1', '--config.cluster.num_centers'),
     field('optimizer.decay=1', '--config.optimizer.weight_decay'),
     field('train.stepz=1', 'stepz', '"steps"'),

@@ -61,15 +61,12 @@ def _check_fields(config: ml_collections.ConfigDict) -> None:
     accepted = (int, float) if isinstance(default, float) else type(default)
     if isinstance(default, tuple):
       accepted = (tuple, list)
+    if isinstance(default, dict):
+      accepted = ml_collections.ConfigDict
     if not isinstance(given, accepted):
       raise errors.UserError(
         f'{name}={given!r}: needs a value such as {default!r}'
       )
-  if not isinstance(config.evaluate.get('datasets'), ml_collections.ConfigDict):
-    raise errors.UserError(
-      'evaluate.datasets is missing; begin a config with '
-      'mlcd_jax.config.default()'
-    )
 
 
 # Meaning of embed.path for the embedders that need it; errors show it.

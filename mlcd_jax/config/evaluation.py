@@ -79,6 +79,13 @@ FIELDS = (
     "Folder of the named data sets; '' = TFDS's folder.",
     stages=(EVALUATE,),
   ),
+  Field(
+    'evaluate.datasets',
+    {},
+    'Labelled data sets by name, which mlcd_jax.config.add_dataset adds. '
+    'Each says what to read, as data does, and names its splits.',
+    stages=(EVALUATE,),
+  ),
   # The text tower that zero_shot and retrieval tune to a frozen encoder. Its
   # other settings come from the optimizer section.
   Field(

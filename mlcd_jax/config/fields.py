@@ -44,7 +44,6 @@ def default() -> ml_collections.ConfigDict:
     if section and section not in config:
       config[section] = ml_collections.ConfigDict()
     (config[section] if section else config)[name] = field.default
-  config.evaluate.datasets = ml_collections.ConfigDict()
   return config
 
 
@@ -63,11 +62,19 @@ def of_stage(config: Mapping[str, Any], stage: str) -> dict[str, Any]:
     config: the result of `config.to_dict`.
     stage: embed, cluster, train or evaluate.
   """
-  values = {f.name: get(config, f.name) for f in FIELDS if stage in f.stages}
-  if stage == EVALUATE:
-    for name, dataset in config['evaluate']['datasets'].items():
-      prefix = f'evaluate.datasets.{name}'
-      values |= {f'{prefix}.{key}': value for key, value in dataset.items()}
+  values = {}
+  for field in FIELDS:
+    if stage in field.stages:
+      values |= _flat(field.name, get(config, field.name))
+  return values
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+  if not isinstance(value, dict):
+    return {name: value}
+  values = {}
+  for key, inner in value.items():
+    values |= _flat(f'{name}.{key}', inner)
   return values
 
 

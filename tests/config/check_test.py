@@ -80,6 +80,11 @@ def test_malformed_configs_are_refused(tiny_config):
   other.data = ml_collections.ConfigDict(dict(other.data, crop_area='all'))
   with pytest.raises(errors.UserError, match="data.crop_area='all'"):
     config_check.check(other)
+  other = config_lib.default()
+  with other.evaluate.ignore_type():
+    other.evaluate.datasets = 'mine'
+  with pytest.raises(errors.UserError, match="evaluate.datasets='mine': needs"):
+    config_check.check(other)
 
 
 def numeric_fields():
