@@ -1,6 +1,7 @@
 """The train stage: opens data and labels, makes the state, runs the loop."""
 
 from collections.abc import Callable
+import contextlib
 import functools
 import logging
 import pathlib
@@ -77,10 +78,6 @@ def run(
   last = program.steps
   if config.train.stop_after_steps:
     last = min(last, first + config.train.stop_after_steps)
-  batches = pipelines.Prefetched(
-    _batches(config, source, label_rows, labels, first, mesh),
-    functools.partial(sharding.put_batch, mesh),
-  )
   log = loop.Log(
     program,
     workdir,
@@ -88,22 +85,24 @@ def run(
     keys=functools.partial(_keys, config, source),
     on_log=on_log,
   )
-  try:
-    with signals.noted() as interrupted:
-      loop.run(
-        program,
-        state,
-        batches,
-        last=last,
-        checkpointer=checkpointer,
-        log=log,
-        interrupted=interrupted,
-        evaluate=evaluate,
-      )
-  finally:
-    batches.close()
-    log.close()
-    checkpointer.close()
+  with (
+    contextlib.closing(checkpointer),
+    contextlib.closing(log),
+    contextlib.closing(
+      _batches(config, source, label_rows, labels, first, mesh)
+    ) as batches,
+    signals.noted() as interrupted,
+  ):
+    loop.run(
+      program,
+      state,
+      batches,
+      last=last,
+      checkpointer=checkpointer,
+      log=log,
+      interrupted=interrupted,
+      evaluate=evaluate,
+    )
   # A stage stopped by train.stop_after_steps stays open for the next run.
   if last == program.steps:
     manifest.finish(step=last)
@@ -134,8 +133,8 @@ def _checkpointer(
 
 
 def _batches(config, source, label_rows, labels, first, mesh):
-  """Returns an iterator over this host's rows of the batches after `first`."""
-  return pipelines.train_batches(
+  """Returns the batches after step `first`, read ahead, on the devices."""
+  own_rows = pipelines.train_batches(
     source,
     label_rows,
     labels,
@@ -150,6 +149,8 @@ def _batches(config, source, label_rows, labels, first, mesh):
     max_bad_fraction=config.data.max_bad_fraction,
     rows=sharding.own_rows(mesh, config.train.batch_size),
   )
+  put = functools.partial(sharding.put_batch, mesh)
+  return pipelines.Prefetched(own_rows, put)
 
 
 def num_steps(config: ml_collections.ConfigDict, num_images: int) -> int:
