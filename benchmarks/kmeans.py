@@ -276,7 +276,7 @@ def _whole_runs(name, rows, num_centers, iterations, peers, rounds) -> None:
 
 
 def _mean_cosine(rows: np.ndarray, centers: np.ndarray) -> float:
-  """Of the rows to their nearest centers, in float32 by faiss."""
+  """Returns the mean cosine of rows to their nearest centers, by faiss."""
   norm = np.linalg.norm(centers, axis=1, keepdims=True)
   index = faiss.IndexFlatIP(rows.shape[1])
   index.add(centers / np.maximum(norm, 1e-12))
@@ -284,7 +284,7 @@ def _mean_cosine(rows: np.ndarray, centers: np.ndarray) -> float:
 
 
 def _nearest(rounds: int) -> None:
-  """The nearest centers of 4,096 rows among 16,384."""
+  """Times the search for the nearest of 16,384 centers, for 4,096 rows."""
   num_rows, num_centers = 4_096, 16_384
   made = make_rows(num_rows + 2 * num_centers, 768, 2 * num_centers, noise=0.75)
   rows, rest = made[:num_rows], made[num_rows:]

@@ -64,7 +64,7 @@ def ours(x, y, batches, num_classes):
 
 
 def theirs(x, y, batches, num_classes):
-  """As `ours`."""
+  """Fits the same models as `ours`, by scikit-learn."""
   del num_classes
   found = []
   model = LogisticRegression(max_iter=10_000, tol=_TOLERANCE, warm_start=True)

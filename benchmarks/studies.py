@@ -44,7 +44,7 @@ class Study:
   against: Mapping[str, Any] | None = None
 
   def points(self) -> list[dict[str, Any]]:
-    """What tells each cell from the others; those of `cells` follow another."""
+    """Returns the fields that tell each cell of the grid from the others."""
     return [
       {**fields, **dict(zip(self.grid, values))}
       for values in itertools.product(*self.grid.values())

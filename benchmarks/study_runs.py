@@ -43,7 +43,7 @@ class Cell:
     return ' '.join([self.name, *fields, f'seed={self.seed}'])
 
   def record(self) -> dict[str, Any]:
-    """As study.json has it, without the results."""
+    """Returns the entry of study.json, without the results."""
     config = self.study.fields(self.point)
     return {'study': self.name, 'config': config, 'seed': self.seed}
 
@@ -71,7 +71,7 @@ class Runs:
     self.path = workdir / 'study.json'
 
   def records(self) -> list[dict[str, Any]]:
-    """What was found so far."""
+    """Returns the entries of study.json so far."""
     return files.read_json(self.path) if self.path.exists() else []
 
   def run(self, cell: Cell) -> bool:
@@ -159,7 +159,7 @@ class Runs:
 
 
 def _scores_of_run(folder: pathlib.Path) -> dict[str, float]:
-  """Of results.json where there is one, else those made while training."""
+  """Returns the scores of results.json, or else those made in training."""
   if (folder / 'results.json').exists():
     return files.read_json(folder / 'results.json')
   lines = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
@@ -175,7 +175,7 @@ def _scores_of_run(folder: pathlib.Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _claimed(path: pathlib.Path, *, wait: bool = False) -> Iterator[bool]:
-  """Whether a file or folder is this process's; a dead one holds nothing."""
+  """Yields whether this process holds a path's lock, which a dead one drops."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path.with_suffix('.lock'), 'w') as lock:
     try:

@@ -121,7 +121,7 @@ def torch_step(args, images, labels):
 
 
 def jax_step(args, images, labels):
-  """As `torch_step`, of mlcd_jax.train.step as it is."""
+  """Returns the same step as `torch_step`, by mlcd_jax.train.step."""
   config = presets.make('laion400m', variant='B/32', embedding_dim=512)
   config.model.dtype = args.dtype
   config.model.scan_layers = args.scan
