@@ -28,9 +28,13 @@ def _take_one_core():
 
 _take_one_core()
 
-# Most programs of the tests run a few times, and unoptimized ones compile in
-# half the time. Processes that a test starts inherit it.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+# Most programs of the tests run a few times: without LLVM's optimizations and
+# the MLIR fusion emitters they compile in about a third of the time. Processes
+# that a test starts inherit it.
+os.environ.setdefault(
+  'XLA_FLAGS',
+  '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
+)
 
 # Smaller than any that users can name: each block is compiled anew.
 vit.VARIANTS['Pico'] = dict(width=48, depth=2, heads=3, mlp_dim=96)
