@@ -1,7 +1,7 @@
 """Reads the records of many ArrayRecord files, with few files open at a time.
 
 array_record's own data source opens every file that it reads and closes none,
-so that it exceeds the limit of open files on data of many files.
+so it can exceed the limit of open files.
 """
 
 from collections.abc import Sequence
@@ -99,7 +99,7 @@ def _reader(file: storage.File) -> array_record_module.ArrayRecordReader:
   """Opens a file.
 
   Raises:
-    OSError: the file cannot be opened, for example since too many are open.
+    OSError: the file cannot be opened, for example because too many are.
     UserError: the file is missing.
     RunError: the file has changed or is not an ArrayRecord.
   """
