@@ -265,6 +265,7 @@ class _Run:
     self._score(manifest, scored)
 
   def _score(self, manifest, scored) -> None:
+    """Runs the evaluation of `scored`, the encoders by name in results.json."""
     with self._page.stage('evaluate'):
       evaluate.run(
         self._config,
@@ -275,6 +276,7 @@ class _Run:
       )
 
   def _folder(self, stage: str) -> pathlib.Path:
+    """Returns the folder of a stage; embed and cluster may be shared."""
     shared = stage in ('embed', 'cluster')
     return (self._shared if shared else self._workdir) / _FOLDERS[stage]
 
