@@ -93,6 +93,7 @@ class ArrayRecordSource:
     labels = np.full(len(self), -1)
     for i in range(len(self)):
       labels[i], problem = _label(self.features(i)[self._label_key])
+      # One such label means that the whole field holds something else.
       if problem:
         return files.SharedArray(np.full(len(self), -1)), problem
     return files.SharedArray(labels), ''

@@ -35,6 +35,8 @@ def place(file: storage.File, cache_dir: str, suffix: str) -> pathlib.Path:
   """
   path = file.path if storage.is_url(file.path) else os.path.abspath(file.path)
   identity = f'{path} {file.size} {file.stamp}'
+  # 'replace' accepts file names that are not UTF-8. 32 hex digits are 128 bits,
+  # enough that no two originals share a path.
   digest = hashlib.sha256(identity.encode('utf-8', 'replace')).hexdigest()
   return _folder(cache_dir) / f'{digest[:32]}{suffix}'
 

@@ -144,6 +144,7 @@ def read(path: str) -> Annotations:
     # soon as it is parsed saves their memory.
     content = json.load(f, object_hook=_without_outline)
   try:
+    # COCO's 80 category ids have gaps, so the categories are numbered anew.
     listed = sorted(content['categories'], key=lambda c: c['id'])
     names = [image['file_name'] for image in content['images']]
     image_of = {image['id']: i for i, image in enumerate(content['images'])}

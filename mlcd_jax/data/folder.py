@@ -101,6 +101,7 @@ def make(
   if all('/' in image for image in images):
     classes = {image.partition('/')[0] for image in images}
     if '{split}' in path:
+      # Other splits may have classes that this one lacks.
       pattern = '*'.join(map(glob.escape, path.split('{split}'))) + '/*'
       classes |= {posixpath.basename(p) for p in storage.folders(pattern)}
   return FolderSource(root, images, sorted(classes))

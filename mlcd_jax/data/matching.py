@@ -131,7 +131,10 @@ def _equal(wanted: np.ndarray, keys: np.ndarray) -> np.ndarray:
 def _by_paths(
   images: np.ndarray, rows: np.ndarray, root: str
 ) -> np.ndarray | None:
-  """Matches keys as paths, in the one way to cut them that matches most.
+  """Matches images to rows by the ends of their paths.
+
+  It tries several ways to cut the beginnings of the paths, with and without the
+  suffix, and keeps the one that matches most.
 
   Args:
     images: the keys of the unmatched images [n].

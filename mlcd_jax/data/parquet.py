@@ -102,7 +102,7 @@ class ParquetSource:
 def make(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> ParquetSource:
-  """Opens the files of `data.path`, see `sources.make`; copies them if needed.
+  """Opens Arrow copies of the files of `data.path`; see `sources.make`.
 
   Raises:
     UserError: no file is readable, or a column of images holds something else.
@@ -133,7 +133,7 @@ def make(
 
 
 def _copy(shard: storage.File, data: ml_collections.ConfigDict) -> str | None:
-  """Returns the path of a file's copy, made if needed; None if not Parquet."""
+  """Returns the path of a file's copy, made if missing; None if not Parquet."""
   columns = (
     data.get('image_key', 'image'),
     data.label_key,

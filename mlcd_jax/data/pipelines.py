@@ -127,7 +127,7 @@ def ordered_batches(
   if prepare is None:
     prepare = functools.partial(transforms.resize_center_crop, size=image_size)
   make = _OrderedRows(source, image_size, prepare)
-  steps = range(-(-len(source) // batch_size))
+  steps = range(-(-len(source) // batch_size))  # Rounded up.
   batches = _batches(make, steps, batch_size, rows, num_workers)
   return _reported(batches, source, 'data', max_bad_fraction=1.0)
 
@@ -164,7 +164,7 @@ class Prefetched:
     self.seconds_waited = 0.0
     self._batches = batches
     self._put = put
-    self._pool = futures.ThreadPoolExecutor(1, 'prefetch')
+    self._pool = futures.ThreadPoolExecutor(1, 'prefetch')  # Keeps the order.
     self._ready = collections.deque(
       self._pool.submit(self._read) for _ in range(depth)
     )
@@ -193,7 +193,7 @@ class _Rows(Protocol):
   image_size: int
 
   def draw(self, places: range) -> Sequence[Any]:
-    """Returns the random numbers of each of some places."""
+    """Returns the random numbers of each place."""
     ...
 
   def __call__(

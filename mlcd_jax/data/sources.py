@@ -156,7 +156,7 @@ def number_classes(
     return splits
   numbers = np.unique(np.concatenate([s.labels() for s in splits.values()]))
   numbers = numbers[numbers >= 0]
-  if len(numbers) == most:
+  if len(numbers) == most:  # All numbers from 0 on are used.
     return splits
   _log.info(
     '%s: %d classes with numbers up to %d, numbered anew',

@@ -85,7 +85,7 @@ class Index:
 
 @dataclasses.dataclass
 class _Sample:
-  """A sample of an index that is being built; pairs are (offset, size)."""
+  """A sample while the index is built, with the (offset, size) of its parts."""
 
   key: str
   image: tuple[int, int] | None = None
@@ -277,7 +277,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _leads_outside(name: str) -> bool:
-  """Returns whether extraction could write outside the target folder."""
+  """Returns whether extracting this name could write outside the folder."""
   return name.startswith('/') or '..' in name.split('/')
 
 
@@ -335,7 +335,7 @@ def _members(
 
 
 def _fits(member: tarfile.TarInfo, length: int) -> bool:
-  """Returns whether a member's data lies within the file's length."""
+  """Returns whether a member's data ends within a tar of `length` bytes."""
   size = member.size
   if not member.isreg() and member.type in tarfile.SUPPORTED_TYPES:
     size = 0  # Folders and links have no data, whatever size they state.

@@ -71,7 +71,7 @@ class TfdsSource:
     attributes = _labels(record, self.attributes_key)
     ignored = np.setdiff1d(_labels(record, self.ignored_key), attributes)
     return {
-      'key': f'{self.split}-{index:09d}',
+      'key': f'{self.split}-{index:09d}',  # As in `keys`.
       'image': record[self.image_key],
       'label': int(record.get(self.label_key, -1)),
       'caption': _caption(record.get(self.caption_key, b'')),
@@ -201,6 +201,7 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
 def _open(builder, split: str, decoders: dict[str, Any]):
   """Returns TFDS's data source, changed to keep few files open at a time."""
   data = builder.as_data_source(split, decoders=decoders)
+  # TFDS's own reader keeps every file open that it has read from.
   data.data_source = records.Records(
     [
       records.Part(records.found(os.fspath(f.filename)), f.skip, f.take)

@@ -84,8 +84,8 @@ def decode(image: bytes | BadImage, *, reduce: int = 1) -> np.ndarray:
   width, height = read_size(image)
   if width * height > _MAX_PIXELS:
     raise BadImage(_TOO_LARGE)
-  # IMREAD_COLOR drops alpha, so it serves only formats that cannot have it
-  # (JPEG), or whose alpha is not used (BMP, TIFF).
+  # IMREAD_COLOR drops alpha. So it serves only formats without alpha, and BMP
+  # and TIFF, whose alpha is ignored.
   with_alpha = not image.startswith((_JPEG, b'BM', b'II*\0', b'MM\0*'))
   flags = cv2.IMREAD_UNCHANGED if with_alpha else _REDUCED[reduce]
   try:
@@ -171,6 +171,8 @@ def random_resized_crop(
   ]
   if out is None:
     out = np.empty((size, size, 3), np.uint8)
+  # INTER_AREA is slower than INTER_LINEAR, so it serves only where pixels would
+  # be skipped.
   shrinks = min(crop.shape[:2]) >= 2 * size
   how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
   if flip and draws[2] < 0.5:

@@ -98,7 +98,7 @@ class TarSource:
     return self._keys.array
 
   def labels(self) -> np.ndarray:
-    """See `sources`."""
+    """See `sources`; the index has the labels, so this reads no tar."""
     return self._numbers.array[4]
 
 
@@ -142,6 +142,7 @@ def _load_all(
     cache_dir: the value of `data.cache_dir`.
   """
   options = dict(members=members, cache_dir=cache_dir)
+  # Reading small files mostly waits, so many threads do it.
   with futures.ThreadPoolExecutor(32) as pool:
     indices = dict(
       zip(tars, pool.map(functools.partial(tar_index.find, **options), tars))
