@@ -105,15 +105,18 @@ class ArrayRecordSource:
 
   @property
   def label_problem(self) -> str:
-    """See `sources`; the first call reads every record."""
+    """Returns what the labels are instead of class numbers; see `sources`.
+
+    The first call reads every record.
+    """
     return self._classes[1]
 
   def labels(self) -> np.ndarray:
-    """See `sources`; the first call reads every record."""
+    """Returns the class numbers [N]; the first call reads every record."""
     return self._classes[0].array
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return self._keys.array
 
   def features(self, index: int):

@@ -36,7 +36,7 @@ _MOST = 0.5
 # that were moved to different places each need their own.
 _ROUNDS = 4
 
-_SAMPLE = 1_000  # Paths of which the ways to cut are derived.
+_SAMPLE = 1_000  # Paths from which the ways to cut are derived.
 _SAME_NAME = 64  # The most paths of one base name to compare each of them with.
 
 _SCHEME = r'\A[A-Za-z][A-Za-z0-9+.-]*://'

@@ -84,11 +84,11 @@ class ParquetSource:
     }
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return self._keys.array
 
   def labels(self) -> np.ndarray:
-    """See `sources`; every call reads the labels from the copies."""
+    """Returns the class numbers int64 [N], read from the copies anew."""
     tables = [_open_copy(path)['label'].to_numpy() for path in self._paths]
     starts = np.concatenate([[0], self._ends])
     return np.concatenate(
@@ -281,7 +281,7 @@ def _keys(batch: pa.RecordBatch) -> pa.Array | None:
 
 
 def _texts(batch: pa.RecordBatch, name: str) -> pa.Array | None:
-  """Returns a column as bytes; None if missing or without a text form."""
+  """Returns a column as the bytes of its text; None if that is impossible."""
   if name not in batch.schema.names:
     return None
   texts = _plain(batch[name])

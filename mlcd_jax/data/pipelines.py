@@ -133,9 +133,9 @@ def ordered_batches(
 
 
 def record_at(place: int, num_records: int, seed: int) -> int:
-  """Returns the record at a place in the endless sequence of epochs.
+  """Returns the index of the record at a place in the sequence of epochs.
 
-  Each epoch is a permutation, computed without storing it.
+  Each epoch is a permutation of all records, computed without storing it.
   """
   epoch, index = divmod(place, num_records)
   return grain.experimental.index_shuffle(
@@ -227,7 +227,7 @@ class _TrainRows:
   def __call__(
     self, place: int, draws: Sequence[float], image: np.ndarray
   ) -> dict[str, Any]:
-    """See `_Rows`."""
+    """Crops one image; sets 'bad' and weight 0 if it cannot be used."""
     record = record_at(place, len(self.source), self.seed)
     row = int(self.label_rows[record])
     labels = np.full(self.num_positives, -1, np.int32)
@@ -258,13 +258,13 @@ class _OrderedRows:
   prepare: Callable[[np.ndarray], np.ndarray]
 
   def draw(self, places: range) -> Sequence[None]:
-    """See `_Rows`."""
+    """See `_Rows`; nothing is random here."""
     return [None] * len(places)
 
   def __call__(
     self, place: int, draws: None, image: np.ndarray
   ) -> dict[str, Any]:
-    """See `_Rows`."""
+    """Prepares one image; padding and bad images have weight 0."""
     row = {'label': -1, 'weight': False, 'bad': 0, 'record': place}
     if place >= len(self.source):
       return row

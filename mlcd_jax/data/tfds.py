@@ -80,7 +80,7 @@ class TfdsSource:
     }
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return keys_lib.numbered(self.split, len(self))
 
 
@@ -128,6 +128,8 @@ def make(
     builder = tfds.builder(
       data.path,
       data_dir=paths.expand(data.data_dir, 'data.data_dir') or None,
+      # TFDS's default format, TFRecord, has no random access and needs
+      # TensorFlow.
       file_format='array_record',
     )
   except (tfds.core.DatasetNotFoundError, ValueError) as e:
@@ -185,6 +187,7 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
       f'{attributes_key}'
     )
   return TfdsSource(
+    # The input pipeline decodes; TFDS gives the encoded bytes.
     data=_open(builder, split, {image_key: tfds.decode.SkipDecoding()}),
     split=split,
     image_key=image_key,

@@ -94,11 +94,11 @@ class TarSource:
     }
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return self._keys.array
 
   def labels(self) -> np.ndarray:
-    """See `sources`; the index has the labels, so this reads no tar."""
+    """Returns the class numbers int64 [N], which the index has."""
     return self._numbers.array[4]
 
 
