@@ -161,7 +161,7 @@ class _Run:
     """Raises a UserError if a stage before the ones to run is not done."""
     needing = set(stages)
     if self._config.evaluate.encoder:
-      needing -= {'evaluate'}
+      needing -= {'evaluate'}  # An encoder elsewhere needs no other stage.
     last = max(map(STAGES.index, needing), default=0)
     missing = [
       s for s in STAGES[:last] if s not in stages and not self._is_made(s)
@@ -265,6 +265,7 @@ class _Run:
     self._score(manifest, scored)
 
   def _score(self, manifest, scored) -> None:
+    """Runs the evaluation of `scored`, the encoders by name in results.json."""
     with self._page.stage('evaluate'):
       evaluate.run(
         self._config,
@@ -275,6 +276,7 @@ class _Run:
       )
 
   def _folder(self, stage: str) -> pathlib.Path:
+    """Returns the folder of a stage; embed and cluster may be shared."""
     shared = stage in ('embed', 'cluster')
     return (self._shared if shared else self._workdir) / _FOLDERS[stage]
 
@@ -349,7 +351,7 @@ class _Run:
     """
     for stage in ('embed', 'cluster', 'train'):
       if self._is_shared and stage != 'train':
-        continue
+        continue  # `_check_shared` checks these.
       manifest = manifests.load(self._folder(stage))
       if manifest:
         manifests.check_same(
@@ -374,7 +376,7 @@ class _Run:
         f'cluster.path={self._shared}: its clusters were made from other '
         'embeddings than lie there now; cluster again'
       )
-    wanted = self._fields('cluster')
+    wanted = self._fields('cluster')  # Only the sizes must match.
     manifests.check_same(
       clustered.config,
       {k: wanted[k] for k in ('cluster.num_centers', 'cluster.num_labels')},
@@ -387,7 +389,7 @@ def _with_bad_keys(
 ) -> ml_collections.ConfigDict:
   """Returns the config with the workdir's bad_keys.txt, if check_data wrote it.
 
-  A data.bad_keys of the user's own takes precedence.
+  A data.bad_keys that the user set takes precedence.
   """
   found = workdir / 'bad_keys.txt'
   if config.data.bad_keys or not distributed.decide('bad keys', found.exists):

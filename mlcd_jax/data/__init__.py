@@ -1,1 +1,1 @@
-"""Image sources, transforms and input pipelines."""
+"""Sources of images, decoding and augmentation, and input pipelines."""

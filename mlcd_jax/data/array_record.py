@@ -1,9 +1,9 @@
 """ArrayRecord files of serialized tf.train.Example messages.
 
-What TFDS and array_record's own Beam pipelines write. Features: the image's
-file as bytes under `data.image_key`, an int64 under `data.label_key` and text
-as bytes under `data.caption_key`; only the image is needed. Written without
-TensorFlow by:
+TFDS and array_record's Beam pipelines write such files. A record has three
+features: under `data.image_key` the bytes of the encoded image, under
+`data.label_key` an int64 and under `data.caption_key` text as bytes. Only the
+image is required. This writes such a file without TensorFlow:
 
   example = tf_example_generated_pb2.Example()
   example.features.feature['image'].bytes_list.value.append(jpeg)
@@ -29,14 +29,16 @@ from mlcd_jax.runtime import files
 from mlcd_jax.runtime import problems
 from mlcd_jax.runtime import storage
 
-# Records that may be damaged before a file counts as one of something else.
+# The first records in which a readable one is searched. A few records may be
+# damaged; if all of these are, the files hold something else.
 _LOOKED_AT = 100
 
 
 class ArrayRecordSource:
-  """See `sources.Source`.
+  """A source of ArrayRecord files; see `sources`.
 
-  A key is the file's name and the place in it; see `keys.across`.
+  A key is the name of the file and the index of the record in it. `keys.across`
+  changes it if another folder has a file of the same name.
   """
 
   class_names = ()
@@ -50,7 +52,15 @@ class ArrayRecordSource:
     label_key: str,
     caption_key: str,
   ):
-    """Takes local paths and the keys of all their records."""
+    """Opens files.
+
+    Args:
+      paths: the local paths of the files.
+      keys: the spelled keys of all records [N], in the order of the files.
+      image_key: the name of the feature with the image.
+      label_key: the name of the feature with the class number.
+      caption_key: the name of the feature with the captions.
+    """
     self._records = records.whole(paths)
     self._keys = files.SharedArray(keys)
     self._image_key = image_key
@@ -74,38 +84,52 @@ class ArrayRecordSource:
 
   @functools.cached_property
   def _classes(self) -> tuple[files.SharedArray, str]:
-    """All labels and why they are no classes; reads every record."""
+    """Reads the labels of all records.
+
+    Returns:
+      The class numbers int64 [N], -1 where there is none, and the
+      `label_problem` of `sources`. If there is a problem, all are -1.
+    """
     labels = np.full(len(self), -1)
     for i in range(len(self)):
       labels[i], problem = _label(self.features(i)[self._label_key])
+      # One such label means that the whole field holds something else.
       if problem:
         return files.SharedArray(np.full(len(self), -1)), problem
     return files.SharedArray(labels), ''
 
   @property
   def num_classes(self) -> int:
-    """One more than the largest label; reads every record the first time."""
+    """Returns the largest label plus one; the first call reads every record."""
     return 1 + int(self.labels().max(initial=-1))
 
   @property
   def label_problem(self) -> str:
-    """See `sources`; reads every record the first time."""
+    """Returns what the labels are instead of class numbers; see `sources`.
+
+    The first call reads every record.
+    """
     return self._classes[1]
 
   def labels(self) -> np.ndarray:
-    """See `sources`."""
+    """Returns the class numbers [N]; the first call reads every record."""
     return self._classes[0].array
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return self._keys.array
 
   def features(self, index: int):
-    """Returns a record's features; none where it is no tf.train.Example."""
+    """Returns the features of a record by name.
+
+    The mapping is empty if the record is damaged or is not a tf.train.Example.
+    A name that it lacks gives a feature without values.
+    """
     example = tf_example_generated_pb2.Example()
     try:
       example.ParseFromString(self._records[int(index)])
-    except (RuntimeError, message.DecodeError):  # A checksum, or the content.
+    # A RuntimeError means a wrong checksum, a DecodeError other content.
+    except (RuntimeError, message.DecodeError):
       example.Clear()
     return example.features.feature
 
@@ -113,9 +137,19 @@ class ArrayRecordSource:
 def make(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> ArrayRecordSource:
-  """Opens the files of `data.path`; '{split}' in it is replaced.
+  """Opens the files of `data.path`; see `sources.make`.
 
-  Those behind URLs are copied to `data.cache_dir`: the reader needs a disk.
+  Files behind URLs are first copied to `data.cache_dir`, because array_record
+  cannot read through fsspec.
+
+  Args:
+    data: the `data` fields of the config.
+    split: the text that replaces '{split}' in `data.path`.
+    found: counts the files that cannot be read.
+
+  Raises:
+    UserError: no file can be read, or the records have no image under
+      `data.image_key`.
   """
   image_key = data.get('image_key', 'image')
   suffixes = ['.array_record', '.arrayrecord']
@@ -144,7 +178,17 @@ def make(
 
 
 def _check_image(source: ArrayRecordSource, key: str, path: str) -> None:
-  """Raises UserError where the first readable record has no image file."""
+  """Checks that the first readable record has an image.
+
+  Args:
+    source: the source whose records are read.
+    key: the name of the feature that should hold the image.
+    path: the file that an error names.
+
+  Raises:
+    UserError: no record is readable, or the feature is missing or is not
+      exactly one value of bytes.
+  """
   if not len(source):
     return
   first = range(min(len(source), _LOOKED_AT))
@@ -166,13 +210,18 @@ def _check_image(source: ArrayRecordSource, key: str, path: str) -> None:
 
 
 def _values(feature) -> int:
-  """How many values a feature has, of whatever kind."""
+  """Returns the number of values of a feature, of any kind."""
   kind = feature.WhichOneof('kind')
   return len(getattr(feature, kind).value) if kind else 0
 
 
 def _label(feature) -> tuple[int, str]:
-  """The class and '', or -1 and what is there instead if it is no class."""
+  """Reads the class number of a label feature.
+
+  Returns:
+    The class number, or -1 if there is none, and the `label_problem` of
+    `sources`.
+  """
   kind, count = feature.WhichOneof('kind'), _values(feature)
   if not count:
     return -1, ''
@@ -184,4 +233,5 @@ def _label(feature) -> tuple[int, str]:
 
 
 def _bytes(feature) -> bytes:
+  """Returns the first value of bytes; b'' if the feature has none."""
   return feature.bytes_list.value[0] if feature.bytes_list.value else b''

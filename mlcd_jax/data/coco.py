@@ -1,10 +1,10 @@
-"""COCO as it is published: one JSON of annotations a split, beside its images.
+"""COCO in its published files: a folder of images and a JSON for each split.
 
-`data.path` is the folder with annotations/instances_SPLIT.json and SPLIT/, so
-`data.split` is train2014, val2014, train2017 and so on. An image has the
-categories of its annotations as labels, crowds (`iscrowd`) as well, and one
-without an annotation is left out: both as ML-GCN's coco.py (Chen et al. 2019)
-makes the 2014 split of the multi-label benchmark.
+`data.path` is the folder with annotations/instances_SPLIT.json and SPLIT/, and
+`data.split` is train2014, val2014, train2017 or val2017. The labels of an image
+are the categories of its annotations, including crowds (`iscrowd`). Images
+without annotations are left out. Both rules are those of coco.py in ML-GCN
+(Chen et al. 2019), which defines the multi-label benchmark on the 2014 splits.
 """
 
 from collections.abc import Sequence
@@ -25,19 +25,23 @@ from mlcd_jax.runtime import problems
 from mlcd_jax.runtime import storage
 
 _URL = 'http://images.cocodataset.org'
+# The splits with published annotations; those of the test splits are secret.
 _PUBLISHED = ('train2014', 'val2014', 'train2017', 'val2017')
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotations:
-  """What a file of instances says; N images, A annotations.
+  """The content of a file of instances, with N images and A annotations.
+
+  The annotations are sorted by image.
 
   Attributes:
-    names: of the images' files, [N].
-    categories: names, in the order of their ids; 80 in COCO.
-    starts: int64 [N + 1], the annotations of image i are those from starts[i]
-      to starts[i + 1].
-    category: int32 [A], place in `categories`.
+    names: the file names of the images, [N].
+    categories: the names of the categories in the order of their ids. COCO has
+      80.
+    starts: int64 [N + 1]; the annotations of image i have the indices from
+      starts[i] up to, not including, starts[i + 1].
+    category: int32 [A], the index in `categories` of each annotation.
   """
 
   names: Sequence[str]
@@ -47,13 +51,22 @@ class Annotations:
 
 
 class CocoSource:
-  """See `sources.Source`; a key is the image file's name."""
+  """A multi-label source of COCO; see `sources`.
 
-  num_classes = 0
+  A key is the file name of the image. The attributes are the categories.
+  """
+
+  num_classes = 0  # An image has several categories, so no single class.
   class_names = ()
 
   def __init__(self, folder: str, found: Annotations, images: np.ndarray):
-    """Takes the images' folder, and which images are taken."""
+    """Selects images.
+
+    Args:
+      folder: the folder of the images.
+      found: the annotations of all images.
+      images: int64 [n], the indices in `found.names` of the images to take.
+    """
     self._folder = folder
     self._names = found.names
     self._keys = files.SharedArray(
@@ -81,14 +94,24 @@ class CocoSource:
     }
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return self._keys.array
 
 
 def make(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> CocoSource:
-  """Opens a split of the folder `data.path`."""
+  """Opens a split of the folder `data.path`; see `sources.make`.
+
+  Args:
+    data: the `data` fields of the config.
+    split: the name of the split.
+    found: counts the missing image files, and the images without annotations as
+      left out.
+
+  Raises:
+    UserError: the folder of the images or the annotations cannot be read.
+  """
   root = paths.expand(data.path, 'data.path')
   folder = posixpath.join(root, split)
   path = posixpath.join(root, 'annotations', f'instances_{split}.json')
@@ -111,13 +134,17 @@ def make(
 def read(path: str) -> Annotations:
   """Reads a file of instances.
 
+  Annotations of images that the file does not list are ignored.
+
   Raises:
-    UserError: it is not there, or holds something else.
+    UserError: the file cannot be read, or its content has another form.
   """
   with storage.reading(path), storage.open_file(path) as f:
-    # Outlines are most of the file, and of no use here.
+    # The outlines are most of the file and not used here. Dropping each one as
+    # soon as it is parsed saves their memory.
     content = json.load(f, object_hook=_without_outline)
   try:
+    # COCO's 80 category ids have gaps, so the categories are numbered anew.
     listed = sorted(content['categories'], key=lambda c: c['id'])
     names = [image['file_name'] for image in content['images']]
     image_of = {image['id']: i for i, image in enumerate(content['images'])}
@@ -138,12 +165,13 @@ def read(path: str) -> Annotations:
 
 
 def _without_outline(found: dict[str, Any]) -> dict[str, Any]:
+  """Removes the outline from an object of the JSON, and returns the object."""
   found.pop('segmentation', None)
   return found
 
 
 def _way_out(root: str, split: str) -> str:
-  """Where a split is to be had."""
+  """Returns the end of an error that says where to download a split."""
   if split not in _PUBLISHED:
     return 'COCO has the splits ' + ', '.join(_PUBLISHED)
   return (

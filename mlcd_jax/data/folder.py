@@ -1,4 +1,4 @@
-"""Image files below a folder, with or without a folder for each class."""
+"""Image files below a folder, with or without a subfolder for each class."""
 
 import glob
 import os
@@ -19,19 +19,27 @@ from mlcd_jax.runtime import storage
 
 
 class FolderSource:
-  """See `sources.Source`; a key is the path below the folder, as spelled.
+  """A source of image files; see `sources`.
 
-  Where every image lies in a sub-folder, the first ones are the classes,
-  numbered in the order of their names; otherwise there are no labels.
+  A key is the spelled path of the file relative to the folder. If every image
+  lies in a subfolder, the subfolders of the first level are the classes,
+  numbered in the order of their names. Otherwise there are no labels.
   """
 
   def __init__(self, root: str, paths: list[str], classes: list[str]):
-    """Takes the paths below `root`, and the names of the classes, if any."""
+    """Indexes the files.
+
+    Args:
+      root: the local folder or URL.
+      paths: the paths of the images, relative to `root`.
+      classes: the names of the classes in order; empty if there are no labels.
+    """
     self._root = root
     number = {name: i for i, name in enumerate(classes)}
     self._keys = files.SharedArray(keys_lib.spell(paths))
-    # Files are read by the bytes that the system has, in a row since one long
-    # path must not widen all.
+    # A file is opened by the exact bytes of its name, which its spelled key may
+    # not preserve. The names are concatenated, because in a fixed-width array
+    # one long path would widen all rows.
     paths_as_bytes = [p.encode('utf-8', 'surrogateescape') for p in paths]
     self._paths = files.SharedArray(
       np.frombuffer(b''.join(paths_as_bytes), np.uint8)
@@ -57,16 +65,26 @@ class FolderSource:
     }
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return self._keys.array
 
 
 def make(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> FolderSource:
-  """Opens the folder `data.path`; '{split}' in it is replaced.
+  """Opens the folder `data.path`; see `sources.make`.
 
-  The classes are those of all splits, so that their numbers agree.
+  If '{split}' stands in the path, the classes are collected from the folders of
+  all splits, so that a class has the same number in each split.
+
+  Args:
+    data: the `data` fields of the config.
+    split: the text that replaces '{split}' in `data.path`.
+    found: counts the folders and links that cannot be read, and the files that
+      are not images as left out.
+
+  Raises:
+    UserError: the folder cannot be read or has no images.
   """
   if not data.path:
     raise errors.UserError('data.path: name the folder with the images')
@@ -83,13 +101,22 @@ def make(
   if all('/' in image for image in images):
     classes = {image.partition('/')[0] for image in images}
     if '{split}' in path:
+      # Other splits may have classes that this one lacks.
       pattern = '*'.join(map(glob.escape, path.split('{split}'))) + '/*'
       classes |= {posixpath.basename(p) for p in storage.folders(pattern)}
   return FolderSource(root, images, sorted(classes))
 
 
 def read_image(path: str) -> bytes | transforms.BadImage:
-  """Returns a file's bytes; of one that cannot be read why."""
+  """Reads an image file.
+
+  Returns:
+    The bytes, or a BadImage with the reason if the file is missing or
+    unreadable.
+
+  Raises:
+    RunError: the storage of the file fails.
+  """
   try:
     return storage.read(path)
   except storage.Unreadable as e:
@@ -101,7 +128,16 @@ def read_image(path: str) -> bytes | transforms.BadImage:
 def _report_others(
   root: str, names: set[str], found: problems.Problems
 ) -> None:
-  """Counts what has no image's name; a link to nothing may be a folder's."""
+  """Counts the files whose names are not those of images, by suffix.
+
+  A broken link without a suffix may have led to a folder of images. So it
+  counts as a missing image, and other names count as left out.
+
+  Args:
+    root: the folder.
+    names: the paths of the files, relative to `root`.
+    found: the counter.
+  """
   for name in sorted(names):
     suffix = posixpath.splitext(name)[1].lower()
     path = posixpath.join(root, name)

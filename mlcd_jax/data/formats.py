@@ -1,6 +1,7 @@
-"""The names that image files have."""
+"""The file name suffixes of images."""
 
-# Of what OpenCV decodes and Pillow reads the size of, in lower case.
+# In lower case. OpenCV decodes these formats, and Pillow reads the size from
+# their headers; `transforms.decode` needs both.
 SUFFIXES = (
   '.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.apng', '.webp', '.gif', '.bmp',
   '.tif', '.tiff', '.avif', '.ppm', '.pgm', '.pbm', '.pnm',

@@ -1,7 +1,8 @@
-"""How the keys of images are spelled: in one way, whoever wrote them.
+"""Keys of images in one spelling.
 
-Sources spell the keys of their records and readers of embeddings those of the
-rows, so that the two are compared byte by byte.
+A key identifies an image. Sources spell the keys of their records with `spell`,
+and readers of embeddings spell the keys of their rows. So equal keys are equal
+bytes, whichever program wrote them.
 """
 
 from collections.abc import Sequence
@@ -18,33 +19,40 @@ import pyarrow.compute as pc
 
 _log = logging.getLogger(__name__)
 
-# A key may be as long as a file's name on most disks. One longer key would
-# widen the array of all keys: 100 kB times every image.
+# The longest file name on most file systems. All keys lie in one fixed-width
+# array, so one key of 100 kB would cost 100 kB for every image.
 MAX_BYTES = 255
 
-# Control characters, and the two that end a line in Unicode: keys are written
-# one a line.
+# Control characters and the two line separators of Unicode. Files of keys have
+# one key a line.
 _CONTROL = '[\x00-\x1f\x7f-\x9f\u2028\u2029]'
 
 _SHARD = re.compile(r'\.(tar|parquet|array_record|arrayrecord)$')
 
-# Bytes looked at, and keys laid out, at a time.
+# Bytes checked at a time (64 MiB) and keys copied at a time, which bound the
+# temporary arrays.
 _CHUNK = 1 << 26
 _CHUNK_KEYS = 1 << 20
 
 
 def spell(keys: Any) -> np.ndarray:
-  r"""Returns keys as UTF-8 bytes [N]; none is b''.
+  r"""Spells keys as UTF-8 bytes.
 
-  Taken off is `./` at the beginning. Text is in Unicode's form NFC. Bytes that
-  are no UTF-8 and control characters are written as `\xe9`. Of more than
-  MAX_BYTES the first are kept, with a digest of all.
+  The rules, in this order:
+    `./` at the beginning is removed;
+    bytes that are not UTF-8 and control characters become escapes as `\xe9`,
+      and text is normalised to NFC;
+    a key longer than MAX_BYTES is cut and ends in a digest of the whole key.
+  Spelling a spelled key changes nothing.
 
   Args:
     keys: text, bytes or integers, as a list or an array of NumPy or Arrow.
 
+  Returns:
+    A NumPy array of bytes [N]; a missing key is b''.
+
   Raises:
-    ValueError: they are something else.
+    ValueError: the keys have another type.
   """
   column = as_bytes(keys).fill_null(b'')
   if pc.any(pc.starts_with(column, './')).as_py():
@@ -63,10 +71,13 @@ def spell(keys: Any) -> np.ndarray:
 
 
 def as_bytes(keys: Any) -> pa.LargeBinaryArray:
-  """Returns text, bytes or integers as bytes; what is null stays null.
+  """Converts text, bytes or integers to bytes; nulls stay nulls.
+
+  Args:
+    keys: a list or an array of NumPy or Arrow.
 
   Raises:
-    ValueError: they are something else.
+    ValueError: the keys have another type.
   """
   if not isinstance(keys, (pa.Array, pa.ChunkedArray)):
     if isinstance(keys, np.ndarray) and keys.dtype.kind == 'S':
@@ -82,7 +93,8 @@ def as_bytes(keys: Any) -> pa.LargeBinaryArray:
     keys = keys.dictionary_decode()
   kind = keys.type
   try:
-    if pa.types.is_floating(kind):  # Integers and nulls, as pandas has them.
+    # pandas turns integers with nulls into floats. Other fractions do not cast.
+    if pa.types.is_floating(kind):
       keys = keys.cast(pa.int64())
     if pa.types.is_integer(keys.type):
       keys = keys.cast(pa.string())
@@ -94,7 +106,10 @@ def as_bytes(keys: Any) -> pa.LargeBinaryArray:
 
 
 def fixed_width(column: pa.Array) -> np.ndarray:
-  """Returns text or bytes as an array of bytes [N], as wide as the longest."""
+  """Converts text or bytes without nulls to a NumPy array of bytes [N].
+
+  The width of the array is that of the longest value.
+  """
   column = column.cast(pa.large_binary())
   lengths = pc.binary_length(column).to_numpy(zero_copy_only=False)
   width = max(1, int(lengths.max(initial=0)))
@@ -113,22 +128,27 @@ def numbered(name: str, count: int) -> np.ndarray:
   """Returns the spelled keys name-000000000, name-000000001 and so on."""
   if not count:
     return np.zeros(0, 'S1')
+  # Nine digits, as img2dataset writes, so that keys sort by number.
   width = max(9, len(str(count)))
   numbers = np.strings.zfill(np.arange(count).astype(f'S{width}'), 9)
   return spell(np.strings.add(_encoded(f'{name}-'), numbers))
 
 
 def across(shards: Sequence[np.ndarray], paths: Sequence[str]) -> np.ndarray:
-  """Returns the keys of all shards in order, told apart.
+  """Concatenates the keys of shards and makes repeated ones unique.
 
-  A key that several shards have, such as 000000000 of two runs of img2dataset
-  or the same file name in two folders, gets the shard's path before it, below
-  the folder that all have in common and without suffix: a/00000/000000000.
-  All others stay as they are.
+  Two runs of img2dataset both begin with the key 000000000, and two folders may
+  have files of the same name. A key that several shards have gets the path of
+  its shard as a prefix, as in a/00000/000000000. The prefix is relative to the
+  common folder of all shards and has no suffix. Other keys do not change. Nor
+  does a key that is repeated within one shard only.
 
   Args:
-    shards: spelled keys of each.
-    paths: of the shards.
+    shards: the spelled keys of each shard.
+    paths: the path of each shard.
+
+  Returns:
+    The keys of all shards in order, [N].
   """
   keys = np.concatenate(shards)
   places = _overlapping(shards)
@@ -154,7 +174,13 @@ def across(shards: Sequence[np.ndarray], paths: Sequence[str]) -> np.ndarray:
 
 
 def groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns rows [N] in order of their keys, and where a new key begins."""
+  """Groups the rows that have the same key.
+
+  Returns:
+    The rows [N] in the order of their keys, and for each distinct key the
+    position in that order at which its rows begin. Rows of one key keep their
+    order.
+  """
   order = np.argsort(keys, kind='stable')
   sorted_keys = keys[order]
   begins = np.ones(len(keys), bool)
@@ -163,7 +189,7 @@ def groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def is_shard(path: str) -> bool:
-  """Returns whether a path is that of a file with many images."""
+  """Returns whether a path has the suffix of a file with many images."""
   return bool(_SHARD.search(path))
 
 
@@ -173,15 +199,19 @@ def text(key: bytes) -> str:
 
 
 def _encoded(key: str) -> bytes:
-  """UTF-8; the bytes of file names that are none, as the system gave them."""
+  """Returns text as UTF-8.
+
+  Python reads file names that are not UTF-8 as text with surrogates. These
+  become the original bytes again.
+  """
   try:
     return key.encode('utf-8', 'surrogateescape')
-  except UnicodeEncodeError:  # Half of a pair of surrogates.
+  except UnicodeEncodeError:  # A surrogate that stands for no byte.
     return key.encode('utf-8', 'surrogatepass')
 
 
 def _data(column: pa.LargeBinaryArray) -> np.ndarray:
-  """All bytes of a column in a row."""
+  """Returns all bytes of a column, concatenated, without copying them."""
   _, offsets, data = column.buffers()
   if not len(column) or data is None:
     return np.zeros(0, np.uint8)
@@ -190,19 +220,20 @@ def _data(column: pa.LargeBinaryArray) -> np.ndarray:
 
 
 def _is_ascii(column: pa.LargeBinaryArray) -> bool:
-  """Whether all bytes are printable ASCII."""
+  """Returns whether all bytes are printable ASCII."""
   data = _data(column)
   return all(
+    # One comparison tests both ends, 0x20 to 0x7e: lower bytes wrap around.
     np.all(data[start : start + _CHUNK] - np.uint8(0x20) < 0x5F)
     for start in range(0, len(data), _CHUNK)
   )
 
 
 def _composed(column: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
-  """Text in NFC, without control characters."""
+  """Normalises keys to NFC and escapes control and invalid bytes."""
   try:
     characters = column.cast(pa.large_string())
-  except pa.ArrowInvalid:  # Some are no UTF-8.
+  except pa.ArrowInvalid:  # Some keys are not UTF-8, which only Python escapes.
     return _each(_printable, column)
   characters = pc.utf8_normalize(characters, form='NFC')
   column = characters.cast(pa.large_binary())
@@ -212,6 +243,7 @@ def _composed(column: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
 
 
 def _printable(key: bytes) -> bytes:
+  """Normalises one key to NFC and escapes its control and invalid bytes."""
   readable = key.decode('utf-8', 'backslashreplace')
   readable = unicodedata.normalize('NFC', readable)
   return re.sub(
@@ -220,17 +252,25 @@ def _printable(key: bytes) -> bytes:
 
 
 def _shortened(key: bytes) -> bytes:
+  """Cuts a key and appends a digest of it, to at most MAX_BYTES in all."""
   digest = b'~' + hashlib.sha256(key).hexdigest()[:32].encode()
   start = key[: MAX_BYTES - len(digest)]
+  # 'ignore' drops a character that the cut has split.
   return start.decode('utf-8', 'ignore').encode() + digest
 
 
 def _each(function, column: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+  """Applies a function of bytes to each key of a column."""
   return pa.array(map(function, column.to_pylist()), pa.large_binary())
 
 
 def _overlapping(shards: Sequence[np.ndarray]) -> list[int]:
-  """Shards whose range of keys meets another's; few, where keys count on."""
+  """Returns the indices of the shards whose key ranges overlap with others.
+
+  A shard's range is from its smallest to its largest key. Only shards with
+  overlapping ranges can share a key, and none overlap if the keys count on from
+  shard to shard. So most data needs no search through all keys.
+  """
   ranges = []
   for i, shard in enumerate(shards):
     if len(shard):
@@ -246,9 +286,15 @@ def _overlapping(shards: Sequence[np.ndarray]) -> list[int]:
 
 
 def _in_several(keys: np.ndarray, shards: np.ndarray) -> np.ndarray:
-  """Whether each key is in more than one shard; these are in order."""
+  """Returns whether each key occurs in more than one shard.
+
+  Args:
+    keys: spelled keys [N].
+    shards: the ascending shard number of each key, [N].
+  """
   order, starts = groups(keys)
   ends = np.append(starts[1:], len(keys))
+  # The rows of a key are in ascending order, so its first and last row tell.
   several = shards[order[starts]] != shards[order[ends - 1]]
   out = np.zeros(len(keys), bool)
   out[order] = np.repeat(several, ends - starts)
@@ -256,7 +302,7 @@ def _in_several(keys: np.ndarray, shards: np.ndarray) -> np.ndarray:
 
 
 def _below_common_folder(paths: Sequence[str]) -> list[str]:
-  """Paths below the folder that all have in common, without suffix."""
+  """Returns the paths relative to their common folder, without suffix."""
   parts = [path.replace(os.sep, '/').split('/') for path in paths]
   common = len(os.path.commonprefix([p[:-1] for p in parts]))
   return [_SHARD.sub('', '/'.join(p[common:])) for p in parts]

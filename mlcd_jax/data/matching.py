@@ -1,8 +1,8 @@
-"""Which embedding belongs to which image: by key, or by the end of a path.
+"""Finds the embedding of each image, by key or by the end of a path.
 
-Embeddings made elsewhere have the keys that their maker gave. clip-retrieval
-writes whole paths of image files, as /data/photos/a/0001.jpg, where the key is
-a/0001.jpg, or 0001 in a tar.
+Embeddings made elsewhere have the keys that their program wrote. For example,
+clip-retrieval writes the whole path /data/photos/a/0001.jpg of an image whose
+key here is a/0001.jpg, or 0001 if it lies in a tar.
 """
 
 import collections
@@ -22,43 +22,56 @@ from mlcd_jax.runtime import paths
 
 _log = logging.getLogger(__name__)
 
-# Paths are compared where more than this share of the images, or of the
-# embeddings if these are fewer, has no partner with the same key.
+# Paths are compared if more than this share of the images has no embedding with
+# the same key. If there are fewer embeddings than images, it is a share of the
+# embeddings.
 _FEW = 0.01
 
-# How paths agree must hold for this share of those that are left, so that a
-# few equal base names in other data match nothing.
+# A way to cut paths counts only if it matches this share of the images or
+# embeddings that are left. A few equal file names in unrelated data then match
+# nothing.
 _MOST = 0.5
 
-# Times that paths are compared, for data of several folders.
+# The most ways to cut that are applied, one after the other. Folders of images
+# that were moved to different places each need their own.
 _ROUNDS = 4
 
-_SAMPLE = 1_000  # Paths by whose ends the others are cut.
-_SAME_NAME = 64  # Paths of one base name that are looked at.
+_SAMPLE = 1_000  # Paths from which the ways to cut are derived.
+_SAME_NAME = 64  # The most paths of one base name to compare each of them with.
 
 _SCHEME = r'\A[A-Za-z][A-Za-z0-9+.-]*://'
 _SUFFIX = r'(?i)\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|avif|jp2|ppm)\z'
 
 
 class _Cut(NamedTuple):
-  """How many folders are left out at the beginning of paths."""
+  """A way to cut the paths of images and embeddings, so that equal ends remain.
 
-  image: int  # Negative: so many of `data.path` are put before.
+  Attributes:
+    image: the number of leading folders to remove from the path of an image. If
+      it is -k, the last k folders of `data.path` are put before the path.
+    row: the number of leading folders to remove from the path of an embedding.
+  """
+
+  image: int
   row: int
 
 
 def join(
   source_keys: np.ndarray, row_keys: np.ndarray, root: str = ''
 ) -> np.ndarray:
-  """Returns the embedding row of every record; -1 where there is none.
+  """Returns the embedding row of every record.
 
-  Of rows with the same key the first counts. If not nearly all keys are equal,
-  those of the others are compared as paths from their end.
+  Rows are matched by equal keys. If that leaves out more than a few, the other
+  keys are compared as paths, from their end. The first of several rows with the
+  same key counts.
 
   Args:
-    source_keys: [N], the records' keys, text or UTF-8.
-    row_keys: [M], the keys of the rows, in any order.
-    root: folder of the records, see `root_of`.
+    source_keys: the keys of the records [N], as text or UTF-8.
+    row_keys: the keys of the rows [M], in any order.
+    root: the folder of the records; see `root_of`.
+
+  Returns:
+    int64 [N], the row of each record, or -1 if it has none.
   """
   source_keys, row_keys = _as_bytes(source_keys), _as_bytes(row_keys)
   rows = _equal(source_keys, row_keys)
@@ -69,6 +82,7 @@ def join(
       break
     used = np.zeros(len(row_keys), bool)
     used[rows[rows >= 0]] = True
+    # A row that repeats the key of a matched row must not match another image.
     used |= _equal(row_keys, source_keys) >= 0
     unused = np.flatnonzero(~used)
     found = _by_paths(source_keys[missing], row_keys[unused], root)
@@ -80,9 +94,12 @@ def join(
 
 
 def root_of(path: str) -> str:
-  """Returns the folder that all files of a `data.path` lie in."""
+  """Returns the folder of a `data.path`, without the scheme of a URL.
+
+  It is the deepest folder that holds all files of a glob or range.
+  """
   path = paths.expand(path, 'data.path')
-  # The name of a folder may look like a glob.
+  # A path that exists is taken literally, even if it looks like a glob.
   start = path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0]
   if start != path or keys_lib.is_shard(path):
     start = start.rpartition('/')[0]
@@ -92,12 +109,17 @@ def root_of(path: str) -> str:
 
 
 def _as_bytes(keys: np.ndarray) -> np.ndarray:
-  """Text as UTF-8, a quarter of the memory."""
+  """Encodes text as UTF-8, which takes a quarter of the memory if ASCII."""
   return np.strings.encode(keys, 'utf-8') if keys.dtype.kind == 'U' else keys
 
 
 def _equal(wanted: np.ndarray, keys: np.ndarray) -> np.ndarray:
-  """The first place of each wanted key; -1 where it is not, or empty."""
+  """Finds keys in an array.
+
+  Returns:
+    The index in `keys` of the first occurrence of each wanted key; -1 if there
+    is none or if the wanted key is empty.
+  """
   if not len(keys):
     return np.full(len(wanted), -1)
   order = np.argsort(keys, kind='stable')
@@ -109,14 +131,29 @@ def _equal(wanted: np.ndarray, keys: np.ndarray) -> np.ndarray:
 def _by_paths(
   images: np.ndarray, rows: np.ndarray, root: str
 ) -> np.ndarray | None:
-  """Like `_equal`, of what is left of paths; None where most do not fit."""
+  """Matches images to rows by the ends of their paths.
+
+  It tries several ways to cut the beginnings of the paths, with and without the
+  suffix, and keeps the one that matches most.
+
+  Args:
+    images: the keys of the unmatched images [n].
+    rows: the keys of the unused embedding rows [m].
+    root: the folder of the images; see `root_of`.
+
+  Returns:
+    The index in `rows` of each image's row, or -1. None if less than half of
+    the images, or of the rows if these are fewer, have a match.
+  """
   if not len(images) or not len(rows):
     return None
   image_paths, row_paths = _paths(images), _paths(rows)
   folders = root.strip('/').split('/') if root.strip('/') else []
   best = None
   for candidate in _cuts(image_paths, row_paths, folders):
-    for suffix in ('', _SUFFIX):  # As they are, then without .jpg.
+    # Compare whole file names, then names without .jpg and the like. The key of
+    # an image in a tar has no suffix.
+    for suffix in ('', _SUFFIX):
       found = _unique(
         _shorten(image_paths, max(0, candidate.image), suffix),
         _shorten(row_paths, candidate.row, suffix, folders, candidate.image),
@@ -138,9 +175,10 @@ def _by_paths(
 
 
 def _paths(keys: np.ndarray) -> pa.LargeStringArray:
-  """Keys as paths with '/', without the scheme of a URL."""
+  """Converts keys to paths with '/', without the scheme of a URL or './'."""
   paths = pa.array(keys, pa.large_binary()).cast(pa.large_string())
-  quoted = pc.starts_with(paths, 'file://')  # As pathlib's as_uri writes it.
+  # pathlib's as_uri writes 'a b' as file:///a%20b.
+  quoted = pc.starts_with(paths, 'file://')
   if pc.any(quoted).as_py():
     whole = [parse.unquote(p) for p in paths.filter(quoted).to_pylist()]
     paths = pc.replace_with_mask(
@@ -155,7 +193,16 @@ def _paths(keys: np.ndarray) -> pa.LargeStringArray:
 def _cuts(
   image_paths: pa.Array, row_paths: pa.Array, folders: Sequence[str]
 ) -> list[_Cut]:
-  """The likeliest ways to cut paths, by a sample with equal base names."""
+  """Returns the three most frequent ways to cut a sample of paths.
+
+  Each path of the sample is compared with the paths of the other side that have
+  the same base name. It votes for the cuts that keep the longest common end.
+
+  Args:
+    image_paths: the paths of the images.
+    row_paths: the paths of the embeddings.
+    folders: the folders of `data.path`.
+  """
   few, many = sorted((image_paths, row_paths), key=len)
   places = np.linspace(0, len(few) - 1, min(len(few), _SAMPLE)).astype(int)
   sample = few.take(pa.array(places))
@@ -181,7 +228,7 @@ def _cuts(
 
 
 def _names(paths: pa.Array) -> pa.Array:
-  """Base names without the suffix of an image."""
+  """Returns the base names of paths, without the suffix of an image."""
   names = pc.replace_substring_regex(paths, r'\A.*/', '')
   return pc.replace_substring_regex(names, _SUFFIX, '')
 
@@ -189,7 +236,16 @@ def _names(paths: pa.Array) -> pa.Array:
 def _common_end(
   image: str, row: str, folders: Sequence[str]
 ) -> tuple[int, _Cut]:
-  """How many folders agree from the end, and what is before them."""
+  """Compares the folders of two paths from the end.
+
+  Args:
+    image: the path of an image, relative to `data.path`.
+    row: the path of an embedding.
+    folders: the folders of `data.path`.
+
+  Returns:
+    The number of equal folders at the end, and the cut that removes the others.
+  """
   image_folders = [*folders, *image.split('/')[:-1]]
   row_folders = row.split('/')[:-1]
   common = 0
@@ -208,14 +264,18 @@ def _shorten(
   folders: Sequence[str] = (),
   extra: int = 0,
 ) -> np.ndarray:
-  """Paths without their first folders; '' where they have not as many.
+  """Removes leading folders and the suffix from paths.
 
   Args:
-    paths: with '/'.
-    count: folders left out.
-    suffix: pattern of what is left out at the end.
-    folders: of `data.path`.
-    extra: negative: the last so many of them have to follow, and go too.
+    paths: the paths, with '/'.
+    count: the number of leading folders to remove.
+    suffix: the pattern of the suffix to remove, or ''.
+    folders: the folders of `data.path`.
+    extra: if it is -k, the last k of `folders` must come next in the path, and
+      are removed too. Otherwise it has no effect.
+
+  Returns:
+    The shortened paths as bytes; '' for a path without all these folders.
   """
   before = ''.join(f'{f}/' for f in folders[len(folders) + extra :]) * (
     extra < 0
@@ -231,7 +291,18 @@ def _shorten(
 def _unique(
   images: np.ndarray, rows: np.ndarray, row_keys: np.ndarray
 ) -> np.ndarray:
-  """Like `_equal`; -1 also where several images or keys are left the same."""
+  """Matches shortened paths that are unambiguous.
+
+  Args:
+    images: the shortened paths of the images [n].
+    rows: the shortened paths of the rows [m].
+    row_keys: the whole keys of the rows [m].
+
+  Returns:
+    The index in `rows` of each image's row. It is -1 if there is none, if
+    several images have the same shortened path, or if rows with different keys
+    have it. Rows with equal keys are repeats, of which the first counts.
+  """
   found = _equal(images, rows)
   order, starts = keys_lib.groups(images)
   counts = np.diff(np.append(starts, len(images)))

@@ -1,8 +1,8 @@
-"""Parquet with a column of image files, as Hugging Face data sets ship.
+"""Parquet files with a column of images, such as Hugging Face data sets.
 
-Parquet cannot be read at random, a row costs its whole row group. So each
-file is copied once to `data.cache_dir` as Arrow, which is mapped into memory,
-as Hugging Face's own library does.
+Reading one row of Parquet costs its whole row group. So each file is copied
+once to `data.cache_dir` as Arrow, which is mapped into memory and has cheap
+random access. Hugging Face's own library does the same.
 """
 
 from concurrent import futures
@@ -27,30 +27,30 @@ from mlcd_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 2  # Of the copies.
-_BATCH_ROWS = 256
+_VERSION = 2  # Of the copies; a change of `_COPY` needs a new one.
+_BATCH_ROWS = 256  # Rows copied at a time; few, because images are large.
 _COPY = pa.schema(
   [
     ('key', pa.binary()),
-    ('image', pa.binary()),  # Null where there is none.
-    ('label', pa.int64()),
+    ('image', pa.binary()),  # Null if there is none.
+    ('label', pa.int64()),  # -1 if there is none.
     ('caption', pa.binary()),
-    ('failed', pa.bool_()),  # img2dataset keeps a row of a failed download.
+    ('failed', pa.bool_()),  # img2dataset keeps rows of failed downloads.
   ]
 )
 
 
 class ParquetSource:
-  """See `sources.Source`; reads the copies.
+  """A source of Parquet files, read from their copies; see `sources`.
 
-  A key is the column `key` as img2dataset writes it, else the file's name and
-  the row in it; see `keys.across`.
+  A key is the value of img2dataset's column `key`, or else the name of the file
+  and the row in it. `keys.across` makes keys of several files unique.
   """
 
   class_names = ()
 
   def __init__(self, paths: list[str], shards: list[str]):
-    """Takes the paths of the copies and of what was copied."""
+    """Opens the copies `paths` of the Parquet files `shards`, at least one."""
     self._paths = paths
     tables = [_open_copy(path) for path in paths]
     rows = [_valid(table) for table in tables]
@@ -84,11 +84,11 @@ class ParquetSource:
     }
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return self._keys.array
 
   def labels(self) -> np.ndarray:
-    """See `sources`."""
+    """Returns the class numbers int64 [N], read from the copies anew."""
     tables = [_open_copy(path)['label'].to_numpy() for path in self._paths]
     starts = np.concatenate([[0], self._ends])
     return np.concatenate(
@@ -102,7 +102,11 @@ class ParquetSource:
 def make(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> ParquetSource:
-  """Opens the files of `data.path`; '{split}' in it is replaced."""
+  """Opens Arrow copies of the files of `data.path`; see `sources.make`.
+
+  Raises:
+    UserError: no file is readable, or a column of images holds something else.
+  """
   shards = storage.find(data.path.replace('{split}', split), ['.parquet'])
   with futures.ThreadPoolExecutor(4) as pool:
     copies = list(pool.map(functools.partial(_copy, data=data), shards))
@@ -129,7 +133,7 @@ def make(
 
 
 def _copy(shard: storage.File, data: ml_collections.ConfigDict) -> str | None:
-  """The copy of one file, made if need be; None where it is no Parquet."""
+  """Returns the path of a file's copy, made if missing; None if not Parquet."""
   columns = (
     data.get('image_key', 'image'),
     data.label_key,
@@ -156,7 +160,7 @@ def _write_copy(
   shard: storage.File,
   columns: tuple[str, str, str],
 ) -> None:
-  """Writes the columns of `_COPY`."""
+  """Writes the columns of `_COPY`, and the notes that `_note` reads."""
   image, label, caption = columns
   _check_image(parquet.schema_arrow, image, shard)
   names = parquet.schema_arrow.names
@@ -194,7 +198,7 @@ def _write_copy(
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
-  """The type without the ways to store it: dictionaries and extensions."""
+  """Returns the type of the values of a dictionary or extension type."""
   while True:
     if isinstance(kind, pa.BaseExtensionType):
       kind = kind.storage_type
@@ -205,7 +209,7 @@ def _plain_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _plain(array: pa.Array) -> pa.Array:
-  """The values themselves, as in `_plain_type`."""
+  """Returns the values of a dictionary or extension array as a plain array."""
   while True:
     if isinstance(array.type, pa.BaseExtensionType):
       array = array.storage
@@ -243,7 +247,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _check_image(schema: pa.Schema, name: str, shard: storage.File) -> None:
-  """Raises UserError where the column does not hold image files."""
+  """Raises a UserError if a column cannot hold image files."""
   if schema.names.count(name) != 1:
     raise errors.UserError(
       f'data.image_key={name}: {shard.path} has ' + ', '.join(schema.names)
@@ -259,7 +263,7 @@ def _check_image(schema: pa.Schema, name: str, shard: storage.File) -> None:
 
 
 def _images(batch: pa.RecordBatch, name: str) -> pa.Array:
-  """Image files, null where there is none."""
+  """Returns the bytes of the images; null if a row has none."""
   images = _plain(batch[name])
   if pa.types.is_struct(images.type):  # Hugging Face: {bytes, path}.
     images = _plain(pc.struct_field(images, 'bytes'))
@@ -267,17 +271,17 @@ def _images(batch: pa.RecordBatch, name: str) -> pa.Array:
 
 
 def _keys(batch: pa.RecordBatch) -> pa.Array | None:
-  """What the rows are called; None where nothing says it."""
+  """Returns the column of keys as bytes; None if there is no usable one."""
   if 'key' not in batch.schema.names:
     return None
   try:
     return keys_lib.as_bytes(_plain(batch['key']))
-  except ValueError:  # A date, say.
+  except ValueError:  # Another type, such as dates, which has a text form.
     return _texts(batch, 'key')
 
 
 def _texts(batch: pa.RecordBatch, name: str) -> pa.Array | None:
-  """A column of texts, bytes or what has a spelling; None for any other."""
+  """Returns a column as the bytes of its text; None if that is impossible."""
   if name not in batch.schema.names:
     return None
   texts = _plain(batch[name])
@@ -290,7 +294,7 @@ def _texts(batch: pa.RecordBatch, name: str) -> pa.Array | None:
 
 
 def _failed(batch: pa.RecordBatch) -> pa.Array:
-  """Which rows are downloads that failed, as img2dataset says it."""
+  """Returns whether each row is a failed download by img2dataset's status."""
   status = batch['status'] if 'status' in batch.schema.names else None
   if status is None or not _is_text(_plain_type(status.type)):
     return pa.array([False] * len(batch))
@@ -299,11 +303,7 @@ def _failed(batch: pa.RecordBatch) -> pa.Array:
 
 
 def _labels(parquet: pq.ParquetFile, name: str) -> tuple[np.ndarray, str]:
-  """Class numbers and, if the column holds none, what it does hold.
-
-  Returns:
-    int64 [N], -1 where there is none; and '' or a description.
-  """
+  """Returns class numbers int64 [n], -1 if missing, and the `label_problem`."""
   schema = parquet.schema_arrow
   none = np.full(parquet.metadata.num_rows, -1)
   if schema.names.count(name) != 1:
@@ -314,7 +314,7 @@ def _labels(parquet: pq.ParquetFile, name: str) -> tuple[np.ndarray, str]:
   if not (
     pa.types.is_integer(kind)
     or pa.types.is_boolean(kind)
-    or pa.types.is_floating(kind)  # As pandas has integers beside nulls.
+    or pa.types.is_floating(kind)  # pandas stores integers with nulls so.
     or pa.types.is_decimal(kind)
   ):
     return none, 'text' if _is_text(kind) else f'of type {kind}'
@@ -327,7 +327,7 @@ def _labels(parquet: pq.ParquetFile, name: str) -> tuple[np.ndarray, str]:
 
 
 def _integers(numbers: pa.Array) -> pa.Array:
-  """Raises ArrowInvalid where one of them is none."""
+  """Converts to int64, NaN to null; raises ArrowInvalid for other fractions."""
   if pa.types.is_floating(numbers.type):
     numbers = numbers.cast(pa.float64())
     numbers = pc.if_else(pc.is_nan(numbers), None, numbers)
@@ -335,7 +335,7 @@ def _integers(numbers: pa.Array) -> pa.Array:
 
 
 def _caption_problem(schema: pa.Schema, name: str) -> str:
-  """The type of a column that holds no texts; '' where it does."""
+  """Returns the type of a caption column that holds no text, or else ''."""
   if schema.names.count(name) != 1:
     return ''
   kind = _plain_type(schema.field(name).type)
@@ -345,7 +345,7 @@ def _caption_problem(schema: pa.Schema, name: str) -> str:
 
 
 def _captions(batch: pa.RecordBatch, name: str, problem: str) -> pa.Array:
-  """UTF-8 or what is meant to be, empty where there is none; lists as lines."""
+  """Returns captions as unchecked UTF-8, b'' if missing; lists become lines."""
   if problem or batch.schema.names.count(name) != 1:
     return pa.array([b''] * len(batch), pa.binary())
   captions = _plain(batch[name])
@@ -359,7 +359,7 @@ def _captions(batch: pa.RecordBatch, name: str, problem: str) -> pa.Array:
 
 
 def _declared_classes(schema: pa.Schema, label: str) -> int:
-  """The number of classes in Hugging Face's notes, 0 without."""
+  """Returns the number of classes in Hugging Face's metadata, or 0."""
   try:
     notes = json.loads(schema.metadata[b'huggingface'])
     return len(notes['info']['features'][label]['names'])
@@ -368,29 +368,30 @@ def _declared_classes(schema: pa.Schema, label: str) -> int:
 
 
 def _note(table: pa.Table, name: str) -> str:
-  """What was noted of the Parquet file when it was copied."""
+  """Returns a note about the Parquet file that its copy keeps."""
   return table.schema.metadata[name.encode()].decode()
 
 
 def _num_classes(table: pa.Table) -> int:
+  """Returns the declared number of classes, else the largest label plus one."""
   declared = int(_note(table, 'num_classes'))
   largest = pc.max(table['label']).as_py()
   return declared or 1 + (-1 if largest is None else largest)
 
 
 def _valid(table: pa.Table) -> np.ndarray:
-  """Rows with an image, int64."""
+  """Returns the indices of the rows with an image, int64."""
   good = pc.and_(pc.is_valid(table['image']), pc.invert(table['failed']))
   return np.flatnonzero(good.to_numpy())
 
 
 def _missing(table: pa.Table) -> pa.ChunkedArray:
-  """Which rows should have an image and have none."""
+  """Returns whether each row lacks its image although no download failed."""
   return pc.and_(pc.is_null(table['image']), pc.invert(table['failed']))
 
 
-@functools.lru_cache(4_096)
+@functools.lru_cache(4_096)  # A map keeps no file open, so many may be cached.
 def _open_copy(path: str) -> pa.Table:
-  """Maps a copy into memory, which needs no open file once it is mapped."""
+  """Maps a copy into memory."""
   with pa.memory_map(path) as file, pa.ipc.open_file(file) as reader:
     return reader.read_all()

@@ -1,9 +1,9 @@
-"""Input pipelines: the order of the data is a function of the step alone.
+"""Input pipelines whose batches depend only on the seed and the step.
 
-Place p of the endless stream of epochs holds the same record, augmented the
-same, whoever reads it; step t is places t * batch_size and following. So a
-global batch is the same for any number of hosts, workers and threads, and a
-run continues at step t by beginning to read there.
+The epochs form one endless sequence of places. The record at a place and its
+augmentation depend only on the place and the seed. Step t reads the batch_size
+places from t * batch_size on. So a global batch is the same for any number of
+hosts, workers and threads, and a run can continue at any step.
 """
 
 import collections
@@ -26,18 +26,18 @@ from mlcd_jax.data import transforms
 from mlcd_jax.runtime import files
 from mlcd_jax.runtime import problems
 
-# Images that a thread or process makes at once: work enough to be handed out,
-# little enough that memory stays small where a batch has thousands.
+# Images that a thread or process makes at once. That is enough work to pay for
+# handing it out, and takes little memory even if a batch has thousands.
 _CHUNK = 128
-_LARGE = 64  # Pixels of a side from which decoding takes most of the time.
-_ENDLESS = 2**40  # Steps.
-_PHILOX_BLOCK = 4  # Random numbers that one step of Philox's counter makes.
-# Images seen before the share of bad ones can stop a run.
+_LARGE = 64  # From this side length in pixels, decoding dominates the time.
+_ENDLESS = 2**40  # Steps; more than any run takes.
+_PHILOX_BLOCK = 4  # Random numbers from one value of Philox's counter.
+# Fewer images than this do not stop a run, however many of them are bad.
 _MIN_SEEN = 1_000
 
 
 class LabelRows(Protocol):
-  """Labels by row, as `labels.Labels` keeps them."""
+  """Labels int32 [num_labels] by row, such as `cluster.labels.Labels`."""
 
   def __getitem__(self, row: int) -> np.ndarray: ...
 
@@ -61,24 +61,24 @@ def train_batches(
   """Yields this host's rows of the global batches from `start_step` on.
 
   Args:
-    source: images.
+    source: the source of the images.
     label_rows: int [len(source)], each record's row in `labels`, or -1.
-    labels: int32 [num_labels] by row, nearest first.
-    num_positives: how many of them are used.
-    batch_size: images over all hosts.
-    image_size: pixels of a side.
-    crop_area: share of the image a crop keeps, (low, high).
-    flip: mirror half of the crops.
-    seed: of order and augmentation.
-    start_step: index of the first global batch.
-    num_workers: decoding processes; 0 decodes in threads.
-    max_bad_fraction: more bad images than this stop the run.
-    rows: which of a global batch's are this host's, ascending, as
-      sharding.own_rows says; all where not given.
+    labels: the labels of each row, nearest center first.
+    num_positives: the number P of labels to use.
+    batch_size: the number of images over all hosts.
+    image_size: the side length S of the crops in pixels.
+    crop_area: the (low, high) share of the image's area that a crop keeps.
+    flip: True to mirror half of the crops.
+    seed: the seed of order and augmentation.
+    start_step: the index of the first global batch.
+    num_workers: the number of decoding processes; 0 decodes in threads.
+    max_bad_fraction: the share of bad images above which the run stops.
+    rows: the ascending rows of a global batch that this host makes, from
+      `sharding.own_rows`; None stands for all.
 
   Yields:
-    image uint8 [b, S, S, 3], labels int32 [b, P] (-1 where there is none),
-    weight float32 [b]: 0 where the image is bad or has no labels.
+    image uint8 [b, S, S, 3]; labels int32 [b, P], -1 if missing; weight float32
+    [b], 0 if the image is bad or has no labels.
 
   Raises:
     UserError: too many images are bad.
@@ -109,45 +109,48 @@ def ordered_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields every record once, in order, resized and center-cropped.
 
-  The last batch is padded, so that shapes stay the same; weight marks padding
-  and bad images with 0.
+  The last batch is padded to full size, so that all shapes are equal.
 
   Args:
-    source: images.
-    batch_size: images over all hosts.
-    image_size: pixels of a side.
-    prepare: pixels to an image of that size; shorter side and center where
-      not given.
-    num_workers: decoding processes; 0 decodes in threads.
+    source: the source of the images.
+    batch_size: the number of images over all hosts.
+    image_size: the side length S of the results in pixels.
+    prepare: makes uint8 [S, S, 3] of an image uint8 [H, W, 3]; None stands for
+      `transforms.resize_center_crop`.
+    num_workers: the number of decoding processes; 0 decodes in threads.
     rows: see `train_batches`.
 
   Yields:
-    image uint8 [b, S, S, 3], label int64 [b], weight float32 [b].
+    image uint8 [b, S, S, 3]; label int64 [b], -1 if there is none; weight
+    float32 [b], 0 for padding and bad images.
   """
   if prepare is None:
     prepare = functools.partial(transforms.resize_center_crop, size=image_size)
   make = _OrderedRows(source, image_size, prepare)
-  steps = range(-(-len(source) // batch_size))
+  steps = range(-(-len(source) // batch_size))  # Rounded up.
   batches = _batches(make, steps, batch_size, rows, num_workers)
   return _reported(batches, source, 'data', max_bad_fraction=1.0)
 
 
 def record_at(place: int, num_records: int, seed: int) -> int:
-  """Returns which record is at a place of the endless stream of epochs."""
+  """Returns the index of the record at a place in the sequence of epochs.
+
+  Each epoch is a permutation of all records, computed without storing it.
+  """
   epoch, index = divmod(place, num_records)
   return grain.experimental.index_shuffle(
     index,
     max_index=num_records - 1,
     seed=_epoch_seed(seed, epoch),
-    rounds=4,
+    rounds=4,  # The fewest that grain allows.
   )
 
 
 class Prefetched:
-  """Batches put on the devices ahead of time, in a thread.
+  """An iterator that puts batches on the devices ahead of time, in a thread.
 
   Attributes:
-    seconds_waited: how long `next` had to wait, all together.
+    seconds_waited: the total time that `next` has waited for batches.
   """
 
   def __init__(
@@ -157,11 +160,11 @@ class Prefetched:
     *,
     depth: int = 2,
   ):
-    """Begins at once to read `depth` batches ahead and `put` each."""
+    """Starts to read up to `depth` batches ahead and calls `put` on each."""
     self.seconds_waited = 0.0
     self._batches = batches
     self._put = put
-    self._pool = futures.ThreadPoolExecutor(1, 'prefetch')
+    self._pool = futures.ThreadPoolExecutor(1, 'prefetch')  # Keeps the order.
     self._ready = collections.deque(
       self._pool.submit(self._read) for _ in range(depth)
     )
@@ -177,7 +180,7 @@ class Prefetched:
     return batch
 
   def close(self) -> None:
-    """Stops reading."""
+    """Stops reading; a batch in progress is finished first."""
     self._pool.shutdown(cancel_futures=True)
 
   def _read(self) -> Any:
@@ -185,24 +188,24 @@ class Prefetched:
 
 
 class _Rows(Protocol):
-  """What a batch's rows are made of."""
+  """A function that makes the rows of batches, one at a time."""
 
   image_size: int
 
   def draw(self, places: range) -> Sequence[Any]:
-    """Returns what is random about each of some places."""
+    """Returns the random numbers of each place."""
     ...
 
   def __call__(
     self, place: int, draws: Any, image: np.ndarray
   ) -> dict[str, Any]:
-    """Fills in the zeros of `image`, returns the other values of the row."""
+    """Fills the zero array `image` and returns the other values of the row."""
     ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TrainRows:
-  """Shuffled, augmented records; place counts on through the epochs."""
+  """The rows of shuffled and augmented records; see `train_batches`."""
 
   source: sources.Source
   label_rows: files.SharedArray
@@ -214,7 +217,7 @@ class _TrainRows:
   seed: int
 
   def draw(self, places: range) -> list[list[float]]:
-    """See `_Rows`; every place has Philox's blocks to itself."""
+    """See `_Rows`; each place has its own values of Philox's counter."""
     blocks = -(-transforms.NUM_DRAWS // _PHILOX_BLOCK)
     generator = np.random.Generator(
       np.random.Philox(key=self.seed, counter=blocks * places.start)
@@ -224,7 +227,7 @@ class _TrainRows:
   def __call__(
     self, place: int, draws: Sequence[float], image: np.ndarray
   ) -> dict[str, Any]:
-    """See `_Rows`."""
+    """Crops one image; sets 'bad' and weight 0 if it cannot be used."""
     record = record_at(place, len(self.source), self.seed)
     row = int(self.label_rows[record])
     labels = np.full(self.num_positives, -1, np.int32)
@@ -248,20 +251,20 @@ class _TrainRows:
 
 @dataclasses.dataclass(frozen=True)
 class _OrderedRows:
-  """Every record once, then padding."""
+  """The rows of all records in order, then of padding."""
 
   source: sources.Source
   image_size: int
   prepare: Callable[[np.ndarray], np.ndarray]
 
   def draw(self, places: range) -> Sequence[None]:
-    """See `_Rows`."""
+    """See `_Rows`; nothing is random here."""
     return [None] * len(places)
 
   def __call__(
     self, place: int, draws: None, image: np.ndarray
   ) -> dict[str, Any]:
-    """See `_Rows`."""
+    """Prepares one image; padding and bad images have weight 0."""
     row = {'label': -1, 'weight': False, 'bad': 0, 'record': place}
     if place >= len(self.source):
       return row
@@ -276,31 +279,31 @@ class _OrderedRows:
     return row
 
 
-@functools.lru_cache(16)
+@functools.lru_cache(16)  # Every row asks, and few epochs are read at once.
 def _epoch_seed(seed: int, epoch: int) -> int:
   return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 _TYPES = {
   'labels': np.int32,
-  'label': np.int64,  # An identifier, in some data sets.
+  'label': np.int64,  # Class numbers can be identifiers above 2**31.
   'weight': np.float32,
-  'bad': np.int8,  # 1 + the place in transforms.REASONS, or 0.
+  'bad': np.int8,  # 1 + the index in transforms.REASONS, or 0.
   'record': np.int64,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-  """Parts of this host's share of the global batches, by number."""
+  """This host's rows of the global batches, in numbered chunks."""
 
   make: _Rows
   batch_size: int
-  own: Sequence[range]  # Of a batch's rows, in runs of at most _CHUNK.
+  own: Sequence[range]  # This host's rows of a batch, from `_runs`.
 
   @property
   def per_step(self) -> int:
-    """How many of them are a batch."""
+    """Returns the number of chunks of a batch."""
     return len(self.own)
 
   def __call__(self, number: int) -> dict[str, np.ndarray]:
@@ -323,7 +326,7 @@ def _batches(
   rows: np.ndarray | None,
   num_workers: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Makes this host's rows of some steps ahead of time."""
+  """Yields this host's rows of the batches of `steps`, made ahead of time."""
   own = _runs(np.arange(batch_size) if rows is None else rows)
   chunks = _Chunks(make, batch_size, own)
   per_step = chunks.per_step
@@ -349,7 +352,7 @@ def _batches(
 
 
 def _runs(rows: np.ndarray) -> list[range]:
-  """Cuts ascending rows into runs that follow each other, of _CHUNK at most."""
+  """Splits ascending rows into ranges of at most _CHUNK rows without gaps."""
   gaps = np.flatnonzero(np.diff(rows) != 1) + 1
   return [
     range(start, min(start + _CHUNK, run[-1] + 1))
@@ -359,16 +362,17 @@ def _runs(rows: np.ndarray) -> list[range]:
 
 
 def num_threads(image_size: int, num_workers: int = 0) -> int:
-  """Threads of each process that decode images.
+  """Returns the number of threads of each process that decode images.
 
-  Decoding lets go of Python's lock, the 45 us a row around it do not: above
-  16 threads of 1,300 images a second they wait for each other, and at digits
-  of 28 pixels two already do (9,700 images a CPU-second with one thread, 7,900
-  with two, 7,400 with four).
+  Decoding releases Python's lock, but about 45 us of work per row does not. At
+  1,300 images a second per thread, more than 16 threads would wait for each
+  other. Digits of 28 pixels decode so fast that two threads do: they made 9,700
+  images per CPU-second with one thread, 7,900 with two and 7,400 with four.
   """
   if image_size < _LARGE:
     return 1
-  if hasattr(os, 'sched_getaffinity'):  # Under Slurm fewer than there are.
+  # Slurm may give the process fewer cores than the machine has.
+  if hasattr(os, 'sched_getaffinity'):
     cores = len(os.sched_getaffinity(0))
   else:
     cores = os.cpu_count() or 1
@@ -381,7 +385,7 @@ def _reported(
   stage: str,
   max_bad_fraction: float,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Takes 'bad' and 'record' out of the batches and reports them."""
+  """Yields batches without 'bad' and 'record', which it counts and checks."""
   found = problems.Problems(stage)
   seen = 0
   for batch in batches:

@@ -1,13 +1,21 @@
-"""Random-access sources of encoded images, by the name in `data.source`.
+"""Sources: data sets with random access to encoded images.
 
-Every source gives `source[i] -> {'key', 'image', 'label', 'caption'}`: a key
-that is unique in the source and spelled as `keys.spell` does, the encoded
-image's bytes or the `transforms.BadImage` why they cannot be read, the class
-(-1 where there is none) and the caption ('' where there is none; several are
-lines). Sources whose class numbers have no names also give all `labels()`, int
-[N], and where the field holds no class numbers, `label_problem` says what it
-holds. Sources with `num_attributes` also give `attributes`, the numbers of
-several labels, and some give `ignored`, those that may be there or not.
+`data.source` names the kind of a source. A record `source[i]` is a dict:
+  key: text that identifies the image; unique in the source, in the spelling of
+    `keys.spell`.
+  image: the bytes of the encoded image, or a `transforms.BadImage` with the
+    reason why they cannot be read.
+  label: the class number, or -1 if there is none.
+  caption: text, or '' if there is none. Several captions are separate lines.
+
+Some sources have more members than the protocol `Source`:
+  labels(): the class number of every record, int [N], -1 if there is none. It
+    is required of sources that have classes without names.
+  label_problem: a description of what the label field holds if that is not
+    class numbers, such as 'text'; otherwise ''.
+  num_attributes: the number of labels of a multi-label data set. Its records
+    also have `attributes`, the numbers of all labels of the image, and may have
+    `ignored`, the numbers of labels that are neither present nor absent.
 """
 
 import codecs
@@ -32,7 +40,8 @@ from mlcd_jax.runtime import problems
 
 _log = logging.getLogger(__name__)
 
-# The module and function that opens each; imported late, each needs a library.
+# The module and function that open each kind. The modules are imported when
+# needed, because each imports a large library.
 _MAKERS = {
   'embedded': ('tfds', 'make_embedded'),
   'tfds': ('tfds', 'make'),
@@ -43,23 +52,24 @@ _MAKERS = {
   'coco': ('coco', 'make'),
 }
 
-# So many classes have had numbers from 0 on (ImageNet-21k: 21,843, all used);
-# of more, some that are not used are taken for identifiers.
+# Up to this many, class numbers stay as they are. Beyond it they are taken for
+# identifiers if some numbers below the largest are unused. ImageNet-21k has
+# 21,843 classes and uses all its numbers.
 _MANY_CLASSES = 10_000
 
 
 class Source(Protocol):
-  """What the stages need of a data set."""
+  """A data set as the stages use it; the records are described above."""
 
-  num_classes: int  # 0 where there are no labels.
-  class_names: Sequence[str]  # Empty where they are not known.
+  num_classes: int  # 0 if there are no labels.
+  class_names: Sequence[str]  # Empty if they are not known.
 
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, Any]: ...
 
   def keys(self) -> np.ndarray:
-    """Returns the key of every record, in order, see `keys.spell`."""
+    """Returns the spelled key of every record in order, bytes [N]."""
     ...
 
 
@@ -68,19 +78,21 @@ def make(
   split: str | None = None,
   found: problems.Problems | None = None,
 ) -> Source:
-  """Opens the source that a config's `data` fields describe.
+  """Opens the source that the `data` fields of a config describe.
 
-  Records whose key came before, and those named in `data.bad_keys`, are left
-  out.
+  The records listed in `data.bad_keys` are left out, and so are records that
+  repeat the key of an earlier one. The sources webdataset, parquet,
+  array_record and folder replace '{split}' in `data.path` by the split.
 
   Args:
-    data: source, path, split and what else is under `data` in config.py.
-    split: used instead of `data.split` where given.
-    found: gets what is left out; where not given, too much of it is an error.
+    data: the `data` fields of the config.
+    split: the name of the split; None stands for `data.split`.
+    found: counts the records and files that cannot be used. Without it, too
+      many of them raise an error.
 
   Raises:
-    UserError: the data is not there, has no such split, has no images, or
-      more than `data.max_bad_fraction` of it cannot be used.
+    UserError: the data or the split does not exist or has no images, or
+      without `found` more than `data.max_bad_fraction` of it is bad.
   """
   split = split or data.split
   strict = found is None
@@ -90,7 +102,7 @@ def make(
   source = getattr(module, function)(data, split, found)
   source = _without_bad(source, data.get('bad_keys', ''), found)
   if strict and found.total:
-    # A shard that cannot be read at all counts as one image.
+    # An unreadable shard counts as one image: nobody knows how many it had.
     found.check(
       len(source) + found.total,
       data.get('max_bad_fraction', 0.01),
@@ -110,20 +122,25 @@ def make(
 def number_classes(
   splits: Mapping[str, Source], *, field: str, label_key: str, keep: bool
 ) -> dict[str, Source]:
-  """Checks the labels of a data set's splits and numbers identifiers anew.
+  """Checks the labels of the splits of a data set and renumbers identifiers.
 
-  Class numbers such as 7308324466020115 of three classes become 0, 1 and 2,
-  in the order of the numbers and the same in all splits. Numbers from 0 on
-  stay as they are.
+  If the labels are large identifiers, such as 7308324466020115, the classes get
+  the numbers 0, 1, 2 and so on in the order of the identifiers. A class has the
+  same number in all splits. Labels that count from 0 do not change.
 
   Args:
-    splits: name -> source; without 'train' no labels are needed.
-    field: of the data set in the config, for errors.
-    label_key: of the data set.
-    keep: numbers stay as they are in any case, since they have names.
+    splits: the source of each split, by name. Without a split 'train' no task
+      needs labels, so they are not checked.
+    field: the config field of the data set, for errors.
+    label_key: the name of the label field, for errors.
+    keep: True to change no number, because the config has prompts that name
+      the classes by number.
+
+  Returns:
+    The sources by split, with the new numbers.
 
   Raises:
-    UserError: the labels are no class numbers.
+    UserError: the labels are not class numbers.
   """
   splits = dict(splits)
   for name, source in splits.items() if 'train' in splits else ():
@@ -139,7 +156,7 @@ def number_classes(
     return splits
   numbers = np.unique(np.concatenate([s.labels() for s in splits.values()]))
   numbers = numbers[numbers >= 0]
-  if len(numbers) == most:
+  if len(numbers) == most:  # All numbers from 0 on are used.
     return splits
   _log.info(
     '%s: %d classes with numbers up to %d, numbered anew',
@@ -150,7 +167,12 @@ def number_classes(
 
 @dataclasses.dataclass(frozen=True)
 class _Numbered:
-  """A source whose class numbers are places in a list of them."""
+  """A source with renumbered classes.
+
+  Attributes:
+    source: the source with the original numbers.
+    numbers: the ascending original numbers; the new number is the index here.
+  """
 
   source: Source
   numbers: np.ndarray
@@ -182,7 +204,7 @@ class _Numbered:
 
 @dataclasses.dataclass(frozen=True)
 class _Subset:
-  """Some records of a source."""
+  """Some records of a source, at the indices `rows`."""
 
   source: Source
   rows: files.SharedArray
@@ -217,14 +239,20 @@ class _Subset:
 
 
 def take(source: Source, rows: np.ndarray) -> Source:
-  """Returns some records of a source, by their places in it."""
+  """Returns a source of the records at the indices `rows`, in that order."""
   return _Subset(source, files.SharedArray(np.asarray(rows, np.int64)))
 
 
 def _without_bad(
   source: Source, bad_keys: str, found: problems.Problems
 ) -> Source:
-  """Leaves out the listed keys, and all but the first of a key."""
+  """Returns a source without the listed and the repeated keys.
+
+  Args:
+    source: the whole source.
+    bad_keys: the path of the file with keys to leave out, or ''.
+    found: counts the repeated keys.
+  """
   keys = source.keys()
   keep = np.ones(len(keys), bool)
   if bad_keys:
@@ -240,7 +268,11 @@ def _without_bad(
 
 
 def read_bad_keys(path: str) -> np.ndarray:
-  """Reads the keys that `check_data` wrote, one a line, see `keys.spell`."""
+  """Reads and spells a file of keys, one a line, as `check_data` writes it.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
   try:
     content = paths.local(path, 'data.bad_keys').read_bytes()
   except OSError as e:
@@ -249,14 +281,23 @@ def read_bad_keys(path: str) -> np.ndarray:
       'python -m mlcd_jax.check_data'
     ) from e
   if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-    content = content.decode('utf-16', 'replace').encode()  # PowerShell's.
+    # PowerShell 5 writes UTF-16.
+    content = content.decode('utf-16', 'replace').encode()
   lines = content.removeprefix(codecs.BOM_UTF8).split(b'\n')
-  lines = [line.removesuffix(b'\r') for line in lines]  # As Windows ends them.
+  lines = [line.removesuffix(b'\r') for line in lines]  # Windows ends in \r\n.
   return keys_lib.spell([line for line in lines if line])
 
 
 def check_same(source: Source, field: str) -> None:
-  """Raises RunError where processes see other records, or another order."""
+  """Checks that all processes see the same records in the same order.
+
+  Args:
+    source: the source to compare.
+    field: the config field that an error names.
+
+  Raises:
+    RunError: the keys differ.
+  """
 
   def found() -> list[Any]:
     keys = np.ascontiguousarray(source.keys())
@@ -266,8 +307,9 @@ def check_same(source: Source, field: str) -> None:
 
 
 def _repeated(keys: np.ndarray) -> np.ndarray:
-  """Rows whose key an earlier row has."""
-  if len(keys) < 2 or np.all(keys[1:] > keys[:-1]):  # No need to sort.
+  """Returns the ascending rows whose key an earlier row already has."""
+  # Ascending keys cannot repeat, and comparing them is faster than sorting.
+  if len(keys) < 2 or np.all(keys[1:] > keys[:-1]):
     return np.zeros(0, np.int64)
   order = np.argsort(keys, kind='stable')
   same = keys[order[1:]] == keys[order[:-1]]

@@ -1,8 +1,8 @@
-"""Where the images of a tar lie, found by walking its headers once.
+"""Indices of tars: the byte positions of the images, captions and labels.
 
-A sample is a run of members whose names agree up to the first dot of the base
-name, its key: a/0001.jpg and a/0001.txt are sample a/0001. Nothing is ever
-extracted to disk.
+The headers of a tar are read once, and nothing is extracted to disk. A sample
+is a run of members with the same key. The key is the name up to the first dot
+of the base name: a/0001.jpg and a/0001.txt belong to the sample a/0001.
 """
 
 import collections
@@ -27,19 +27,19 @@ from mlcd_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
 
-# Why a label is left out.
+# The reason for a label that is left out.
 NO_NUMBER = 'label that is no number'
 
-_VERSION = 3
-_BLOCK = 512
-_CHUNK = 2**20
+_VERSION = 3  # Of the index; older ones are built anew.
+_BLOCK = 512  # The bytes of a tar block. Headers and data begin at multiples.
+_CHUNK = 2**20  # Bytes of zeros that are read at once between two tars.
 _IMAGES = tuple(suffix.removeprefix('.') for suffix in formats.SUFFIXES)
 _NUMBERS = ('offsets', 'sizes', 'caption_offsets', 'caption_sizes', 'labels')
-# GNU's own kinds of members: the names in a folder, and that of the volume.
+# GNU tar's member types of a folder's file list and of a volume's name.
 _NO_CONTENT = (b'D', b'V')
-# Of unknown types the data are a file's, says POSIX.
+# POSIX treats members of unknown types as files, but these are not.
 _NO_FILE = {tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, b'M', b'N'}
-_COMPRESSED = {
+_COMPRESSED = {  # First bytes of a file -> its format.
   b'\x1f\x8b': 'gzip',
   b'BZh': 'bzip2',
   b'\xfd7zXZ': 'xz',
@@ -51,12 +51,12 @@ _COMPRESSED = {
 
 @dataclasses.dataclass(frozen=True)
 class Members:
-  """The member names, without dot, that hold a sample's parts.
+  """Additional suffixes, without dot, of the members of a sample.
 
   Attributes:
-    image: beside the usual ones, such as jpg and png.
-    label: beside cls, WebDataset's.
-    caption: beside txt, img2dataset's.
+    image: the suffix of images, besides the usual ones such as jpg and png.
+    label: the suffix of class numbers, besides WebDataset's cls.
+    caption: the suffix of captions, besides img2dataset's txt.
   """
 
   image: str
@@ -66,14 +66,15 @@ class Members:
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """The samples of one tar that have an image.
+  """The n samples of one tar that have an image.
 
   Attributes:
-    keys: [n], see `keys.spell`.
-    numbers: int64 [5, n]: of each image the offset and size, of its caption
-      the offset (-1: none) and size, and the label (-1: none).
-    problems: reason -> names of images that cannot be used.
-    left_out: reason -> how many other members were not taken.
+    keys: the spelled keys [n].
+    numbers: int64 [5, n]; the rows are the offset and size of the image, the
+      offset and size of the caption, and the label. A missing caption has the
+      offset -1, and a missing label is -1.
+    problems: reason -> the names of the images that cannot be used.
+    left_out: reason -> the number of other members that were not taken.
   """
 
   keys: np.ndarray
@@ -84,7 +85,7 @@ class Index:
 
 @dataclasses.dataclass
 class _Sample:
-  """One row of an index in the making."""
+  """A sample while the index is built, with the (offset, size) of its parts."""
 
   key: str
   image: tuple[int, int] | None = None
@@ -93,9 +94,9 @@ class _Sample:
 
 
 def find(file: storage.File, members: Members, cache_dir: str) -> Index | None:
-  """Reads a tar's index if it was kept and neither has changed.
+  """Returns the saved index of a tar; None if it is missing or out of date.
 
-  It lies beside the tar, or where that cannot be written, in `cache_dir`.
+  It lies beside the tar, or in `cache_dir` if that folder cannot be written.
   """
   for path in _places(file, cache_dir):
     index = _read(path, _made_from(file, members))
@@ -105,10 +106,10 @@ def find(file: storage.File, members: Members, cache_dir: str) -> Index | None:
 
 
 def load(file: storage.File, members: Members, cache_dir: str) -> Index:
-  """Reads a tar's index, or builds and keeps it.
+  """Returns the index of a tar, and builds and saves it if needed.
 
   Raises:
-    UserError: the tar cannot be read, or is compressed.
+    UserError: the tar cannot be read, or it is compressed.
   """
   index = find(file, members, cache_dir)
   if index is not None:
@@ -129,7 +130,7 @@ def load(file: storage.File, members: Members, cache_dir: str) -> Index:
     try:
       storage.write(path, content.getvalue())
       return index
-    except Exception as e:  # Every storage has errors of its own.
+    except Exception as e:  # Each fsspec storage raises its own errors.
       reason = getattr(e, 'strerror', None) or e
   _warn_not_kept(posixpath.dirname(file.path), cache_dir, str(reason))
   return index
@@ -137,7 +138,7 @@ def load(file: storage.File, members: Members, cache_dir: str) -> Index:
 
 @functools.cache
 def _warn_not_kept(folder: str, cache_dir: str, reason: str) -> None:
-  """Says once for all tars of a folder that the next run indexes them anew."""
+  """Warns once per folder that its indices cannot be saved."""
   _log.warning(
     'webdataset: the indices of the tars in %s cannot be kept there, nor in '
     'data.cache_dir=%s (%s)', folder, cache_dir, reason,
@@ -145,10 +146,10 @@ def _warn_not_kept(folder: str, cache_dir: str, reason: str) -> None:
 
 
 def build(file: storage.File, members: Members) -> Index:
-  """Walks the headers of a tar; one that is cut short gives what is whole.
+  """Builds the index of a tar; a truncated tar gives its whole members.
 
   Raises:
-    UserError: it is compressed, so that nothing in it can be read at random.
+    UserError: the tar is compressed, so it has no random access.
   """
   contents = _Contents(members)
   if not file.size:
@@ -169,11 +170,9 @@ def build(file: storage.File, members: Members) -> Index:
 
 
 class _Contents:
-  """What the members of a tar are, added one by one.
+  """A builder of samples, to which the members of a tar are added in order.
 
-  Attributes:
-    problems: reason -> names of the images that cannot be used.
-    left_out: reason -> how many members are no image, caption or label.
+  It counts `problems` and `left_out`, which are those of `Index`.
   """
 
   def __init__(self, members: Members):
@@ -182,10 +181,10 @@ class _Contents:
     self._members = members
     self._samples = []
     self._refused = set()  # Keys of the images in `problems`.
-    self._places = {}  # Of all files by name, for links to them.
+    self._places = {}  # Name -> (offset, size) of all files, for links.
 
   def add(self, member: tarfile.TarInfo | None, f: BinaryIO) -> bool:
-    """Adds a member; False for None, which stands for a damaged tar."""
+    """Adds a member; returns False if it is None, the mark of a damaged tar."""
     if member is None:
       return False
     if member.isdir() or member.type in _NO_CONTENT:
@@ -194,7 +193,7 @@ class _Contents:
     part = _part(suffix.lower(), self._members)
     place, reason = self._place(member)
     if posixpath.basename(member.name).startswith('.'):
-      self.left_out['hidden file'] += 1  # As macOS's ._0001.jpg.
+      self.left_out['hidden file'] += 1  # Such as ._0001.jpg of macOS.
     elif part is None:
       several = suffix.lower().endswith(tuple(f'.{x}' for x in _IMAGES))
       self.left_out['name with several dots' if several else 'other file'] += 1
@@ -210,7 +209,7 @@ class _Contents:
     return True
 
   def finish(self) -> list[_Sample]:
-    """Returns the samples with an image."""
+    """Returns the samples with an image; notes the others as problems."""
     for sample in self._samples:
       if sample.image is None and sample.key not in self._refused:
         self.problems.setdefault('no image', []).append(sample.key)
@@ -219,7 +218,7 @@ class _Contents:
   def _place(
     self, member: tarfile.TarInfo
   ) -> tuple[tuple[int, int] | None, str]:
-    """Offset and size of a member's data, or why there is none."""
+    """Returns (offset, size) of a member's data and '', or why it has none."""
     name = posixpath.normpath(member.name)
     place, reason = (member.offset_data, member.size), ''
     if member.issym() or member.islnk():
@@ -239,7 +238,7 @@ class _Contents:
     return place, reason
 
   def _sample(self, key: str, part: str) -> _Sample:
-    """The sample that a member belongs to: the last one, or a new one."""
+    """Returns the sample of a member: the last one if it fits, or a new one."""
     last = self._samples[-1] if self._samples else None
     if (
       last is None
@@ -251,7 +250,7 @@ class _Contents:
     return last
 
   def _label(self, place: tuple[int, int], f: BinaryIO) -> int:
-    """The class number that a file says; -1 where it says none."""
+    """Reads a class number from the text of a member; -1 if it has none."""
     f.seek(place[0])
     text = f.read(min(place[1], 32)).strip()
     if text.isdigit() and place[1] <= 32 and int(text) < 2**63:
@@ -262,7 +261,7 @@ class _Contents:
 
 
 def _part(suffix: str, members: Members) -> str | None:
-  """What a member is to its sample."""
+  """Returns the part of a sample that a suffix stands for, or None."""
   if suffix in (members.image, *_IMAGES):
     return 'image'
   if suffix in (members.caption, 'txt'):
@@ -271,20 +270,21 @@ def _part(suffix: str, members: Members) -> str | None:
 
 
 def _split(name: str) -> tuple[str, str]:
-  """'./a/0.seg.png' -> ('a/0', 'seg.png')."""
+  """Splits a name: './a/0.seg.png' -> ('a/0', 'seg.png')."""
   folder, base = posixpath.split(name.removeprefix('./'))
   key, _, suffix = base.partition('.')
   return posixpath.join(folder, key), suffix
 
 
 def _leads_outside(name: str) -> bool:
+  """Returns whether extracting this name could write outside the folder."""
   return name.startswith('/') or '..' in name.split('/')
 
 
 def _is_whole(member: tarfile.TarInfo) -> bool:
-  """Whether all of a file is stored, and not only what is around holes.
+  """Returns whether a member is stored without holes.
 
-  GNU tar calls files sparse that a file system has compressed.
+  GNU tar marks files as sparse if their file system compresses them.
   """
   if member.sparse is None:
     return True
@@ -299,9 +299,9 @@ def _is_whole(member: tarfile.TarInfo) -> bool:
 def _members(
   f: BinaryIO, file: storage.File
 ) -> Iterator[tarfile.TarInfo | None]:
-  """Yields the members of a tar, and of others appended to it by cat.
+  """Yields the members of a tar and of further tars appended by `cat`.
 
-  None, as the last, stands for a tar that is damaged or cut short.
+  If the tar is damaged or truncated, the last value is None.
   """
   start = 0
   while start < file.size:
@@ -313,14 +313,14 @@ def _members(
       )
       end = start
       while (member := tar.next()) is not None:
-        tar.members.clear()  # It keeps them all.
+        tar.members.clear()  # tarfile keeps all, which takes much memory.
         if tar.offset <= end or not _fits(member, file.size):
           break
         end = tar.offset
         yield member
     except OSError:
       raise
-    except Exception:  # Its parsers raise whatever they stumble over.
+    except Exception:  # tarfile raises many types on damaged headers.
       if tar is None:
         _check_uncompressed(f, file.path)
       yield None
@@ -331,21 +331,21 @@ def _members(
       continue
     if member is not None or end > start or not start:
       yield None
-    return  # What follows the end of an archive and is none is ignored.
+    return  # Other data after the end of an archive is ignored.
 
 
 def _fits(member: tarfile.TarInfo, length: int) -> bool:
-  """Whether a member's data end before the file does."""
+  """Returns whether a member's data ends within a tar of `length` bytes."""
   size = member.size
   if not member.isreg() and member.type in tarfile.SUPPORTED_TYPES:
-    size = 0  # Folders and links have no data, whatever they say.
+    size = 0  # Folders and links have no data, whatever size they state.
   elif member.sparse is not None:
     size = sum(length for _, length in member.sparse)
   return size >= 0 and member.offset_data + size <= length
 
 
 def _after_zeros(f: BinaryIO, position: int) -> int:
-  """Where the first block that is not empty begins, or the file ends."""
+  """Returns the position of the next non-zero block, or of the file's end."""
   f.seek(position)
   while chunk := f.read(_CHUNK):
     zeros = len(chunk) - len(chunk.lstrip(b'\0'))
@@ -356,6 +356,7 @@ def _after_zeros(f: BinaryIO, position: int) -> int:
 
 
 def _check_uncompressed(f: BinaryIO, path: str) -> None:
+  """Raises a UserError if a file begins as a compressed file."""
   f.seek(0)
   begin = f.read(8)
   for magic, name in _COMPRESSED.items():
@@ -367,7 +368,7 @@ def _check_uncompressed(f: BinaryIO, path: str) -> None:
 
 
 def _places(file: storage.File, cache_dir: str) -> list[str]:
-  """Where an index may lie: beside the tar, or in the cache."""
+  """Returns the possible paths of an index, in order of preference."""
   places = [file.path + storage.INDEX_SUFFIX]
   with contextlib.suppress(errors.UserError):
     places.append(str(cache.place(file, cache_dir, storage.INDEX_SUFFIX)))
@@ -375,13 +376,14 @@ def _places(file: storage.File, cache_dir: str) -> list[str]:
 
 
 def _made_from(file: storage.File, members: Members) -> str:
+  """Returns a text that differs if an index is out of date."""
   return json.dumps(
     [_VERSION, file.size, file.stamp, *dataclasses.astuple(members)]
   )
 
 
 def _read(path: str, made_from: str) -> Index | None:
-  """A kept index; None where there is none that holds."""
+  """Reads a saved index; None if it is missing, damaged or out of date."""
   try:
     with np.load(io.BytesIO(storage.read(path)), allow_pickle=False) as kept:
       if str(kept['made_from']) != made_from:
@@ -392,5 +394,5 @@ def _read(path: str, made_from: str) -> Index | None:
         problems=json.loads(str(kept['problems'])),
         left_out=json.loads(str(kept['left_out'])),
       )
-  except Exception:  # Not there, cut short, or something else: build it anew.
+  except Exception:  # Whatever is wrong with a saved index, it is built anew.
     return None

@@ -25,21 +25,26 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource:
-  """See `sources.Source`; a key is the split and the place in it.
+  """A source of one TFDS split; see `sources`.
+
+  A key is the name of the split and the index of the record in it.
 
   Attributes:
-    data: what `builder.as_data_source` returns, images undecoded.
-    split: name of the split, part of every key.
-    image_key: feature with the image.
-    label_key: feature with the class; a name of none where there is none.
-    caption_key: feature with the caption, ignored likewise.
-    class_names: of `label_key`, in the order of their numbers.
+    data: the result of `builder.as_data_source`, with encoded images.
+    split: the name of the split.
+    image_key: the name of the feature with the image.
+    label_key: the name of the feature with the class number. If there is no
+      such feature, all labels are -1.
+    caption_key: the name of the feature with the caption. If there is no such
+      feature, all captions are ''.
+    class_names: the names of the classes in the order of their numbers.
     label_problem: see `sources`.
-    attributes_key: feature with several labels, '/' between its parts; ''
-      where there is none.
-    num_attributes: number of classes of `attributes_key`.
-    ignored_key: feature with those labels and others that are neither there
-      nor not, such as VOC's difficult objects; '' where there is none.
+    attributes_key: the path of the feature with several labels, with '/'
+      between the names of nested features; '' if there is none.
+    num_attributes: the number of labels of `attributes_key`.
+    ignored_key: the path of a feature with the same labels and more. Those that
+      only it has are neither present nor absent, such as difficult objects in
+      VOC. '' if there is none.
   """
 
   data: Any
@@ -55,7 +60,7 @@ class TfdsSource:
 
   @property
   def num_classes(self) -> int:
-    """0 where there are no labels."""
+    """Returns the number of classes; 0 if there are no labels."""
     return len(self.class_names)
 
   def __len__(self) -> int:
@@ -66,7 +71,7 @@ class TfdsSource:
     attributes = _labels(record, self.attributes_key)
     ignored = np.setdiff1d(_labels(record, self.ignored_key), attributes)
     return {
-      'key': f'{self.split}-{index:09d}',
+      'key': f'{self.split}-{index:09d}',  # As in `keys`.
       'image': record[self.image_key],
       'label': int(record.get(self.label_key, -1)),
       'caption': _caption(record.get(self.caption_key, b'')),
@@ -75,14 +80,24 @@ class TfdsSource:
     }
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return keys_lib.numbered(self.split, len(self))
 
 
 def make_embedded(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> TfdsSource:
-  """Opens the digits, preparing them the first time."""
+  """Opens a split of the embedded digits, and prepares them the first time.
+
+  Args:
+    data: the `data` fields of the config.
+    split: the name of the split.
+    found: not used.
+
+  Raises:
+    UserError: the split does not exist, or `data.data_dir` cannot be written.
+    RunError: the disk is full.
+  """
   del found
   from mlcd_jax.data import digits
 
@@ -95,7 +110,17 @@ def make_embedded(
 def make(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> TfdsSource:
-  """Opens the prepared data set named `data.path`."""
+  """Opens a split of the prepared TFDS data set `data.path`.
+
+  Args:
+    data: the `data` fields of the config.
+    split: the name of the split.
+    found: not used.
+
+  Raises:
+    UserError: the data set, the split or a feature does not exist, or the data
+      set is not prepared as ArrayRecord.
+  """
   del found
   if not data.path:
     raise errors.UserError('data.path: name the TFDS data set')
@@ -103,6 +128,8 @@ def make(
     builder = tfds.builder(
       data.path,
       data_dir=paths.expand(data.data_dir, 'data.data_dir') or None,
+      # TFDS's default format, TFRecord, has no random access and needs
+      # TensorFlow.
       file_format='array_record',
     )
   except (tfds.core.DatasetNotFoundError, ValueError) as e:
@@ -120,7 +147,11 @@ def make(
 
 
 def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
-  """Opens one split of a prepared builder, images left encoded."""
+  """Opens a split of a prepared builder, without decoding images.
+
+  Raises:
+    UserError: the split or a feature does not exist or is not of its kind.
+  """
   try:
     num_images = builder.info.splits[split].num_examples
   except (KeyError, ValueError) as e:
@@ -156,6 +187,7 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
       f'{attributes_key}'
     )
   return TfdsSource(
+    # The input pipeline decodes; TFDS gives the encoded bytes.
     data=_open(builder, split, {image_key: tfds.decode.SkipDecoding()}),
     split=split,
     image_key=image_key,
@@ -170,8 +202,9 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
 
 
 def _open(builder, split: str, decoders: dict[str, Any]):
-  """TFDS's data source, with few of its files open at a time."""
+  """Returns TFDS's data source, changed to keep few files open at a time."""
   data = builder.as_data_source(split, decoders=decoders)
+  # TFDS's own reader keeps every file open that it has read from.
   data.data_source = records.Records(
     [
       records.Part(records.found(os.fspath(f.filename)), f.skip, f.take)
@@ -182,7 +215,10 @@ def _open(builder, split: str, decoders: dict[str, Any]):
 
 
 def _class_names(features, label_key: str) -> Sequence[str]:
-  """Empty where the feature is missing or no class label."""
+  """Returns the names of the classes; numbers as text if they have no names.
+
+  It is empty if the feature is missing or not a ClassLabel.
+  """
   feature = features[label_key] if label_key in features else None
   is_class = isinstance(feature, tfds.features.ClassLabel)
   if not is_class or not feature.num_classes:
@@ -191,7 +227,11 @@ def _class_names(features, label_key: str) -> Sequence[str]:
 
 
 def _label_problem(features, label_key: str) -> str:
-  """What the feature is if it is no class; '' where it is, or is missing."""
+  """Describes a label feature that holds no class numbers; see `sources`.
+
+  Returns:
+    The description, or '' if the feature is missing or holds class numbers.
+  """
   feature = features[label_key] if label_key in features else None
   if feature is None or isinstance(feature, tfds.features.ClassLabel):
     return ''
@@ -203,7 +243,7 @@ def _label_problem(features, label_key: str) -> str:
 
 
 def _describe(feature) -> str:
-  """What a feature is, for people."""
+  """Returns the kind of a feature for an error message."""
   if isinstance(feature, tfds.features.Text):
     return 'text'
   if isinstance(feature, (tfds.features.Sequence, tfds.features.Dataset)):
@@ -214,18 +254,28 @@ def _describe(feature) -> str:
 
 
 def _caption(found: Any) -> str:
-  """A text, several as lines, or those in a feature such as COCO's."""
+  """Returns a caption feature as text, with one line for each caption.
+
+  Args:
+    found: bytes, a list, or a dict with captions under 'text', which is the
+      form of COCO's captions. Other values give ''.
+  """
   if isinstance(found, dict):
     found = found.get('text', b'')
   if isinstance(found, bytes):
     return found.decode('utf-8', 'replace')
   if not isinstance(found, (list, tuple, np.ndarray)):
-    return ''  # A number, say.
+    return ''
   return '\n'.join(filter(None, map(_caption, found)))
 
 
 def _labels(record: dict[str, Any], key: str) -> np.ndarray:
-  """The numbers under a key, each once, in order; none without a key."""
+  """Returns the distinct label numbers of a record, ascending.
+
+  Args:
+    record: the record.
+    key: the path of the feature, with '/' between names; '' gives no labels.
+  """
   found = record if key else []
   for part in filter(None, key.split('/')):
     found = found[part]
@@ -233,12 +283,22 @@ def _labels(record: dict[str, Any], key: str) -> np.ndarray:
 
 
 def _num_attributes(builder, key: str, field: str) -> int:
-  """Classes of a sequence of labels; 0 without a key."""
+  """Returns the number of labels of a feature with several labels.
+
+  Args:
+    builder: the builder of the data set.
+    key: the path of the feature, with '/' between names; '' gives 0.
+    field: the config field that an error names.
+
+  Raises:
+    UserError: there is no such feature.
+  """
   if not key:
     return 0
   features = builder.info.features
   for part in key.split('/'):
-    features = getattr(features, 'feature', features)  # Of a sequence.
+    # A Sequence has the features of its elements in `feature`.
+    features = getattr(features, 'feature', features)
     try:
       features = features[part]
     except (KeyError, TypeError) as e:
@@ -252,7 +312,15 @@ def _num_attributes(builder, key: str, field: str) -> int:
 
 @contextlib.contextmanager
 def _prepared_folder(data_dir: str) -> Iterator[str]:
-  """Yields TFDS's data folder, held so that one process at a time writes."""
+  """Yields TFDS's data folder, locked so that one process at a time writes.
+
+  Args:
+    data_dir: the value of `data.data_dir`; '' stands for TFDS's default.
+
+  Raises:
+    UserError: the folder cannot be written.
+    RunError: the disk is full.
+  """
   tfds.disable_progress_bar()
   folder = paths.local(
     data_dir or tfds.core.constants.get_default_data_dir(), 'data.data_dir'
@@ -260,7 +328,9 @@ def _prepared_folder(data_dir: str) -> Iterator[str]:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / '.mlcd_digits.lock', 'w') as lock:
-      if not files.lock(lock, fcntl.LOCK_EX):  # TFDS renames what is whole.
+      # Without locks two processes may both prepare the data. That is safe,
+      # since TFDS renames the folder only once it is complete.
+      if not files.lock(lock, fcntl.LOCK_EX):
         _log.warning('data: the file system of %s has no locks', folder)
       yield str(folder)
   except (OSError, RuntimeError) as e:

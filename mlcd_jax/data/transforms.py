@@ -1,4 +1,4 @@
-"""From encoded bytes to RGB uint8 [H, W, 3] of the size a model takes."""
+"""Decodes images to RGB uint8 [H, W, 3], crops them and resizes them."""
 
 from collections.abc import Sequence
 import io
@@ -9,28 +9,32 @@ import cv2
 import numpy as np
 from PIL import Image
 
-# Range of width / height of training crops, as OneVision-Encoder's loader
-# (dataloader/data_v2.py), the closest published recipe.
+# Range of width / height of training crops. It is that of OneVision-Encoder's
+# loader (dataloader/data_v2.py), the closest published recipe.
 _ASPECT_RATIO = (0.8, 1.25)
 
-# Rectangles tried before the central one is taken, as torchvision's
-# RandomResizedCrop and DALI's random_resized_crop do.
+# Random rectangles to try before the central one is taken. torchvision's
+# RandomResizedCrop and DALI's random_resized_crop try as many.
 _ATTEMPTS = 10
-# Random numbers a crop takes: top, left, flip, and area and shape an attempt.
+# Random numbers for a crop: top, left and flip, and for each attempt area and
+# shape.
 NUM_DRAWS = 3 + 2 * _ATTEMPTS
 
-# Web archives hold images of 169 and 231 Mpixel, 0.7 GB once decoded.
+# Larger images are bad. Web archives hold images of 169 and 231 Mpixel, which
+# take 0.7 GB once decoded.
 _MAX_PIXELS = 64_000_000
 
-# Pixels up to which a resized image is made whole and then cropped: one of
-# 40,000 x 1 would become 8,960,000 x 224, and take 8 GB.
+# Up to this many pixels a resized image is made whole and then cropped. Beyond
+# it only the crop is made: an image of 40,000 x 1 would become 8,960,000 x 224,
+# which takes 8 GB.
 _MAX_RESIZED = 16_000_000
 
-# Of Pillow's filters that of Lanczos reaches furthest, in pixels of the larger
+# The radius of Lanczos, the widest of Pillow's filters, in pixels of the larger
 # of the two images.
 _FILTER_REACH = 3
 
-# Why an image is bad; few and fixed, so that they can be counted.
+# The reasons for a bad image. They are few and fixed, so that they can be
+# counted.
 REASONS = (
   'empty', 'not an image', 'undecodable', 'more than 64 Mpixel', 'missing',
   'unreadable',
@@ -38,8 +42,9 @@ REASONS = (
 _EMPTY, _NOT_AN_IMAGE, _UNDECODABLE, _TOO_LARGE, MISSING, UNREADABLE = REASONS
 
 _COLOR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-# libjpeg decodes to 1/k of the size in fewer operations. OpenCV's names with
-# COLOR have the BGR bit set, these are the bare bits for the size.
+# libjpeg decodes to 1/k of the size with fewer operations. OpenCV's flags
+# IMREAD_REDUCED_COLOR_k would set BGR too; the GRAYSCALE ones are only the bits
+# of the size.
 _REDUCED = {
   1: _COLOR,
   2: _COLOR | cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -48,37 +53,39 @@ _REDUCED = {
 }
 _JPEG = b'\xff\xd8'
 _PNG = b'\x89PNG\r\n\x1a\n'
-# Frame headers (SOF) of JPEG, where its size is.
+# The JPEG markers of frame headers (SOF), which have the size of the image. The
+# three others in this range are DHT, JPG and DAC.
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
-# The input pipeline parallelises over images; OpenCV's own threads would only
-# compete with it. Its log would name no image.
+# The input pipeline decodes many images in parallel, so OpenCV's own threads
+# would only compete with it. OpenCV's log does not name the image.
 cv2.setNumThreads(1)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 class BadImage(Exception):
-  """The bytes are no image that can be used; the text is one of REASONS."""
+  """An image that cannot be used; its text is one of REASONS."""
 
 
 def decode(image: bytes | BadImage, *, reduce: int = 1) -> np.ndarray:
-  """Decodes to RGB uint8 [H, W, 3].
+  """Decodes an image to RGB uint8 [H, W, 3].
 
-  Grey is repeated, alpha is composited on white, 16 bits become 8, of an
-  animation the first frame counts, and EXIF orientation is ignored, as CLIP
-  does.
+  Grey is repeated in three channels, transparent parts are drawn on white, 16
+  bits become 8, and an animation gives its first frame. EXIF orientation is
+  ignored, as in CLIP.
 
   Args:
-    image: a file of any format that OpenCV reads, or why there is none.
-    reduce: 1, 2, 4 or 8: divides the sides; only for JPEG.
+    image: a file in any format that OpenCV decodes, or a BadImage to raise.
+    reduce: the divisor of the sides: 1, 2, 4 or 8 for JPEG, 1 for others.
 
   Raises:
-    BadImage: with one of REASONS.
+    BadImage: the image cannot be used.
   """
   width, height = read_size(image)
   if width * height > _MAX_PIXELS:
     raise BadImage(_TOO_LARGE)
-  # Only these keep their alpha, which IMREAD_COLOR would drop.
+  # IMREAD_COLOR drops alpha. So it serves only formats without alpha, and BMP
+  # and TIFF, whose alpha is ignored.
   with_alpha = not image.startswith((_JPEG, b'BM', b'II*\0', b'MM\0*'))
   flags = cv2.IMREAD_UNCHANGED if with_alpha else _REDUCED[reduce]
   try:
@@ -93,16 +100,20 @@ def decode(image: bytes | BadImage, *, reduce: int = 1) -> np.ndarray:
 
 
 def read_size(image: bytes | BadImage) -> tuple[int, int]:
-  """Returns (width, height) as the header has it, without decoding.
+  """Returns the (width, height) in the header of an image, without decoding.
+
+  Args:
+    image: a file in any format, or a BadImage to raise.
 
   Raises:
-    BadImage: empty, or not an image, or the one that is given.
+    BadImage: the header is missing, damaged or that of another kind of file.
   """
   if isinstance(image, BadImage):
     raise image
   if not image:
     raise BadImage(_EMPTY)
-  # Pillow's parsers take 44 us for a JPEG that decodes in 400.
+  # Pillow takes 44 us for the header of a JPEG that decodes in 400 us, so JPEG
+  # and PNG are parsed here.
   if image.startswith(_JPEG):
     return _jpeg_size(image)
   if image.startswith(_PNG) and len(image) >= 24:
@@ -112,7 +123,7 @@ def read_size(image: bytes | BadImage) -> tuple[int, int]:
       return header.size
   except Image.DecompressionBombError as e:
     raise BadImage(_TOO_LARGE) from e
-  except Exception as e:  # Its parsers raise whatever they stumble over.
+  except Exception as e:  # Pillow raises many types on damaged headers.
     cut = image.startswith((b'RIFF', b'GIF8')) or image[4:8] == b'ftyp'
     raise BadImage(_UNDECODABLE if cut else _NOT_AN_IMAGE) from e
 
@@ -126,19 +137,23 @@ def random_resized_crop(
   flip: bool,
   out: np.ndarray | None = None,
 ) -> np.ndarray:
-  """Decodes, crops a random rectangle, resizes it to uint8 [size, size, 3].
+  """Decodes an image and resizes a random rectangle of it to a square.
 
-  A JPEG whose crop is at least twice as large as needed is decoded at half,
-  a quarter or an eighth of its size. What is still twice as large is averaged
-  over areas; bilinear interpolation would skip pixels there.
+  A JPEG whose crop is at least twice as large as the result is decoded at half,
+  a quarter or an eighth of its size, which is faster. A crop that is then still
+  twice as large is averaged over areas, because bilinear interpolation would
+  skip pixels.
 
   Args:
-    image: encoded, or why there is none.
-    size: side of the result in pixels.
-    draws: NUM_DRAWS random numbers in [0, 1), that say which crop it is.
-    area: smallest and largest share of the image that is kept.
-    flip: mirror every second result.
-    out: uint8 [size, size, 3] that gets the result; a new one if not given.
+    image: the encoded image, or a BadImage to raise.
+    size: the side length of the result in pixels.
+    draws: NUM_DRAWS random numbers in [0, 1) that determine the crop.
+    area: the smallest and largest share of the image's area to keep.
+    flip: True to mirror half of the crops, chosen by `draws`.
+    out: an array uint8 [size, size, 3] for the result, or None for a new one.
+
+  Returns:
+    uint8 [size, size, 3].
 
   Raises:
     BadImage: see `decode`.
@@ -156,6 +171,8 @@ def random_resized_crop(
   ]
   if out is None:
     out = np.empty((size, size, 3), np.uint8)
+  # INTER_AREA is slower than INTER_LINEAR, so it serves only where pixels would
+  # be skipped.
   shrinks = min(crop.shape[:2]) >= 2 * size
   how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
   if flip and draws[2] < 0.5:
@@ -173,16 +190,16 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
   """Returns a random rectangle as (left, top, width, height) in pixels.
 
-  Area and shape are drawn until the rectangle fits, so that no crop is smaller
-  than asked for; where none of ten fits, the largest central rectangle of an
-  allowed shape is taken. This is the distribution of torchvision's
-  RandomResizedCrop.
+  Area and shape are drawn until the rectangle fits into the image, so that no
+  crop is smaller than `area` allows. If none of ten fits, it is the largest
+  central rectangle of an allowed shape. This is the distribution of
+  torchvision's RandomResizedCrop.
 
   Args:
-    width: of the image.
-    height: of the image.
+    width: the width of the image.
+    height: the height of the image.
     draws: NUM_DRAWS random numbers in [0, 1).
-    area: smallest and largest share of the image that is kept.
+    area: the smallest and largest share of the image's area to keep.
   """
   low, high = area
   low_shape, high_shape = map(math.log, _ASPECT_RATIO)
@@ -204,7 +221,15 @@ def crop_box(
 def resize_center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
   """Resizes the shorter side to `size`, then crops the center, as CLIP does.
 
-  Bicubic with antialiasing (Pillow): features depend on it.
+  It uses Pillow's bicubic filter with antialiasing, as CLIP does, because the
+  features of pretrained encoders depend on the filter.
+
+  Args:
+    pixels: uint8 [H, W, 3].
+    size: the side length S of the result.
+
+  Returns:
+    uint8 [S, S, 3].
   """
   height, width = pixels.shape[:2]
   if (height, width) == (size, size):
@@ -225,19 +250,19 @@ def resize_crop(
   *,
   largest: int = _MAX_RESIZED,
 ) -> np.ndarray:
-  """Resizes with antialiasing (Pillow), then crops a square.
+  """Resizes an image with Pillow's antialiasing, then crops a square.
 
-  Of an image that would be very large only the crop is made, from the pixels
-  that it needs; these values differ by rounding.
+  If the resized image would be very large, only the crop is made, from the
+  pixels that it depends on. Its values differ by rounding only.
 
   Args:
     pixels: uint8 [H, W, 3].
-    shape: (height, width) it is resized to.
-    size: side of the square.
-    start: (top, left) of the square in the resized image.
-    resample: Pillow's number of the filter.
-    largest: pixels up to which the resized image is made whole; an image that
-      is at most eight times as long as wide is in any case.
+    shape: the (height, width) of the resized image.
+    size: the side length of the square.
+    start: the (top, left) of the square in the resized image.
+    resample: the number of Pillow's filter.
+    largest: the number of pixels up to which the resized image is made whole.
+      Up to 8 * size**2 pixels, it is made whole in any case.
 
   Returns:
     uint8 [size, size, 3].
@@ -259,26 +284,31 @@ def resize_crop(
 def _window(
   begin: int, size: int, new: int, old: int
 ) -> tuple[int, int, float, float]:
-  """What a part of a resized side is made from.
+  """Returns the pixels of a side that a part of the resized side depends on.
 
   Args:
-    begin: first pixel of the part.
-    size: pixels of the part.
-    new: pixels of the resized side.
-    old: pixels of the side.
+    begin: the first pixel of the part.
+    size: the number of pixels of the part.
+    new: the number of pixels of the resized side.
+    old: the number of pixels of the original side.
 
   Returns:
-    First pixel of the side that is needed and the one after the last, and
-    begin and end of the part within these.
+    (first, last, low, high). The original pixels from `first` up to, not
+    including, `last` are needed. The part lies between `low` and `high`, in
+    original pixels counted from `first`.
   """
   low, high = begin * old / new, min(old, (begin + size) * old / new)
-  reach = math.ceil(_FILTER_REACH * max(1, old / new)) + 1
+  reach = math.ceil(_FILTER_REACH * max(1, old / new)) + 1  # One for rounding.
   first, last = max(0, int(low) - reach), min(old, math.ceil(high) + reach)
   return first, last, low - first, high - first
 
 
 def _jpeg_size(image: bytes) -> tuple[int, int]:
-  """Walks the markers up to the frame header."""
+  """Returns the (width, height) in the frame header of a JPEG.
+
+  Raises:
+    BadImage: there is no frame header.
+  """
   position = 2
   while position + 9 <= len(image):
     marker, kind, length = struct.unpack_from('>BBH', image, position)
@@ -295,7 +325,7 @@ def _jpeg_size(image: bytes) -> tuple[int, int]:
 
 
 def _to_rgb(pixels: np.ndarray) -> np.ndarray:
-  """OpenCV's unchanged pixels (grey, BGR or BGRA, 8 or 16 bits) as RGB."""
+  """Converts grey, BGR or BGRA pixels of 8 or 16 bits to RGB of 8 bits."""
   if pixels.dtype == np.uint16:
     pixels = (pixels >> 8).astype(np.uint8)
   if pixels.ndim == 2:
@@ -304,4 +334,5 @@ def _to_rgb(pixels: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
   alpha = pixels[:, :, 3:].astype(np.uint16)
   color = pixels[:, :, 2::-1].astype(np.uint16)
+  # Blend with white; adding 127 rounds to the nearest integer.
   return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)

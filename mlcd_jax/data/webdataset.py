@@ -1,4 +1,7 @@
-"""WebDataset tars, as img2dataset writes them, read at random by an index."""
+"""WebDataset tars, such as those of img2dataset, with random access.
+
+An index of each tar has the positions of its images; see `tar_index`.
+"""
 
 from concurrent import futures
 import functools
@@ -19,20 +22,31 @@ from mlcd_jax.runtime import storage
 
 _log = logging.getLogger(__name__)
 
-# A caption as far as this from its image is read apart from it.
+# Image and caption are read at once if their positions differ by at most the
+# image's size and this many bytes; otherwise with two reads.
 _FAR = 2**20
 
-# Starting processes takes seconds; so long the headers of so many bytes take.
+# Starting a process takes seconds, as long as reading the headers of a tar of
+# this size. With less data for each, more processes would not pay.
 _BYTES_PER_PROCESS = 2 * 2**30
 
 
 class TarSource:
-  """See `sources.Source`; a record is one read of the tar."""
+  """A source of tars, which reads most records with one read; see `sources`.
+
+  A key is the path of the image in the tar, without suffix. `keys.across`
+  changes keys that several tars have.
+  """
 
   class_names = ()
 
   def __init__(self, tars: list[storage.File], indices: list[tar_index.Index]):
-    """Takes the tars and their indices, in the same order."""
+    """Combines tars.
+
+    Args:
+      tars: the tars, as they were when they were found.
+      indices: the index of each tar.
+    """
     self._tars = tars
     self._ends = np.cumsum([len(index.keys) for index in indices])
     self._keys = files.SharedArray(
@@ -58,7 +72,7 @@ class TarSource:
       int, self._numbers[:, index]
     )
     shard = int(np.searchsorted(self._ends, index, side='right'))
-    # Members of a sample are mostly neighbours, so that one read gets both.
+    # The members of a sample mostly lie side by side, so one read gets both.
     first, last = start, start + size
     near = caption_start >= 0 and abs(caption_start - start) <= size + _FAR
     if near:
@@ -69,7 +83,8 @@ class TarSource:
     if near:
       place = caption_start - first
       caption = content[place : place + caption_size]
-    elif caption_start >= 0:  # A link, such as one caption of many images.
+    # A caption far away is a link, such as one caption for many images.
+    elif caption_start >= 0:
       caption = storage.read(self._tars[shard], caption_start, caption_size)
     return {
       'key': self._keys[index].decode(),
@@ -79,18 +94,27 @@ class TarSource:
     }
 
   def keys(self) -> np.ndarray:
-    """See `sources.Source`."""
+    """Returns the spelled keys, bytes [N]; see `sources.Source`."""
     return self._keys.array
 
   def labels(self) -> np.ndarray:
-    """See `sources`."""
+    """Returns the class numbers int64 [N], which the index has."""
     return self._numbers.array[4]
 
 
 def make(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> TarSource:
-  """Opens the tars of `data.path`; '{split}' in it is replaced."""
+  """Opens the tars of `data.path`; see `sources.make`.
+
+  Args:
+    data: the `data` fields of the config.
+    split: the text that replaces '{split}' in `data.path`.
+    found: counts the members and tars that cannot be used.
+
+  Raises:
+    UserError: there are no tars, or a tar is unreadable or compressed.
+  """
   tars = storage.find(data.path.replace('{split}', split), ['.tar'])
   members = tar_index.Members(
     image=data.get('image_key', 'image'),
@@ -110,14 +134,22 @@ def make(
 def _load_all(
   tars: list[storage.File], members: tar_index.Members, cache_dir: str
 ) -> list[tar_index.Index]:
-  """Reads the indices that are kept, makes the others in parallel."""
+  """Returns the index of each tar; builds the missing ones in parallel.
+
+  Args:
+    tars: the tars.
+    members: the names of the members of a sample.
+    cache_dir: the value of `data.cache_dir`.
+  """
   options = dict(members=members, cache_dir=cache_dir)
+  # Reading small files mostly waits, so many threads do it.
   with futures.ThreadPoolExecutor(32) as pool:
     indices = dict(
       zip(tars, pool.map(functools.partial(tar_index.find, **options), tars))
     )
   todo = [tar for tar in tars if indices[tar] is None]
-  # Each host begins elsewhere, so that on a shared disk they divide the work.
+  # Each host begins at another tar. On a shared disk they divide the work,
+  # because `load` reads an index that another host has written meanwhile.
   first = jax.process_index() * len(todo) // jax.process_count()
   todo = [*todo[first:], *todo[:first]]
   if todo:
@@ -129,7 +161,11 @@ def _load_all(
 
 
 def _pool(tars: list[storage.File]) -> futures.Executor:
-  """Threads to wait for a network, processes to parse."""
+  """Returns threads for remote tars and processes for local ones.
+
+  Reading remote headers mostly waits for the network. Reading local headers is
+  mostly Python code, which threads cannot run in parallel.
+  """
   if any(storage.is_url(tar.path) for tar in tars):
     return futures.ThreadPoolExecutor(32)
   processes = min(

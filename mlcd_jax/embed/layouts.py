@@ -113,6 +113,7 @@ def check(parts: Sequence[Part], names: Sequence[str], root: str) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
+  """Returns the first three names and the number of others, for an error."""
   more = f' and {len(names) - 3} more' * (len(names) > 3)
   return ', '.join(names[:3]) + more
 
@@ -130,6 +131,7 @@ def _kind(name: str) -> str:
 
 
 def _is_metadata(name: str) -> bool:
+  """Returns whether a path is that of a Parquet file of keys, by its words."""
   return name.endswith('.parquet') and _kind(name) == 'keys'
 
 
@@ -167,6 +169,8 @@ def _metadata(
     return beside
   marked = [n for n in names if _is_metadata(n) and n not in rows]
   found = _paired(rows, marked, root)
+  # Without files that are marked as metadata, any Parquet file of the same name
+  # will do. Numbers alone would pair unrelated files.
   if not marked:
     others = [n for n in names if n.endswith('.parquet')]
     found = _paired(rows, others, root, by=(_stem,))
@@ -182,10 +186,12 @@ def _metadata(
 
 
 def _beside(row: str) -> str:
+  """Returns the path of the Parquet file with the same name and folder."""
   return row.rpartition('.')[0] + '.parquet'
 
 
 def _stem(name: str) -> str:
+  """Returns the base name of a path, without suffix."""
   return pathlib.PurePosixPath(name).stem
 
 
@@ -193,6 +199,7 @@ def _number(name: str) -> int | None:
   """Returns the number of a file: 12 for metadata_0012, 1 for a-1-of-2."""
   stem = re.sub(r'-of-\d+', '', _stem(name))
   numbers = re.findall(r'\d+', stem)
+  # The number of the shard is the last one in the name.
   return int(numbers[-1]) if numbers else None
 
 
@@ -225,6 +232,7 @@ def _paired(
       marked[mark(name)].append(name)
     for i, row in enumerate(rows):
       same = marked.get(mark(row), [])
+      # Several folders may have files of this number; the nearest belongs here.
       near = [_common_folders(row, name) for name in same]
       if found[i] or not same:
         continue

@@ -115,6 +115,7 @@ class Mixed:
     Raises:
       UserError: the shapes of the files differ.
     """
+    # Two files without rows may differ in shape, as not all tell their width.
     if images.shape != texts.shape and images.shape[0] + texts.shape[0]:
       raise errors.UserError(
         f'{texts.path}: shape {texts.shape}, but {images.path} has '
@@ -170,6 +171,8 @@ class Sharded:
         )
     remote = storage.is_url(shards[0].path)
     self._near = _TAKEN_AT_ONCE if remote else _NEAR
+    # Rows stay float16 if all files have it, which halves the memory; a mix of
+    # types is read as float32.
     half = all(shard.dtype == np.float16 for shard in known)
     self._dtype = np.dtype(np.float16 if half else np.float32)
     self.paths = [shard.path for shard in shards]
@@ -218,7 +221,7 @@ class Sharded:
 
   @property
   def has_keys(self) -> bool:
-    """Returns whether every file has a metadata file."""
+    """Returns whether every shard has a metadata file with keys."""
     return None not in self._metadata
 
   def keys(self) -> np.ndarray:
@@ -306,6 +309,7 @@ def _header(f, path: str) -> tuple[tuple[int, int], np.dtype, int]:
     else np.lib.format.read_array_header_2_0
   )
   shape, by_columns, dtype = read(f)
+  # np.save writes an empty list as float64 of shape (0,), which has no width.
   if shape[:1] == (0,):
     return (0, 0), np.dtype(np.float16), f.tell()
   check_shape(shape, path)
