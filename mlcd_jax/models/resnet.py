@@ -108,12 +108,13 @@ class ResNet(nn.Module):
 
   @property
   def depth(self) -> int:
-    """The number of blocks."""
+    """Returns the number of blocks."""
     return sum(self.blocks)
 
   @property
   def patch_size(self) -> int:
-    """The side in pixels that one position of the last map covers."""
+    """Returns the image side divided by that of the last map."""
+    # The stem halves the side twice, and each later stage once.
     return 2 ** (len(self.blocks) + 1)
 
 

@@ -141,7 +141,7 @@ class ViT(nn.Module):
 
   @property
   def has_class_token(self) -> bool:
-    """True if a class token comes before the patches."""
+    """Returns whether a class token comes before the patches."""
     return self.pooling == 'class_token'
 
   def _num_positions(self, grid: tuple[int, int]) -> int:

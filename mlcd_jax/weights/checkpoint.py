@@ -331,6 +331,7 @@ def _at(tree: Any, names: Sequence[str]) -> tuple[int, ...]:
 
 
 def _array_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
+  """Returns the folder of the arrays inside a checkpoint."""
   # CheckpointManager calls its only item `default`.
   return folder.absolute() / str(step) / 'default'
 
@@ -376,6 +377,7 @@ class _Explained:
     pass
 
   def __exit__(self, kind, e, traceback) -> None:
+    """Raises a RunError in place of an error of writing."""
     if e is None or not isinstance(e, Exception):
       return
     said = str(e)
