@@ -38,7 +38,8 @@ class ResNet(nn.Module):
     width: the channels of the stem and inside the bottlenecks of stage 1.
     blocks: the number of blocks in each stage. Each stage has twice the
       channels of the previous one.
-    embedding_dim: the width of the embedding; 0 = it is the pooled features.
+    embedding_dim: the width of the projection; 0 = no projection, so that the
+      embedding is the pooled features.
     dtype: the type of convolutions and maps. Weights and statistics stay
       float32.
     image_size: the side of training images in pixels; other sizes work too.

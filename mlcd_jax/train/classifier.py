@@ -253,7 +253,7 @@ def _either(fits, fast, slow, w_cD, e_BD, *indices):
 
 
 def _with_room(w_cD, e_BD, own_BP, drawn_c, *, capacity, config, dtype):
-  """Returns the result of `_statistics`, given a capacity that suffices."""
+  """Computes the result of `_statistics` with room for the given capacity."""
   num_local = w_cD.shape[0]
   budget = int(config.chunk_megabytes * 2**20)
   row_s = _drawn_rows(drawn_c, capacity.sampled)
@@ -300,7 +300,7 @@ def _drawn_rows(drawn_c: jax.Array, capacity: int) -> jax.Array:
 
 
 def _owned_pairs(own_BP: jax.Array, num_local: int, capacity: int) -> jax.Array:
-  """Returns flat indices [capacity] of owned pairs, padded out of bounds."""
+  """Returns indices [capacity] into flat own_BP of pairs the device owns."""
   if capacity == own_BP.size:
     return jnp.arange(own_BP.size)  # Every pair, owned or not.
   return _places(own_BP.reshape(-1) < num_local, capacity)

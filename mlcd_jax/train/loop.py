@@ -159,9 +159,11 @@ class Log:
     self._saving += time.monotonic() - start
 
   def _check_step(self, step: int, values: dict[str, float]) -> None:
-    """Counts a step that failed its check and names the images of its batch.
+    """Checks the metrics of a step.
 
-    The keys of all images of the batch are written to a file in the workdir.
+    A step fails if its loss or gradient is not finite or its loss is a spike.
+    Failed steps are counted, and the keys of the images in their batches are
+    written to files in the workdir.
 
     Args:
       step: the number of the step.

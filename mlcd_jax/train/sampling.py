@@ -23,7 +23,7 @@ MODES = ('uniform', 'partial_fc')
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The rows of the classes in the weight, the same on every mesh.
+  """The rows of the weight that hold the classes, the same on every mesh.
 
   Attributes:
     num_classes: the number of classes without padding.

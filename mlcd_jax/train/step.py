@@ -49,7 +49,10 @@ class TrainState:
 
   @property
   def encoder(self) -> dict[str, Any]:
-    """Returns the moving average of the encoder, or its parameters without."""
+    """Returns the encoder's parameters to use.
+
+    These are the moving average if there is one.
+    """
     return self.ema or self.params['encoder']
 
 

@@ -247,7 +247,7 @@ class Checkpointer:
       )
 
   def _set_aside(self, steps: list[int]) -> None:
-    """Moves damaged checkpoints aside, so that their steps can be saved."""
+    """Moves checkpoints to damaged/, so that their steps can be saved again."""
     if steps and distributed.is_main():
       aside = self._folder / 'damaged'
       aside.mkdir(exist_ok=True)

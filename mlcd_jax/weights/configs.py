@@ -261,7 +261,10 @@ def tower(
 
 
 def _read_transformers(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
-  """Reads family and fields like `read`, from a config.json, unchecked."""
+  """Returns the family and the vision tower's fields in a config.json.
+
+  Sizes are not checked yet.
+  """
   config = read_json(path)
   model_type = str(config.get('model_type'))
   if model_type not in _TYPES:

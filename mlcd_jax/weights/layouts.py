@@ -2,7 +2,8 @@
 
 Import and export use the same table, so that they cannot differ. A table maps
 the path of a parameter, such as block_00/mlp_in/kernel, to the tensors that it
-is made of, which are joined on its last axis.
+is made of, which are joined on its last axis. A row of a table is a pair of a
+path and its tensors.
 """
 
 from collections.abc import Iterator

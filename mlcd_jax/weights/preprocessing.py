@@ -84,7 +84,7 @@ class Preprocessing:
   It uses Pillow's antialiased filters.
 
   Attributes:
-    image_size: S.
+    image_size: S, the side of the result in pixels.
     shorter_side: the length of the shorter side after resizing, in pixels; then
       the center is cropped. 0 = both sides are resized to S without a crop.
     resample: the number of the filter in Pillow.

@@ -61,7 +61,8 @@ class Reader:
     Args:
       folder: the folder of the checkpoint.
       text: read CLIP's text tower instead of the vision tower.
-      prefix: the prefix of the tensors to read; all others are ignored.
+      prefix: the prefix of the tensors to read, others are ignored; '' = read
+        all.
 
     Raises:
       UserError: there are no files, or one is missing or damaged, or a tensor

@@ -44,7 +44,7 @@ class Tokenizer:
 
     Args:
       bpe: a tokenizer that puts START before and END after a text.
-      context: L.
+      context: L, the length of every row of ids.
 
     Raises:
       UserError: the tokenizer does not know END.
@@ -81,7 +81,7 @@ def clip(context: int = CONTEXT) -> Tokenizer:
   """Makes CLIP's own tokenizer from the vocabulary in this package.
 
   Args:
-    context: L.
+    context: L, the length of every row of ids.
   """
   file = importlib.resources.files('mlcd_jax') / 'assets/clip_bpe.txt.gz'
   lines = gzip.decompress(file.read_bytes()).decode().splitlines()
