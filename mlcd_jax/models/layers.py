@@ -82,7 +82,13 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; if causal, no token sees later tokens."""
+  """Multi-head self-attention.
+
+  Attributes:
+    heads: the number of attention heads.
+    dtype: the type of the operands of products.
+    causal: hide later tokens from earlier ones.
+  """
 
   heads: int
   dtype: jnp.dtype
@@ -94,7 +100,12 @@ class Attention(nn.Module):
     x_BLD: jax.Array,
     rotation: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
-    """Attends, float32 [B, L, D] in and out; for `rotation` see `Block`."""
+    """Applies attention to tokens, float32 [B, L, D] in and out.
+
+    Args:
+      x_BLD: the tokens.
+      rotation: cosines and sines [L, K] of rotary positions.
+    """
     width = x_BLD.shape[-1]
     head_dim = width // self.heads
     qkv = Dense(3 * width, self.dtype, name='qkv')(x_BLD).astype(self.dtype)
@@ -270,6 +281,7 @@ def _attend(
     preferred_element_type=jnp.float32,
   )
   if causal:
+    # Before the scaling, which leaves -inf as it is.
     seen_LM = jnp.tri(*scores.shape[-2:], dtype=bool)
     scores = jnp.where(seen_LM[None, None], scores, -jnp.inf)
   weights = jax.nn.softmax(scores * q_BNLK.shape[-1] ** -0.5, axis=-1)
@@ -281,8 +293,8 @@ def _flat_matmul(
 ) -> jax.Array:
   """Multiplies x [..., D] by kernel [D, F], with leading axes of x flattened.
 
-  So the gradient of the kernel sums over one axis. A sum over several axes is
-  slow in XLA's CPU back end.
+  With one leading axis the gradient of the kernel is a sum over one axis. XLA's
+  CPU back end is slow at sums over several axes.
   """
   out = matmul.matmul(x.reshape(-1, x.shape[-1]), kernel, dtype)
   return out.reshape(*x.shape[:-1], kernel.shape[-1])

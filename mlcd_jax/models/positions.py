@@ -36,7 +36,7 @@ def interpolate(
     grid: (rows, columns) of the result.
     own_grid: (rows, columns) of the table.
     extra: the number of tokens before the patches; they keep their positions.
-    antialias: widen the kernel when the grid shrinks.
+    antialias: use torch's antialiased kernel, which widens as the grid shrinks.
 
   Returns:
     The table [extra + rows * columns, D].

@@ -38,7 +38,8 @@ class ResNet(nn.Module):
     width: the channels of the stem and inside the bottlenecks of stage 1.
     blocks: the number of blocks in each stage. Each stage has twice the
       channels of the previous one.
-    embedding_dim: the width of the embedding; 0 = it is the pooled features.
+    embedding_dim: the width of the projection; 0 = no projection, so that the
+      embedding is the pooled features.
     dtype: the type of convolutions and maps. Weights and statistics stay
       float32.
     image_size: the side of training images in pixels; other sizes work too.
@@ -108,12 +109,13 @@ class ResNet(nn.Module):
 
   @property
   def depth(self) -> int:
-    """The number of blocks."""
+    """Returns the number of blocks."""
     return sum(self.blocks)
 
   @property
   def patch_size(self) -> int:
-    """The side in pixels that one position of the last map covers."""
+    """Returns the image side divided by that of the last map."""
+    # The stem halves the side twice, and each later stage once.
     return 2 ** (len(self.blocks) + 1)
 
 

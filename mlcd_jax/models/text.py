@@ -15,13 +15,13 @@ class TextTower(nn.Module):
 
   Attributes:
     vocab_size: the number of token ids.
-    context: the most tokens in a text, which is the length of the position
-      table.
+    context: the most tokens of a text, and the length of the position table.
     width: D.
     depth: the number of blocks.
     heads: the number of attention heads in a block.
     mlp_dim: the hidden width of the MLPs.
-    embedding_dim: the width of the embedding; 0 = it is the pooled features.
+    embedding_dim: the width of the projection; 0 = no projection, so that the
+      embedding is the pooled features.
     dtype: the type of the operands of products. Weights, norms and softmax
       stay float32.
     end_token: the id that ends a text. Features are pooled at its first

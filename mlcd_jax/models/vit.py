@@ -46,16 +46,17 @@ class ViT(nn.Module):
     heads: the number of attention heads in a block.
     mlp_dim: the hidden width of the MLPs.
     patch_size: the side of a patch in pixels.
-    embedding_dim: the width of the embedding; 0 = it is the pooled features.
-    pooling: 'class_token' adds a class token and uses it;
-      'average' averages all tokens; 'attention' uses a learned query (SigLIP).
+    embedding_dim: the width of the projection; 0 = no projection, so that the
+      embedding is the pooled features.
+    pooling: 'class_token' adds a class token and uses it; 'average' averages
+      all tokens; 'attention' uses a learned query (SigLIP).
     dtype: the type of the operands of products. Weights, norms and softmax
       stay float32.
     image_size: the side in pixels for which the position table is made. The
       table is interpolated for other sizes. 0 = the size of the images that
       the parameters are initialised with.
-    position: 'learned' adds a table of positions; 'rope2d'
-      rotates queries and keys.
+    position: 'learned' adds a table of positions; 'rope2d' rotates queries and
+      keys.
     activation: one of layers.ACTIVATIONS.
     pre_norm: apply a norm before the blocks (CLIP).
     patch_bias: add a bias to the patch embedding.
@@ -63,7 +64,7 @@ class ViT(nn.Module):
     registers: the number of learned tokens, without positions, between the
       class token and the patches (DINOv2).
     norm_epsilon: the epsilon of all norms.
-    antialias: antialias when the position table is interpolated.
+    antialias: interpolate the position table with antialiasing.
     mean: the RGB mean to subtract from uint8 images, for values in 0 .. 1.
     std: the RGB standard deviation to divide by, for values in 0 .. 1.
     remat: one of REMAT. The backward pass keeps all it needs ('none'), the
@@ -141,11 +142,11 @@ class ViT(nn.Module):
 
   @property
   def has_class_token(self) -> bool:
-    """True if a class token comes before the patches."""
+    """Returns whether a class token comes before the patches."""
     return self.pooling == 'class_token'
 
   def _num_positions(self, grid: tuple[int, int]) -> int:
-    """Returns the rows of the position table for a grid of patches."""
+    """Returns the number of rows of the position table for a grid."""
     return self.has_class_token + grid[0] * grid[1]
 
   def _add_tokens(self, x_BLD: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -173,6 +173,7 @@ def _merged_loss(config, negatives_B, cosines_BP, valid_BP, drawn_BP):
 
 
 def _negative_logits(config, cosines):
+  """Returns the logits of negatives with the scale and filter of the config."""
   return losses.negative_logits(
     cosines, scale=config.scale, interclass_filter=config.interclass_filter
   )
@@ -190,11 +191,10 @@ def _capacity(layout, config, own_BP, num_local, num_devices) -> _Capacity:
 def _statistics(w_cD, e_BD, own_BP, drawn_c, *, small, config, dtype):
   """Returns this device's reduced negatives [B] and positive cosines [B, P].
 
-  Cosines of positives that the device does not own are zero.
-
-  If drawn classes or owned pairs exceed the small capacity, a slower branch
-  with room for all runs instead: the capacity affects speed, never the result.
-  Each device chooses its branch on its own.
+  Cosines of positives that the device does not own are zero. If drawn classes
+  or owned pairs exceed the small capacity, a slower branch with room for all
+  runs instead: the capacity affects speed, never the result. Each device
+  chooses its branch on its own.
 
   Args:
     w_cD: the device's class centers.
@@ -253,7 +253,7 @@ def _either(fits, fast, slow, w_cD, e_BD, *indices):
 
 
 def _with_room(w_cD, e_BD, own_BP, drawn_c, *, capacity, config, dtype):
-  """Computes `_statistics` with the given capacity."""
+  """Computes the result of `_statistics` with room for the given capacity."""
   num_local = w_cD.shape[0]
   budget = int(config.chunk_megabytes * 2**20)
   row_s = _drawn_rows(drawn_c, capacity.sampled)
@@ -262,7 +262,6 @@ def _with_room(w_cD, e_BD, own_BP, drawn_c, *, capacity, config, dtype):
   in_one = 4 * capacity.pairs * w_cD.shape[1] <= budget
   row_n = own_BP.reshape(-1).at[pairs_n].get(mode='fill', fill_value=num_local)
   w_sD, w_nD = _take(w_cD, row_s, row_n if in_one else row_n[:0])
-
   w_sD = _unit(w_sD)
   negative_s = jnp.where(row_s < num_local, row_s, -1)
   negatives_B = _in_chunks(
@@ -301,14 +300,14 @@ def _drawn_rows(drawn_c: jax.Array, capacity: int) -> jax.Array:
 
 
 def _owned_pairs(own_BP: jax.Array, num_local: int, capacity: int) -> jax.Array:
-  """Returns flat indices [capacity] of owned pairs, padded out of bounds."""
+  """Returns indices [capacity] into flat own_BP of pairs the device owns."""
   if capacity == own_BP.size:
     return jnp.arange(own_BP.size)  # Every pair, owned or not.
   return _places(own_BP.reshape(-1) < num_local, capacity)
 
 
 def _places(mask: jax.Array, capacity: int) -> jax.Array:
-  """Does jnp.nonzero(fill_value=len(mask)) without its slow scatter."""
+  """Computes jnp.nonzero(fill_value=len(mask)) without its slow scatter."""
   return jnp.searchsorted(jnp.cumsum(mask), jnp.arange(1, capacity + 1))
 
 
@@ -345,10 +344,9 @@ def _pair_cosines(w_nD, e_BD, pairs_n, shape):
 def _take(w_cD, row_s, row_n):
   """Reads two sets of rows of the weight; zeros where out of bounds.
 
-  The backward pass adds both gradients into one array of the weight's size.
-  Two arrays and their sum would cost another pass over it.
-
-  The rows of `row_s` are distinct; if there are c of them, w_cD is returned.
+  The backward pass adds both gradients into one array of the weight's size. Two
+  arrays and their sum would cost another pass over it. The rows of `row_s` are
+  distinct; if there are c of them, w_cD is returned.
   """
   if len(row_s) == len(w_cD):
     return w_cD, _read(w_cD, row_n)
@@ -356,6 +354,7 @@ def _take(w_cD, row_s, row_n):
 
 
 def _take_backward(residuals, gradients):
+  """Returns the gradient of the weight, and None for both sets of rows."""
   row_s, row_n, w_like = residuals
   g_sD, g_nD = gradients
   if len(row_s) == len(w_like):
@@ -377,6 +376,7 @@ _take.defvjp(
 
 
 def _read(w_cD, rows, **promises):
+  """Returns rows of the weight; zeros where out of bounds."""
   return w_cD.at[rows].get(mode='fill', fill_value=0, **promises)
 
 

@@ -31,7 +31,8 @@ def encoder_flops(config: ml_collections.ConfigDict) -> float:
 
 
 def _resnet_flops(model: resnet.ResNet) -> float:
-  """Returns the FLOPs of a ResNet; a stride rounds the size of a map up."""
+  """Returns the FLOPs of one image's forward pass through a ResNet."""
+  # -(-a // b) rounds up, as a strided convolution does.
   channels, side = model.width, -(-model.image_size // 2)
   products = 7**2 * 3 * channels * side**2
   side = -(-side // 2)  # Max pooling.
@@ -39,8 +40,9 @@ def _resnet_flops(model: resnet.ResNet) -> float:
     out = resnet.EXPANSION * width
     products += channels * width * side**2
     side = -(-side // stride)
+    # The 3 x 3 convolution has the stride; the last is 1 x 1.
     products += (3**2 * width**2 + width * out) * side**2
-    if (channels, stride) != (out, 1):
+    if (channels, stride) != (out, 1):  # Then the shortcut is a convolution.
       products += channels * out * side**2
     channels = out
   return 2 * (products + channels * model.embedding_dim)

@@ -41,11 +41,12 @@ _ALIKE = {
 
 
 def make(program: step.Program, *, clusters: pathlib.Path) -> step.TrainState:
-  """Makes the state of step 0 from the `model.init_...` fields.
+  """Makes the state of step 0 as the `model.init_...` fields ask.
 
-  Learned positions are interpolated to the image size. The projection stays
-  fresh if the loaded one has another width. The classifier stays fresh unless
-  model.init_classifier says otherwise.
+  The encoder is fresh, or loaded from model.init_from. Loaded positions are
+  interpolated to the image size. The projection is fresh if the loaded one has
+  another width. The classifier is fresh unless model.init_classifier names
+  another start.
 
   Args:
     program: the program of the run.

@@ -25,7 +25,8 @@ from mlcd_jax.weights import checkpoint
 
 _log = logging.getLogger(__name__)
 
-# Requests of a process at the end of a step. All processes follow the largest.
+# What a process can ask for at the end of a step. All processes follow the
+# largest request.
 _SAVE, _STOP = 1, 2
 
 # Maps (program, parameters of the encoder) to scores by name; None = no score.
@@ -37,7 +38,8 @@ _MUST_BE_FINITE = ('train/loss', 'train/gradient_norm')
 class Log:
   """Checks the metrics of every step and writes them every few steps.
 
-  It works one step behind, so that the devices never wait for the host.
+  It reads the metrics of a step after the next step has started, so that the
+  devices never wait for the host.
   """
 
   def __init__(
@@ -139,7 +141,12 @@ class Log:
     self._on_log()
 
   def evaluated(self, step: int, values: Mapping[str, float | None]) -> None:
-    """Writes scores of the encoder after `step`; flushes its metrics first."""
+    """Writes scores of the encoder, after the pending metrics.
+
+    Args:
+      step: the number of the last step before the evaluation.
+      values: scores by name; None is not written.
+    """
     self.flush(last=False)
     self._writer.write(step, {k: v for k, v in values.items() if v is not None})
     self._timed_from = None  # Rates exclude the time of an evaluation.
@@ -152,9 +159,18 @@ class Log:
     self._saving += time.monotonic() - start
 
   def _check_step(self, step: int, values: dict[str, float]) -> None:
-    """Counts a step whose update was skipped; too many raise RunError.
+    """Checks the metrics of a step.
 
-    It writes the keys of the batch to a file, so that the images can be found.
+    A step fails if its loss or gradient is not finite or its loss is a spike.
+    Failed steps are counted, and the keys of the images in their batches are
+    written to files in the workdir.
+
+    Args:
+      step: the number of the step.
+      values: the metrics of the step.
+
+    Raises:
+      RunError: more steps failed than train.max_skipped_steps allows.
     """
     broken = [n for n in _MUST_BE_FINITE if not math.isfinite(values[n])]
     if not broken and not values.get('train/spike'):
@@ -203,7 +219,7 @@ def run(
   interrupted: Callable[[], bool],
   evaluate: Evaluate | None,
 ) -> None:
-  """Trains from the step of the state to `last`: data, step, log, save.
+  """Trains from the step of the state to `last`.
 
   The metrics of a step are fetched after the next step was dispatched, so that
   the devices never wait for the host. The exception is a step whose state is

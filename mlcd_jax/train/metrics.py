@@ -61,7 +61,7 @@ class Writer:
       self._wandb = _wandb_run(workdir, config)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes one line of JSON, and one point per value to the curves.
+    """Writes the values of a step to all outputs.
 
     Args:
       step: the number of the step.

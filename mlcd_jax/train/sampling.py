@@ -23,7 +23,7 @@ MODES = ('uniform', 'partial_fc')
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The rows of the classes in the weight, the same on every mesh.
+  """The rows of the weight that hold the classes, the same on every mesh.
 
   Attributes:
     num_classes: the number of classes without padding.
@@ -33,10 +33,10 @@ class Layout:
 
   @property
   def blocks(self) -> int:
-    """The number of blocks of rows, all of the same size.
+    """Returns the number of blocks of rows, all of the same size.
 
-    A device owns whole blocks, so this is also the most devices that can
-    share the classes.
+    A device owns whole blocks, so at most so many devices can share the
+    classes.
     """
     # A power of two, as the bit reversal needs. Many classes may be spread over
     # more devices; with few, more blocks would only add padding.
@@ -44,12 +44,12 @@ class Layout:
 
   @property
   def rows_per_block(self) -> int:
-    """The number of rows of a block: the classes of the fullest block."""
+    """Returns the rows of a block: the number of classes of the fullest."""
     return -(-self.num_classes // self.blocks)
 
   @property
   def rows(self) -> int:
-    """The number of rows of all blocks, including padding."""
+    """Returns the number of rows of all blocks, including padding."""
     return self.blocks * self.rows_per_block
 
   def rows_over(self, num_devices: int) -> int:
@@ -71,7 +71,10 @@ class Layout:
     return jnp.where(classes >= 0, block * self.rows_per_block + place, -1)
 
   def class_of(self, rows: jax.Array) -> jax.Array:
-    """Inverts `row_of`; rows of padding yield classes >= num_classes."""
+    """Returns the classes of rows of the weight, the inverse of `row_of`.
+
+    Rows of padding give numbers of at least num_classes.
+    """
     block, place = rows // self.rows_per_block, rows % self.rows_per_block
     turn = jnp.asarray(self._turns).at[block].get(mode='clip')
     return jnp.where(block < self.blocks, place * self.blocks + turn, self.rows)
@@ -82,7 +85,7 @@ class Layout:
 
   @property
   def _turns(self) -> np.ndarray:
-    """The bit-reversal permutation of the blocks, which is its own inverse."""
+    """Returns the bit-reversed order of blocks, which is its own inverse."""
     turns = np.zeros(1, np.int32)
     while len(turns) < self.blocks:
       turns = np.concatenate([2 * turns, 2 * turns + 1])

@@ -111,8 +111,11 @@ def run(
 def _pin_start(
   config: ml_collections.ConfigDict, manifest: manifests.Manifest
 ) -> None:
-  """Records which weights `model.init_from` named when training began."""
-  # The first invocation decides; the weights behind a name may change later.
+  """Records the weights that `model.init_from` names, with their commit.
+
+  Only the first invocation records them, because the weights behind a name may
+  change later.
+  """
   if config.model.init_from and 'init_from' not in manifest.notes:
     path = hub.pinned(config.model.init_from, 'model.init_from')
     manifest.notes['init_from'] = path
@@ -133,7 +136,16 @@ def _checkpointer(
 
 
 def _batches(config, source, label_rows, labels, first, mesh):
-  """Returns the batches after step `first`, read ahead, on the devices."""
+  """Returns the batches after step `first`, which are loaded in advance.
+
+  Args:
+    config: the config of the run.
+    source: the images to train on.
+    label_rows: the row of each record among the labels, from `_label_rows`.
+    labels: the labels.
+    first: the number of steps taken before this invocation.
+    mesh: the mesh of all devices, onto which the batches are put.
+  """
   own_rows = pipelines.train_batches(
     source,
     label_rows,
@@ -154,7 +166,9 @@ def _batches(config, source, label_rows, labels, first, mesh):
 
 
 def num_steps(config: ml_collections.ConfigDict, num_images: int) -> int:
-  """Returns the steps of the whole run: train.steps, or those of the epochs.
+  """Returns the number of steps of the whole run.
+
+  It is train.steps; if that is 0, train.epochs decides.
 
   Args:
     config: the config of the run.
@@ -218,7 +232,7 @@ def _label_rows(
 
 
 def _named(keys: np.ndarray) -> str:
-  """Returns keys as text, separated by commas."""
+  """Returns some keys as text, separated by commas."""
   return ', '.join(map(keys_lib.text, keys.tolist()))
 
 
@@ -243,7 +257,12 @@ def _restore_or_init(
   *,
   clusters: pathlib.Path,
 ) -> tuple[step_lib.TrainState, int]:
-  """Restores the latest checkpoint or makes a fresh state.
+  """Restores the latest checkpoint, or makes the state of step 0.
+
+  Args:
+    program: the program of the run.
+    checkpointer: the checkpointer of the run.
+    clusters: the folder of the clusters that serve as classes.
 
   Returns:
     The state and its step.

@@ -22,8 +22,8 @@ from mlcd_jax import sharding
 from mlcd_jax.models import batch_norm
 from mlcd_jax.train import classifier
 
-# Weight of a step's loss in the moving average that spikes are compared with.
-# 0.01 averages over the last hundred steps or so.
+# The weight of a step's loss in the moving average that spikes are compared
+# with. 0.01 averages over the last hundred steps or so.
 _LOSS_RATE = 0.01
 
 
@@ -49,7 +49,10 @@ class TrainState:
 
   @property
   def encoder(self) -> dict[str, Any]:
-    """The encoder parameters to use: the moving average if there is one."""
+    """Returns the encoder's parameters to use.
+
+    These are the moving average if there is one.
+    """
     return self.ema or self.params['encoder']
 
 
@@ -71,17 +74,17 @@ class Program:
 
   @functools.cached_property
   def model(self):
-    """The encoder."""
+    """Returns the encoder."""
     return models.make(self.config.model)
 
   @functools.cached_property
   def schedule(self) -> optax.Schedule:
-    """The function from step to learning rate."""
+    """Returns the function from the number of a step to its learning rate."""
     return optimizer.make_schedule(self.config.optimizer, self.steps)
 
   @functools.cached_property
   def abstract_state(self) -> TrainState:
-    """The shapes, types and shardings of the state.
+    """Returns the shapes, types and shardings of the state.
 
     Raises:
       UserError: the mesh has too many devices for the classes.
@@ -96,7 +99,7 @@ class Program:
 
   @property
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, types and shardings of a batch."""
+    """Returns the shapes, types and shardings of a batch."""
     batch = NamedSharding(self.mesh, sharding.BATCH)
     size, images = self.config.model.image_size, self.config.train.batch_size
     return {
@@ -109,7 +112,10 @@ class Program:
     }
 
   def init(self) -> TrainState:
-    """Makes the state of step 0, the same on every mesh except for padding."""
+    """Makes the state of step 0.
+
+    Only the padding of the class centers depends on the mesh.
+    """
     return jax.jit(self._init, out_shardings=self._shardings)()
 
   def init_encoder(self) -> dict[str, Any]:
@@ -120,7 +126,10 @@ class Program:
 
   @functools.cached_property
   def step(self):
-    """The function (state, batch) -> (state, metrics); donates the state."""
+    """Returns the jitted function (state, batch) -> (state, metrics).
+
+    It donates the state: the arrays of the old state are deleted.
+    """
     replicated = NamedSharding(self.mesh, sharding.REPLICATED)
     batch = NamedSharding(self.mesh, sharding.BATCH)
     return jax.jit(
@@ -132,11 +141,12 @@ class Program:
 
   @property
   def _shardings(self):
-    """The shardings of the state."""
+    """Returns the shardings of the state."""
     return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
   @functools.cached_property
   def _optimizer(self) -> optax.GradientTransformation:
+    """Returns the optimizer of all parameters."""
     return optimizer.make(self.config.optimizer, self.schedule)
 
   def _key(self, purpose: int) -> jax.Array:

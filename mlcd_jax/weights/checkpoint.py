@@ -21,12 +21,12 @@ from mlcd_jax.weights import shapes
 
 _log = logging.getLogger(__name__)
 
-# Texts of ENOSPC, EDQUOT and EFBIG.
+# The messages of ENOSPC, EDQUOT and EFBIG, looked for in errors of any type.
 _FULL = ('No space left', 'Disk quota exceeded', 'File too large')
 
 
 class Checkpointer:
-  """Saves and restores train states, each in a folder named by its step."""
+  """A store of train states, each in a folder named by its step."""
 
   def __init__(
     self,
@@ -37,15 +37,15 @@ class Checkpointer:
     keep_best: str = '',
     best_is: str = 'lowest',
   ):
-    """Opens the folder, or makes it.
+    """Opens the folder of the checkpoints and creates it if needed.
 
     Args:
       folder: the folder of the checkpoints.
       keep: the number of latest checkpoints to keep.
-      keep_every_steps: keep also every checkpoint at a multiple of this many
-        steps; 0 = none.
+      keep_every_steps: also keep every checkpoint at a multiple of this many
+        steps, forever; 0 = none.
       keep_best: the metric whose best checkpoint is also kept; '' = none.
-      best_is: lowest or highest, the better value of that metric.
+      best_is: whether the lowest or the highest value of that metric is best.
     """
     self._folder = folder
     self._best = keep_best
@@ -79,7 +79,7 @@ class Checkpointer:
   def save(
     self, step: int, state: Any, metrics: Mapping[str, float] | None = None
   ) -> None:
-    """Writes a state in the background unless it is the latest checkpoint.
+    """Writes a state in the background, unless its step is saved already.
 
     Args:
       step: the number of the step.
@@ -189,6 +189,7 @@ class Checkpointer:
     return None
 
   def _explained(self) -> '_Explained':
+    """Returns a context that explains errors of writing to this folder."""
     return _Explained(self._folder)
 
   def _restore(self, step: int, abstract_state: Any) -> Any:
@@ -211,7 +212,7 @@ class Checkpointer:
       raise digests.Damaged(_first_line(e)) from e
 
   def _look(self, step: int) -> dict[str, Any]:
-    """Returns the `shapes` of the arrays or the reason of the `damage`."""
+    """Returns {'shapes': shapes of the arrays} or {'damage': a reason}."""
     try:
       digests.check(self._folder / str(step))
       return {'shapes': shapes.by_path(self._manager.item_metadata(step))}
@@ -219,6 +220,7 @@ class Checkpointer:
       return {'damage': _first_line(e)}
 
   def _cannot_be_restored(self, step: int, reason: str) -> errors.UserError:
+    """Makes the error for a checkpoint that is damaged."""
     return errors.UserError(
       f'{self._folder / str(step)}: cannot be restored ({reason}); delete it '
       'to go on from the checkpoint before'
@@ -227,6 +229,7 @@ class Checkpointer:
   def _check_same_model(
     self, step: int, saved: Mapping[str, str], wanted: Any
   ) -> None:
+    """Raises UserError if a checkpoint's arrays differ from the state's."""
     wanted = shapes.by_path(wanted)
     differences = [
       f'{name} is {saved.get(name, "missing")} there and '
@@ -244,7 +247,7 @@ class Checkpointer:
       )
 
   def _set_aside(self, steps: list[int]) -> None:
-    """Moves damaged checkpoints aside, so that their steps can be saved."""
+    """Moves checkpoints to damaged/, so that their steps can be saved again."""
     if steps and distributed.is_main():
       aside = self._folder / 'damaged'
       aside.mkdir(exist_ok=True)
@@ -258,7 +261,7 @@ class Checkpointer:
 
 
 def restore_part(folder: pathlib.Path, step: int, abstract: Any) -> Any:
-  """Reads some arrays of a checkpoint onto one device, and no others.
+  """Reads only some arrays of a checkpoint, onto one device.
 
   Args:
     folder: the folder of the checkpoints.
@@ -299,27 +302,37 @@ def restore_part(folder: pathlib.Path, step: int, abstract: Any) -> Any:
 def shape(
   folder: pathlib.Path, step: int, names: Sequence[str]
 ) -> jax.ShapeDtypeStruct:
-  """Returns the shape of a float32 array, given the names of its path."""
+  """Returns the shape of a float32 array of a checkpoint.
+
+  Args:
+    folder: the folder of the checkpoints.
+    step: the step of a complete checkpoint.
+    names: the names on the path of the array in the state.
+  """
   return jax.ShapeDtypeStruct(_at(_metadata(folder, step), names), jnp.float32)
 
 
 def has(folder: pathlib.Path, step: int, name: str) -> bool:
-  """Returns whether a part of a checkpoint's state has any arrays."""
+  """Returns whether the field `name` of a saved state has any arrays."""
   return bool(jax.tree.leaves(_metadata(folder, step).get(name)))
 
 
 def _metadata(folder: pathlib.Path, step: int) -> Any:
+  """Returns shapes and types of a checkpoint's arrays, nested as saved."""
   path = _array_folder(folder, step)
   return ocp.PyTreeCheckpointer().metadata(path).item_metadata.tree
 
 
 def _at(tree: Any, names: Sequence[str]) -> tuple[int, ...]:
+  """Returns the shape at a path in a nested dict."""
   for name in names:
     tree = tree[name]
   return tuple(tree.shape)
 
 
 def _array_folder(folder: pathlib.Path, step: int) -> pathlib.Path:
+  """Returns the folder of the arrays inside a checkpoint."""
+  # CheckpointManager calls its only item `default`.
   return folder.absolute() / str(step) / 'default'
 
 
@@ -364,6 +377,7 @@ class _Explained:
     pass
 
   def __exit__(self, kind, e, traceback) -> None:
+    """Raises a RunError in place of an error of writing."""
     if e is None or not isinstance(e, Exception):
       return
     said = str(e)
@@ -380,4 +394,5 @@ class _Explained:
 
 
 def _first_line(e: Exception) -> str:
+  """Returns the first line of a message, at most 200 characters."""
   return (str(e).strip() or type(e).__name__).splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""config.json of a vision tower to a ViT's attributes, and back."""
+"""Converts configs of vision towers to attributes of models and back."""
 
 from collections.abc import Mapping
 import pathlib
@@ -15,13 +15,14 @@ from mlcd_jax.weights import fields
 from mlcd_jax.weights import open_clip
 from mlcd_jax.weights import resnets
 
+# The activations of config.json and their names here.
 ACTIVATIONS = {
   'gelu': 'gelu',
   'quick_gelu': 'quick_gelu',
   'gelu_pytorch_tanh': 'gelu_tanh',
 }
 
-# What config.json leaves out is the default of transformers 5.23.
+# The values of fields that config.json leaves out, as in transformers 5.23.
 _CLIP = dict(
   hidden_size=768,
   intermediate_size=3_072,
@@ -56,7 +57,7 @@ _DINOV2 = dict(
   layer_norm_eps=1e-6,
   use_swiglu_ffn=False,
 )
-# model_type -> family and defaults.
+# The family and the defaults of each model_type.
 _TYPES = {
   'clip': ('clip', _CLIP),
   'clip_vision_model': ('clip', _CLIP),
@@ -71,7 +72,7 @@ _TYPES = {
   ),
 }
 
-# What the models here have only one kind of.
+# Fields with only one supported value.
 _FIXED = {
   'num_channels': 3,
   'qkv_bias': True,
@@ -84,10 +85,11 @@ _FIXED = {
 _ROPE = {'rope_theta': 1e4, 'rope_type': 'axial'}
 _ROPE_FIELDS = ('rope_parameters', 'rope_scaling', 'rope_theta', 'head_dim')
 
-# Types whose fields are in vision_config and text_config.
+# Model types whose towers have sections of their own in config.json.
 _COMPOSITE = ('clip', 'siglip')
 
-# Sizes that models may have; what is far outside is a damaged file.
+# The lowest and highest values that a model may have. Values far outside come
+# from a damaged file.
 _RANGES = {
   'hidden_size': (1, 65_536),
   'intermediate_size': (1, 1_048_576),
@@ -103,6 +105,7 @@ _RANGES = {
   'max_position_embeddings': (1, 65_536),
 }
 
+# The attributes of a ViT that its family decides.
 _OF_FAMILY = {
   'clip': dict(pooling='class_token', pre_norm=True),
   'open_clip': dict(pooling='class_token', pre_norm=True),
@@ -111,7 +114,8 @@ _OF_FAMILY = {
   'dinov2': dict(pooling='class_token', patch_bias=True, layer_scale=True),
 }
 
-# Mean and deviation where there is no preprocessor_config.json.
+# The RGB mean and standard deviation of each family, for folders without a
+# preprocessor_config.json.
 PIXELS = {
   'clip': (vit.CLIP_MEAN, vit.CLIP_STD),
   'open_clip': (vit.CLIP_MEAN, vit.CLIP_STD),
@@ -122,10 +126,10 @@ PIXELS = {
 
 
 def path_of(folder: pathlib.Path) -> pathlib.Path:
-  """Where a folder's config is: of `transformers`, or else of OpenCLIP.
+  """Returns the path of a folder's config, of `transformers` or OpenCLIP.
 
-  OpenCLIP's own folders on the hub have both; its config counts where the
-  weights are in its layout only.
+  OpenCLIP's folders on the hub have both configs. OpenCLIP's counts if the
+  folder has weights in its layout only.
   """
   path, theirs = folder / 'config.json', folder / open_clip.NAME
   weights = ('model.safetensors', 'model.safetensors.index.json')
@@ -138,10 +142,14 @@ def path_of(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
-  """Returns a folder's family and the vision tower's own config, whole.
+  """Reads the config of a folder's vision tower.
+
+  Returns:
+    The family, and the fields of the tower with defaults filled in, named as in
+    `transformers`.
 
   Raises:
-    UserError: no config.json, or none of a vision tower known here.
+    UserError: there is no config, or its tower is not supported.
   """
   path = path_of(folder)
   if path.name == open_clip.NAME:
@@ -155,7 +163,12 @@ def read(folder: pathlib.Path) -> tuple[str, dict[str, Any]]:
 
 
 def check_sizes(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Raises UserError for a tower's sizes that no model can have."""
+  """Raises UserError if a size or the activation of a tower is impossible.
+
+  Args:
+    path: the file that errors name.
+    config: the fields of the tower, with defaults filled in.
+  """
   for name, (low, high) in _RANGES.items():
     value = config.get(name, low)
     if type(value) not in (int, float) or not low <= value <= high:
@@ -180,7 +193,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a config.json.
 
   Raises:
-    UserError: there is none, or it is no object.
+    UserError: it is missing, not an object, or names its architectures wrongly.
   """
   if not path.is_file():
     raise errors.UserError(
@@ -201,20 +214,20 @@ def tower(
   name: str,
   defaults: Mapping[str, Any],
 ) -> dict[str, Any]:
-  """Returns one tower's fields of a config.json, and nothing else.
+  """Returns the fields of one tower in a config.json, and no others.
 
-  In CLIP's configs `vision_config_dict` and `text_config_dict` stand for the
-  whole tower: what they leave out is the default, whatever `vision_config` has
-  (`CLIPConfig` of transformers).
+  CLIP's `vision_config_dict` and `text_config_dict` override `vision_config`
+  and `text_config` entirely: a field they leave out has its default (CLIPConfig
+  in transformers).
 
   Args:
-    path: of the file.
-    config: its content.
+    path: the file that errors name.
+    config: the content of the file.
     name: vision or text.
-    defaults: of every field that is applied.
+    defaults: the default of every field to return.
 
   Raises:
-    UserError: a field is not the one value that is supported.
+    UserError: a field has a value that is not supported.
   """
   sections = {}
   for key in (f'{name}_config', f'{name}_config_dict'):
@@ -248,7 +261,10 @@ def tower(
 
 
 def _read_transformers(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
-  """The family and the vision tower's config in a config.json."""
+  """Returns the family and the vision tower's fields in a config.json.
+
+  Sizes are not checked yet.
+  """
   config = read_json(path)
   model_type = str(config.get('model_type'))
   if model_type not in _TYPES:
@@ -261,13 +277,13 @@ def _read_transformers(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
   found['hidden_act'] = str(found['hidden_act'])
   return family, found | {
     'architectures': config.get('architectures') or [],
-    'projection_dim': config.get('projection_dim', 512),
+    'projection_dim': config.get('projection_dim', 512),  # CLIPConfig.
   }
 
 
 def _check_rope(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Raises UserError unless the rotations are those of `positions`."""
-  # The older name counts where it is set (transformers' modeling_rope_utils).
+  """Raises UserError unless the rotations are those of models/positions.py."""
+  # The older name wins if it is set (transformers, modeling_rope_utils.py).
   rope = config.get('rope_scaling') or config.get('rope_parameters') or {}
   if not isinstance(rope, dict):
     raise errors.UserError(f'{path}: rope_parameters is not an object')
@@ -295,16 +311,16 @@ def to_model(
   dtype: str,
   scan_layers: bool,
 ) -> vit.ViT:
-  """Makes the model of a config.
+  """Makes the model that a config describes.
 
   Args:
-    family: as `read` returned it.
-    config: as `read` returned it.
-    embedding_dim: of the projection; 0 = none.
-    mean: of RGB in 0 .. 1.
-    std: of RGB in 0 .. 1.
-    dtype: of the products.
-    scan_layers: see vit.ViT.
+    family: the family from `read`.
+    config: the config from `read`.
+    embedding_dim: the width of the projection; 0 = none.
+    mean: the RGB mean to subtract, for values in 0 .. 1.
+    std: the RGB standard deviation to divide by, for values in 0 .. 1.
+    dtype: the type of the operands of products.
+    scan_layers: compile one block and loop over it, see vit.ViT.
   """
   width, activation = config['hidden_size'], config['hidden_act']
   registers = config.get('num_register_tokens', 0) if family == 'dinov2' else 0
@@ -313,7 +329,8 @@ def to_model(
   else:
     mlp_dim = config['intermediate_size']
   activation = ACTIVATIONS[activation]
-  if config.get('use_swiglu_ffn'):  # Rounded as in DINOv2's code.
+  # DINOv2's code takes two thirds, rounded up to a multiple of 8.
+  if config.get('use_swiglu_ffn'):
     mlp_dim = (int(mlp_dim * 2 / 3) + 7) // 8 * 8
     activation = 'swiglu'
   return vit.ViT(
@@ -327,7 +344,7 @@ def to_model(
     embedding_dim=embedding_dim,
     activation=activation,
     registers=registers,
-    # transformers interpolates with it where there are registers only.
+    # transformers antialiases positions only in Dinov2WithRegisters.
     antialias='num_register_tokens' in config,
     norm_epsilon=config['layer_norm_eps'],
     mean=tuple(mean),
@@ -338,10 +355,10 @@ def to_model(
 
 
 def from_model(model: models.Encoder) -> tuple[str, dict[str, Any]]:
-  """Returns the family and config.json of a model.
+  """Returns the family of a model and the content of its config.json.
 
   Raises:
-    UserError: no class of `transformers` is such a model.
+    UserError: `transformers` has no class for the model.
   """
   if isinstance(model, resnet.ResNet):
     return 'resnet', resnets.to_config(model)

@@ -16,11 +16,13 @@ _NAME = 'sha256.json'
 
 
 class Damaged(Exception):
-  """A checkpoint cannot be used; the message gives the reason."""
+  """An error for a damaged checkpoint; the message gives the reason."""
 
 
 def write(folder: pathlib.Path) -> None:
-  """Writes the digests of all files of a finished checkpoint.
+  """Writes the digests of all files of a complete checkpoint.
+
+  Errors of the file system are logged, not raised.
 
   Args:
     folder: the folder of the checkpoint.
@@ -46,7 +48,7 @@ def check(folder: pathlib.Path) -> None:
     folder: the folder of the checkpoint.
   """
   path = folder / _NAME
-  # Without digests (killed just after the save) Orbax's own checks must do.
+  # A run killed just after a save leaves no digests. Then only Orbax checks.
   if not path.exists():
     return
   try:
@@ -54,6 +56,7 @@ def check(folder: pathlib.Path) -> None:
   except ValueError as e:
     raise Damaged(f'{_NAME} is broken') from e
   for name, digest in written.items():
+    # A crafted file could name files outside the checkpoint.
     if not (folder / name).resolve().is_relative_to(folder.resolve()):
       raise Damaged(f'{_NAME} names {name}, which lies elsewhere')
     if not files.unchanged(folder, {name: digest}):

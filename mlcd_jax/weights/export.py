@@ -26,19 +26,20 @@ from mlcd_jax.weights import tensors
 def export(
   workdir: str, target: pathlib.Path, *, layout: str = 'transformers'
 ) -> None:
-  """Writes a run's or an imported encoder for others to load.
+  """Exports the encoder of a run, or an imported one.
 
-  For `transformers` a class token and a table of positions make a
-  CLIPVisionModelWithProjection, rotary positions an MLCDVisionModel, a ResNet a
-  ResNetModel; the last two have no projection.
+  For `transformers` the model decides the class: a ViT with a class token and
+  learned positions becomes a CLIPVisionModelWithProjection, one with rotary
+  positions an MLCDVisionModel, and a ResNet a ResNetModel. The last two have no
+  projection.
 
   Args:
-    workdir: of the run, or a folder of `convert import`.
-    target: new folder.
+    workdir: a workdir, one of its checkpoints, or a folder of `convert import`.
+    target: the folder to write, new or empty.
     layout: one of open_clip.LAYOUTS.
 
   Raises:
-    UserError: there is no encoder, or the layout has nothing like it.
+    UserError: there is no encoder, or the layout has no such model.
   """
   folder = paths.local(workdir)
   if folder.is_dir() and hub.find(workdir, 'WORKDIR')[0] == hub.RELEASED:
@@ -66,15 +67,14 @@ def to_huggingface(
   """Writes a model as a folder that `transformers`, OpenCLIP or timm loads.
 
   Args:
-    folder: new, or empty.
-    model: a ViT with a class token and the norm before the blocks, or a
-      ResNet.
-    variables: of the model.
-    said: about its origin, for the model card.
+    folder: the folder to write, new or empty.
+    model: a ViT with a class token and a norm before the blocks, or a ResNet.
+    variables: the variables of the model, {'params': ...}.
+    said: text about the origin of the weights, for the model card.
     layout: one of open_clip.LAYOUTS.
 
   Raises:
-    UserError: the layout has nothing like it.
+    UserError: the layout has no such model.
   """
   family, weights, jsons = layout, 'model.safetensors', {}
   if layout == 'open_clip':
@@ -93,7 +93,7 @@ def to_huggingface(
     safetensors_numpy.save_file(
       tensors.write(family, table, variables['params']),
       temporary,
-      metadata={'format': 'pt'},  # What transformers asks for.
+      metadata={'format': 'pt'},  # transformers requires it.
     )
   for name, content in jsons.items():
     files.write_json(folder / name, content)
@@ -104,7 +104,14 @@ def to_huggingface(
 def _card(
   layout: str, model: models.Encoder, jsons: Mapping[str, Any], said: str
 ) -> str:
-  """The model card."""
+  """Returns the model card, in Markdown.
+
+  Args:
+    layout: one of open_clip.LAYOUTS.
+    model: the exported model.
+    jsons: the content of the JSON files of the export by name.
+    said: text about the origin of the weights.
+  """
   code = _USE[layout]
   if layout == 'transformers':
     name = jsons['config.json']['architectures'][0]
@@ -118,6 +125,7 @@ def _card(
   )
 
 
+# The model card and, by layout, the code in it that computes features.
 _CARD = """\
 ---
 library_name: {library}
@@ -163,7 +171,12 @@ features = model(processor(image)[None])""",
 
 
 def _recipe(workdir: pathlib.Path, found: Mapping[str, Any]) -> str:
-  """What was run, in Markdown."""
+  """Returns the config and the results of a run, in Markdown.
+
+  Args:
+    workdir: the workdir of the run.
+    found: the third value that load.from_run returns.
+  """
   config = found['config']
   fields = config_lib.to_dict(config)
   rows = {
@@ -179,6 +192,7 @@ def _recipe(workdir: pathlib.Path, found: Mapping[str, Any]) -> str:
       for k, v in files.read_json(results).items()
       if k.startswith('trained/')
       and isinstance(v, float)
+      # How a probe was fitted is no result.
       and k.split('/')[-1] not in table.OF_FITS
     }
     scores = (

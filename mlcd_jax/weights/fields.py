@@ -1,7 +1,8 @@
-"""Fields of configs: fixed ones, and those without effect on features.
+"""Lists the config fields that do not affect features, and checks the others.
 
-What is applied stands where it is read. Read from the code of transformers
-5.23 and OpenCLIP 3.3: a field that is in no list is one that they do not know.
+The lists were read from the code of transformers 5.23 and OpenCLIP 3.3. Fields
+that are applied are listed where they are read. A field in neither list is one
+that those two packages do not know.
 """
 
 from collections.abc import Iterable
@@ -15,8 +16,8 @@ from mlcd_jax.runtime import errors
 
 _log = logging.getLogger(__name__)
 
-# Of every model's config.json: how to train, classify or generate, what type
-# the weights had, and who wrote it.
+# Fields that any config.json may have. They concern training, classification,
+# generation, the type of the weights and the program that wrote the file.
 _ANY_MODEL = frozenset(
   """
   _attn_implementation _attn_implementation_autoset _commit_hash
@@ -37,8 +38,8 @@ _ANY_MODEL = frozenset(
   transformers.js_config transformers_version typical_p use_bfloat16 use_cache
   """.split()
 )
-# Of towers: drop-out and initial values, which only training has, what only
-# `AutoBackbone` returns, and sizes that the weights have themselves.
+# Fields of a tower: drop-out and initial values, which only training uses, the
+# outputs of `AutoBackbone`, and sizes that the shapes of the weights give.
 _TOWER = frozenset(
   """
   apply_layernorm attention_dropout attention_probs_dropout_prob drop_path_rate
@@ -50,7 +51,8 @@ _TOWER = frozenset(
 )
 CONFIG = _ANY_MODEL | _TOWER
 
-# Of a processor: images are RGB here, and squares that stack anyway.
+# Fields of an image processor. Images are RGB here already, and squares of one
+# size, which always stack.
 PROCESSOR = frozenset(
   """
   _processor_class _valid_processor_keys data_format device disable_grouping
@@ -59,31 +61,39 @@ PROCESSOR = frozenset(
   """.split()
 )
 
-# Of OpenCLIP's vision_cfg: drop-out, and settings of poolers and of timm's
-# towers, which are refused where they are switched on.
+# Fields of OpenCLIP's vision_cfg: drop-out, and settings of attention poolers
+# and timm's towers. The fields that switch those on are refused.
 OPEN_CLIP_VISION = frozenset(
   """
   attn_pooler_heads attn_pooler_queries output_tokens patch_dropout timm_drop
   timm_drop_path timm_model_pretrained timm_pool timm_proj timm_proj_bias
   """.split()
 )
+# Fields of OpenCLIP's model_cfg: types, the text tower and the loss.
 OPEN_CLIP_MODEL = frozenset(
   """
   cast_dtype custom_text init_logit_bias init_logit_scale multimodal_cfg
   nonscalar_logit_scale output_dict text_cfg
   """.split()
 )
-# OpenCLIP sets size to the model's own; `longest` alone fills.
+# Fields of OpenCLIP's preprocess_cfg. It sets `size` to that of the model, and
+# the fill color matters only with resize_mode=longest, which is refused.
 OPEN_CLIP_PIXELS = frozenset({'fill_color', 'size'})
 
 
 def check_fixed(
   path: pathlib.Path, config: Mapping[str, Any], fixed: Mapping[str, Any]
 ) -> None:
-  """Raises UserError where a field is not the one value that is supported."""
+  """Raises UserError if a field has another value than the supported one.
+
+  Args:
+    path: the file that errors name.
+    config: the fields of the file; those it leaves out are fine.
+    fixed: the supported value of each field.
+  """
   for name, value in fixed.items():
     other = config.get(name, value)
-    if other != value and (other or value):  # null, [] and {} are all "off".
+    if other != value and (other or value):  # null, [] and {} all mean off.
       raise errors.UserError(
         f'{path}: {name}={other!r} is not supported, only {value!r}'
       )
@@ -92,7 +102,13 @@ def check_fixed(
 def refuse_unknown(
   path: pathlib.Path, config: Mapping[str, Any], known: Iterable[str]
 ) -> None:
-  """Raises UserError for what is switched on and not known."""
+  """Raises UserError if an unknown field is switched on.
+
+  Args:
+    path: the file that errors name.
+    config: the fields of the file.
+    known: the names of the known fields.
+  """
   names = _unknown(config, known)
   if names:
     shown = ', '.join(f'{name}={config[name]!r}' for name in names)
@@ -105,7 +121,13 @@ def refuse_unknown(
 def report_unknown(
   path: pathlib.Path, config: Mapping[str, Any], known: Iterable[str]
 ) -> None:
-  """Says once what is not applied, as `transformers` does not apply it."""
+  """Warns once of unknown fields, which `transformers` ignores too.
+
+  Args:
+    path: the file that the warning names.
+    config: the fields of the file.
+    known: the names of the known fields.
+  """
   names = _unknown(config, known)
   if names:
     say(f'{path}: not known, so without effect: {", ".join(names)}')
@@ -113,10 +135,11 @@ def report_unknown(
 
 @functools.cache
 def say(message: str) -> None:
-  """Logs a warning about a folder, once however often it is read."""
+  """Logs a warning; the same message is logged only once per process."""
   _log.warning('%s', message)
 
 
 def _unknown(config: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+  """Returns the names of unknown fields that are not null, 0, '' or empty."""
   known = frozenset(known)
   return [name for name, value in config.items() if value and name not in known]

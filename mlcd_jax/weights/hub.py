@@ -1,4 +1,4 @@
-"""Where weights are: a local folder, or a name on the Hugging Face hub."""
+"""Finds weights in a local folder or on the Hugging Face hub."""
 
 from collections.abc import Iterator
 import logging
@@ -15,9 +15,10 @@ _log = logging.getLogger(__name__)
 
 # ORG/NAME or ORG/NAME@REVISION.
 _NAME = re.compile(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$')
-_FILES = ('*.json', '*.safetensors')
+_FILES = ('*.json', '*.safetensors')  # What to download of a repository.
 
-# What a folder with an encoder may be.
+# The kinds of folders with an encoder: of a run, of `convert import`, or as
+# transformers or OpenCLIP writes it.
 RUN, IMPORTED, RELEASED = 'run', 'imported', 'released'
 _ACCEPTED = (
   'name a workdir or one of its checkpoints, a folder of `convert import`, one '
@@ -25,22 +26,26 @@ _ACCEPTED = (
   'ORG/NAME[@REVISION]'
 )
 
-# Files in messages before "and N more".
+# The number of files that a message names before "and N more".
 _SHOWN = 4
 
 
 def find(path: str, field: str) -> tuple[str, pathlib.Path]:
-  """Returns what kind of encoder a path stands for, and its folder.
+  """Returns the kind of an encoder and its folder.
 
-  All that takes an encoder takes each kind.
+  Every option that names an encoder uses this function, so that each accepts
+  all kinds.
 
   Args:
     path: a workdir or one of its checkpoints, a folder of `convert import`, a
       folder as `transformers` or OpenCLIP writes it, or ORG/NAME[@REVISION].
-    field: what to call the path in errors.
+    field: the name of the config field or argument, for errors.
+
+  Returns:
+    RUN, IMPORTED or RELEASED, and the local folder.
 
   Raises:
-    UserError: there is no encoder; says what there is.
+    UserError: there is no encoder; the message tells what is there instead.
   """
   folder = paths.local(path, field)
   if _is_run(folder):
@@ -57,7 +62,7 @@ def find(path: str, field: str) -> tuple[str, pathlib.Path]:
 
 
 def _kind(folder: pathlib.Path) -> str:
-  """One of the kinds, or ''."""
+  """Returns the kind of the encoder in a folder; '' without one."""
   if _is_run(folder):
     return RUN
   if (folder / 'model.json').is_file():
@@ -68,20 +73,26 @@ def _kind(folder: pathlib.Path) -> str:
   if not path.is_file():
     return ''
   config = files.read_json(path)
+  # A workdir before training has a config.json, too, and so has timm's layout.
+  # Neither has a model_type.
   ours = isinstance(config, dict) and 'model_type' not in config
   return '' if ours and {'model', 'architecture'} & set(config) else RELEASED
 
 
 def _is_run(folder: pathlib.Path) -> bool:
-  """Whether it is a workdir with checkpoints, or named as one of them."""
+  """Returns whether a path is a workdir with checkpoints or a checkpoint.
+
+  A checkpoint is recognised by its path and need not exist.
+  """
   parent = folder.absolute().parent
   inside = parent.name == 'checkpoints' and parent.is_dir()
-  # By step: people keep what they downloaded in such folders, too.
+  # Its name must be a step: folders called `checkpoints` may also hold
+  # downloaded weights.
   return inside and folder.name.isdigit() or (folder / 'checkpoints').is_dir()
 
 
 def _described(folder: pathlib.Path) -> str:
-  """What is in a folder without an encoder, in words."""
+  """Describes the content of a folder without an encoder, for an error."""
   if (folder / 'config.json').is_file():
     if 'architecture' in files.read_json(folder / 'config.json'):
       return "its config.json is timm's, whose models are not read"
@@ -96,24 +107,28 @@ def _described(folder: pathlib.Path) -> str:
 
 
 def _children(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """What is in a folder, and in the snapshots of the hub's cache."""
+  """Yields what a folder contains, then its snapshots.
+
+  A repository in the hub's local cache has a folder `snapshots`, with a folder
+  for each commit.
+  """
   yield from sorted(folder.iterdir())
   yield from sorted(folder.glob('snapshots/*'))
 
 
 def resolve(path: str, field: str) -> pathlib.Path:
-  """Returns the folder that a path or a name stands for.
+  """Returns the local folder of a path or a name, which may be downloaded.
 
-  A name is looked up in the hub's local cache and else downloaded; of a name
-  without a revision the commit is logged. The folder's own name is then the
-  commit.
+  A name gives a folder in the hub's local cache, called after the commit.
+  Missing files are downloaded first. The commit of a name without a revision is
+  logged.
 
   Args:
     path: a local folder, or ORG/NAME[@REVISION].
-    field: what to call it in errors.
+    field: the name of the config field or argument, for errors.
 
   Raises:
-    UserError: neither a folder nor a name that can be had.
+    UserError: there is no such folder, and the download failed.
   """
   folder = paths.local(path)
   if folder.is_dir():
@@ -147,7 +162,15 @@ def resolve(path: str, field: str) -> pathlib.Path:
 
 
 def pinned(path: str, field: str) -> str:
-  """Returns the path, or the name with the commit it stands for now."""
+  """Adds the present commit to a name; a local path stays as it is.
+
+  Args:
+    path: a local folder, or ORG/NAME[@REVISION].
+    field: the name of the config field or argument, for errors.
+
+  Returns:
+    The local path, or ORG/NAME@COMMIT.
+  """
   folder = resolve(path, field)
   if paths.local(path).is_dir():
     return path

@@ -1,4 +1,4 @@
-"""Reads released vision towers: Hugging Face's and OpenCLIP's folders."""
+"""Loads vision towers from folders of transformers and OpenCLIP."""
 
 from collections.abc import Iterator
 import pathlib
@@ -30,17 +30,17 @@ def from_huggingface(
   Args:
     path: a folder as `transformers` or OpenCLIP writes it, or
       ORG/NAME[@REVISION].
-    dtype: of the products; the weights are float32.
-    scan_layers: see vit.ViT.
-    field: what to call the path in errors.
+    dtype: the type of the operands of products; the weights are float32.
+    scan_layers: compile one block and loop over it, see vit.ViT.
+    field: the name of the config field or argument, for errors.
 
   Returns:
-    A model, and variables with which model.apply(variables, images) encodes
-    uint8 images [B, H, W, 3].
+    The model and its variables, for model.apply(variables, images) with uint8
+    images [B, H, W, 3].
 
   Raises:
-    UserError: the folder is not complete or not of those families; tensors
-      that are missing, extra or misshapen are listed.
+    UserError: the folder is incomplete or of another family. The message lists
+      tensors that are missing, extra or misshapen.
   """
   model, parameters = stream_huggingface(
     path, dtype=dtype, scan_layers=scan_layers, field=field
@@ -55,10 +55,13 @@ def stream_huggingface(
   scan_layers: bool = False,
   field: str = 'path',
 ) -> tuple[vit.ViT, Iterator[tuple[str, np.ndarray]]]:
-  """As `from_huggingface`, with the parameters one at a time.
+  """Loads a vision tower, but reads its parameters one at a time.
+
+  So they need not all be in memory. For arguments and errors see
+  `from_huggingface`.
 
   Returns:
-    The model, and of every parameter its path and its float32 array.
+    The model, and an iterator of (path, float32 array) over its parameters.
   """
   folder = hub.resolve(str(path), field)
   family, config = configs.read(folder)
@@ -79,7 +82,7 @@ def stream_huggingface(
 
 
 def abstract_params(model: models.Encoder) -> dict[str, Any]:
-  """Shapes and types of a model's parameters, without making any."""
+  """Returns the shapes and types of parameters, without making any."""
   side = model.image_size
   return jax.eval_shape(
     model.init,
@@ -89,7 +92,7 @@ def abstract_params(model: models.Encoder) -> dict[str, Any]:
 
 
 def shapes(model: models.Encoder) -> dict[str, tuple[int, ...]]:
-  """The shape of every parameter by path."""
+  """Returns the shape of every parameter by path."""
   flat = flax.traverse_util.flatten_dict(abstract_params(model), sep='/')
   return {path: x.shape for path, x in flat.items()}
 
@@ -97,12 +100,16 @@ def shapes(model: models.Encoder) -> dict[str, tuple[int, ...]]:
 def _embedding_dim(
   reader: tensors.Reader, family: str, config: dict[str, Any]
 ) -> int:
-  """Width of the projection; one that is announced must be there."""
+  """Returns the width of the projection, 0 without one.
+
+  If the config names a class with a projection, the width comes from the config
+  even without a tensor, so that the missing tensor is reported.
+  """
   if family == 'open_clip':
     return config['projection_dim']
   if layouts.PROJECTION in reader.names():
     return reader.shape(layouts.PROJECTION)[0]
   announced = {'CLIPModel', 'CLIPVisionModelWithProjection'}
   if announced & set(config.get('architectures') or ()):
-    return config.get('projection_dim', 512)
+    return config.get('projection_dim', 512)  # The default of CLIPConfig.
   return 0

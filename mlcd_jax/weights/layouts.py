@@ -1,6 +1,9 @@
-"""Which tensor of `transformers` is which parameter, both ways.
+"""Tables that match the parameters here with the tensors of released files.
 
-One table says it for all families, so that import and export cannot differ.
+Import and export use the same table, so that they cannot differ. A table maps
+the path of a parameter, such as block_00/mlp_in/kernel, to the tensors that it
+is made of, which are joined on its last axis. A row of a table is a pair of a
+path and its tensors.
 """
 
 from collections.abc import Iterator
@@ -22,12 +25,14 @@ TEXT_PROJECTION = 'text_projection.weight'
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A tensor, or a third of one, that is a parameter or a part of one.
+  """A tensor of a file, or a third of one, as a part of a parameter.
 
   Attributes:
-    name: in the file.
-    kind: 'same', 'matrix' [out, in], or 'convolution' [out, in, h, w].
-    third: which third of its first axis; all of it where None.
+    name: the name of the tensor in the file.
+    kind: the order of its axes in the file: 'matrix' is [out, in],
+      'convolution' is [out, in, h, w], and 'same' is the order used here.
+    third: the index of the third of its first axis that is used; None = all of
+      it. PyTorch's attention keeps queries, keys and values in one tensor.
   """
 
   name: str
@@ -35,12 +40,22 @@ class Part:
   third: int | None = None
 
   def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in the file of what has this shape here."""
+    """Returns the shape of the whole tensor in the file.
+
+    Args:
+      ours: the shape of the part here.
+    """
+    # NumPy's transpose does the work. Booleans keep the dummy array small.
     shape = tuple(np.empty(ours, bool).transpose(self._axes(ours)).shape)
     return shape if self.third is None else (3 * shape[0], *shape[1:])
 
   def to_ours(self, tensor: np.ndarray, ours: tuple[int, ...]) -> np.ndarray:
-    """A tensor of the file as it is here."""
+    """Converts a tensor of the file to the array used here.
+
+    Args:
+      tensor: the whole tensor.
+      ours: the shape of the part here.
+    """
     if self.third is not None:
       tensor = np.split(tensor, 3)[self.third]
     if self.kind == 'same':
@@ -48,10 +63,14 @@ class Part:
     return tensor.transpose(np.argsort(self._axes(ours)))
 
   def to_theirs(self, array: np.ndarray) -> np.ndarray:
-    """The reverse of `to_ours`, for whole tensors."""
+    """Converts an array to the tensor of the file, the inverse of `to_ours`.
+
+    It ignores `third`: no exported tensor is split.
+    """
     return np.ascontiguousarray(array.transpose(self._axes(array.shape)))
 
   def _axes(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the order of axes that turns an array into the file's tensor."""
     return {'matrix': (1, 0), 'convolution': (3, 2, 0, 1)}.get(
       self.kind, tuple(range(len(ours)))
     )
@@ -60,7 +79,15 @@ class Part:
 def of_images(
   family: str, model: models.Encoder
 ) -> dict[str, tuple[Part, ...]]:
-  """Every parameter's path and the tensors it is made of."""
+  """Returns the table of an image encoder.
+
+  Args:
+    family: clip, mlcd, siglip, dinov2, open_clip, timm or resnet.
+    model: the encoder.
+
+  Returns:
+    The parts of every parameter by its path.
+  """
   if family == 'resnet':
     return {
       path: (Part(name, kind),) for path, name, kind in resnets.tensors(model)
@@ -74,7 +101,7 @@ def of_images(
 
 
 def _clip(family: str, model: vit.ViT) -> Iterator[tuple[str, Any]]:
-  """The names of CLIP's, MLCD's and SigLIP's towers."""
+  """Yields the rows for CLIP's, MLCD's and SigLIP's towers."""
   yield from _linear(
     'patches',
     'embeddings.patch_embedding',
@@ -96,7 +123,7 @@ def _clip(family: str, model: vit.ViT) -> Iterator[tuple[str, Any]]:
 
 
 def of_text(model: text_lib.TextTower) -> dict[str, tuple[Part, ...]]:
-  """The same of CLIP's text tower."""
+  """Returns the table of CLIP's text tower; see `of_images`."""
   prefix = TEXT_PREFIX
   table = {
     'embedding': (Part(f'{prefix}embeddings.token_embedding.weight'),),
@@ -110,6 +137,7 @@ def of_text(model: text_lib.TextTower) -> dict[str, tuple[Part, ...]]:
 
 
 def _clip_blocks(depth: int, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """Yields the rows of the blocks of CLIP's towers, MLCD's and SigLIP's."""
   for i in range(depth):
     ours, theirs = f'block_{i:02d}', f'{prefix}encoder.layers.{i}'
     yield from _norm(f'{ours}/attention_norm', f'{theirs}.layer_norm1')
@@ -123,7 +151,8 @@ def _clip_blocks(depth: int, prefix: str = '') -> Iterator[tuple[str, Any]]:
     yield from _linear(f'{ours}/mlp_out', f'{theirs}.mlp.fc2')
 
 
-# Layouts that keep queries, keys and values in one tensor.
+# The names of layouts that keep queries, keys and values in one tensor, by
+# family.
 _FUSED = {
   'open_clip': dict(
     patches='conv1.weight',
@@ -138,7 +167,7 @@ _FUSED = {
     mlp_norm='ln_2',
     mlp_in='mlp.c_fc',
     mlp_out='mlp.c_proj',
-    projection=Part('proj'),
+    projection=Part('proj'),  # [in, out], as here.
   ),
   'timm': dict(
     patches='patch_embed.proj.weight',
@@ -159,7 +188,12 @@ _FUSED = {
 
 
 def _fused(names: Mapping[str, Any], model: vit.ViT):
-  """The names of CLIP's tower in OpenCLIP and in timm."""
+  """Yields the rows for CLIP's tower in OpenCLIP or timm.
+
+  Args:
+    names: a value of _FUSED.
+    model: the encoder.
+  """
   yield 'patches/kernel', (Part(names['patches'], 'convolution'),)
   for token in ('class_token', 'positions'):
     yield token, (Part(names[token]),)
@@ -180,7 +214,9 @@ def _fused(names: Mapping[str, Any], model: vit.ViT):
 
 
 def _siglip_head() -> Iterator[tuple[str, Any]]:
+  """Yields the rows of SigLIP's attention pooling."""
   yield 'pool/probe', (Part('head.probe'),)
+  # A torch.nn.MultiheadAttention: the thirds are query, key and value.
   packed = 'head.attention.in_proj'
   for name, thirds in (('query', (0,)), ('key_value', (1, 2))):
     yield (
@@ -198,6 +234,7 @@ def _siglip_head() -> Iterator[tuple[str, Any]]:
 
 
 def _dinov2(model: vit.ViT) -> Iterator[tuple[str, Any]]:
+  """Yields the rows for DINOv2's towers, with registers or without."""
   yield from _linear(
     'patches', 'embeddings.patch_embeddings.projection', kind='convolution'
   )
@@ -226,11 +263,20 @@ def _dinov2(model: vit.ViT) -> Iterator[tuple[str, Any]]:
 
 
 def _linear(ours: str, *theirs: str, kind: str = 'matrix', bias: bool = True):
+  """Yields the rows of a linear layer, or of a convolution.
+
+  Args:
+    ours: the path of the layer here.
+    *theirs: the names of its layers in the file, joined here on the last axis.
+    kind: the `kind` of the weights; see `Part`.
+    bias: the layer has a bias.
+  """
   yield f'{ours}/kernel', tuple(Part(f'{t}.weight', kind) for t in theirs)
   if bias:
     yield f'{ours}/bias', tuple(Part(f'{t}.bias') for t in theirs)
 
 
 def _norm(ours: str, theirs: str):
+  """Yields the rows of a LayerNorm, from its path here and name in the file."""
   yield f'{ours}/scale', (Part(f'{theirs}.weight'),)
   yield f'{ours}/bias', (Part(f'{theirs}.bias'),)

@@ -1,4 +1,4 @@
-"""Loads encoders from disk: a run's, an imported one's, or a released one's."""
+"""Loads encoders of runs, imported encoders and released ones from disk."""
 
 from collections.abc import Iterable
 import dataclasses
@@ -24,25 +24,28 @@ from mlcd_jax.weights import hub
 from mlcd_jax.weights import huggingface
 from mlcd_jax.weights import preprocessing
 
+# An imported encoder is a folder with these: its attributes, and its parameters
+# in one file per module.
 MODEL_FILE = 'model.json'
-_WEIGHTS = 'params'  # Folder with a file for each module.
-_CENTERS = ('params', 'classifier', 'weight')  # In the train state.
+_WEIGHTS = 'params'
+_CENTERS = ('params', 'classifier', 'weight')  # Their path in the train state.
 
 
 def load(
   path: str, field: str
 ) -> tuple[models.Encoder, dict[str, Any], pathlib.Path | None]:
-  """Loads an encoder from wherever it is.
+  """Loads an encoder of any kind.
 
   Args:
-    path: see `hub.find`.
-    field: what to call the path in errors.
+    path: any path or name that `hub.find` accepts.
+    field: the name of the config field or argument, for errors.
 
   Returns:
-    The model, its variables, and the path if it is a run's.
+    The model, its variables, and the workdir or checkpoint of a run; None for
+    other encoders.
 
   Raises:
-    UserError: there is no encoder, or not a whole one.
+    UserError: there is no encoder, or it is incomplete.
   """
   kind, folder = hub.find(path, field)
   if kind == hub.RUN:
@@ -56,14 +59,18 @@ def load(
 def load_preprocessing(
   path: str, field: str
 ) -> preprocessing.Preprocessing | None:
-  """Loads how an encoder's images are prepared.
+  """Loads the preprocessing that an encoder expects.
 
   Args:
-    path: see `hub.find`.
-    field: what to call the path in errors.
+    path: any path or name that `hub.find` accepts.
+    field: the name of the config field or argument, for errors.
 
   Returns:
-    None: as this project's training does, by transforms.resize_center_crop.
+    The preprocessing; None = transforms.resize_center_crop, as in this
+    project's own evaluation.
+
+  Raises:
+    UserError: there is no encoder, or its preprocessing is not supported.
   """
   kind, folder = hub.find(path, field)
   if kind == hub.RELEASED:
@@ -79,14 +86,14 @@ def load_preprocessing(
 
 
 def import_(source: str, target: pathlib.Path) -> None:
-  """Writes any encoder as `save` does.
+  """Imports an encoder of any kind into a new folder.
 
   Args:
-    source: see `hub.find`.
-    target: new folder.
+    source: any path or name that `hub.find` accepts.
+    target: the folder to write, new or empty; see `save`.
 
   Raises:
-    UserError: there is no encoder, or not a whole one.
+    UserError: there is no encoder, or it is incomplete.
   """
   field = 'SRC'
   source = hub.pinned(source, field)
@@ -108,28 +115,30 @@ def save(
   source: str,
   prepare: preprocessing.Preprocessing | None = None,
 ) -> None:
-  """Writes an encoder as `load` reads it: model.json and params/.
+  """Writes an imported encoder as model.json and params/.
 
-  A file holds one block or other module, and no more is in memory at a time.
+  Each file in params/ holds one top-level module, such as a block. Only one
+  module at a time is in memory.
 
   Args:
-    folder: new, or empty.
-    model: of the encoder.
-    parameters: of the model: paths and arrays, those of a module in a row.
-    source: where it came from, kept beside it.
-    prepare: how its images are prepared; see `load_preprocessing`.
+    folder: the folder to write, new or empty.
+    model: the model.
+    parameters: pairs of a path and an array. Those of a module must follow each
+      other.
+    source: the path or name that the encoder came from, to record.
+    prepare: the preprocessing to record; see `load_preprocessing`.
   """
   fields = {
     f.name: getattr(model, f.name)
     for f in dataclasses.fields(model)
-    if f.name not in ('parent', 'name')
+    if f.name not in ('parent', 'name')  # Fields that Linen adds.
   }
   fields['dtype'] = str(jnp.dtype(model.dtype))
   module_of = lambda parameter: parameter[0].partition('/')[0]  # noqa: E731
   for module, group in itertools.groupby(parameters, module_of):
     with files.atomic(folder / _WEIGHTS / f'{module}.safetensors') as temporary:
       safetensors_numpy.save_file(dict(group), temporary)
-  # Last, since it makes the folder one that can be loaded.
+  # Written last: with this file the folder counts as an encoder.
   content = {'model': fields, 'source': source}
   if prepare:
     content['preprocessing'] = dataclasses.asdict(prepare)
@@ -139,24 +148,26 @@ def save(
 def from_run(
   workdir: pathlib.Path, *, classifier: bool = False
 ) -> tuple[models.Encoder, dict[str, Any], dict[str, Any]]:
-  """Reads a checkpoint's encoder, without the rest of the state.
+  """Reads the encoder of a run's checkpoint, but not the rest of its state.
 
   Args:
-    workdir: of a run, whose last checkpoint is read; or a checkpoint in it.
+    workdir: a workdir, whose last checkpoint is read, or a checkpoint in it.
     classifier: read the class centers too.
 
   Returns:
-    The model; its parameters, averaged where the run averages; and the run's
-    `config` and `step`, and its class centers `classifier` if asked for.
+    The model; its parameters, which are the moving average if the run keeps
+    one; and a dict with `config`, `step` and, if asked for, the class centers
+    `classifier`.
 
   Raises:
-    UserError: nothing is trained there, or it cannot be read.
+    UserError: nothing is trained there, or the checkpoint cannot be read.
   """
   folder, step = checkpoint_of(workdir)
   workdir = folder.parent
   made = files.read_json(folder / 'manifest.json')
   content = files.read_json(workdir / 'config.json')
-  # What was trained, not what the workdir was last called with.
+  # The last invocation wrote config.json and may have changed these fields. The
+  # manifest records those that the training used.
   for field, value in made['config'].items():
     section, _, name = field.partition('.')
     if section in ('model', 'loss', 'optimizer'):
@@ -178,13 +189,13 @@ def from_run(
 
 
 def checkpoint_of(workdir: pathlib.Path) -> tuple[pathlib.Path, int]:
-  """Returns the folder of a run's checkpoints and the step that is read.
+  """Returns the folder of a run's checkpoints and the step to read.
 
   Args:
-    workdir: of a run, whose last checkpoint is read; or a checkpoint in it.
+    workdir: a workdir, whose last checkpoint is read, or a checkpoint in it.
 
   Raises:
-    UserError: nothing is trained there.
+    UserError: nothing is trained there, or there is no such checkpoint.
   """
   if workdir.absolute().parent.name == 'checkpoints':
     return workdir.absolute().parent, checkpoint.step_of(workdir.absolute())
@@ -198,7 +209,7 @@ def checkpoint_of(workdir: pathlib.Path) -> tuple[pathlib.Path, int]:
 
 
 def imported_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """What `save` wrote: the description, then the weights."""
+  """Returns the files that `save` wrote: model.json, then the parameters."""
   weights = sorted((folder / _WEIGHTS).glob('*.safetensors'))
   return [folder / MODEL_FILE, *weights]
 
@@ -206,9 +217,20 @@ def imported_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def load_imported(
   folder: pathlib.Path,
 ) -> tuple[models.Encoder, dict[str, Any]]:
-  """Reads what `save` wrote."""
+  """Reads an encoder that `save` wrote.
+
+  Args:
+    folder: the folder of the encoder.
+
+  Returns:
+    The model and its variables.
+
+  Raises:
+    UserError: a file is damaged or does not match model.json.
+  """
   fields = files.read_json(folder / MODEL_FILE)['model']
   fields['dtype'] = jnp.dtype(fields['dtype'])
+  # JSON turns tuples into lists, with which the module could not be hashed.
   fields = {
     name: tuple(value) if isinstance(value, list) else value
     for name, value in fields.items()

@@ -1,4 +1,4 @@
-"""Configs of OpenCLIP's folders, in and out, and of timm's, out."""
+"""Reads and writes OpenCLIP's configs, and writes timm's."""
 
 import pathlib
 from typing import Any
@@ -11,9 +11,10 @@ from mlcd_jax.weights import fields
 NAME = 'open_clip_config.json'
 WEIGHTS = 'open_clip_model.safetensors'
 
+# The layouts that an export can write.
 LAYOUTS = ('transformers', 'open_clip', 'timm')
 
-# What OpenCLIP 3.3 leaves out of vision_cfg.
+# The values of fields that vision_cfg leaves out (OpenCLIP 3.3, CLIPVisionCfg).
 _DEFAULTS = dict(
   layers=12,
   width=768,
@@ -22,19 +23,30 @@ _DEFAULTS = dict(
   patch_size=16,
   image_size=224,
 )
-# Fields that change the model, and the only value known here.
+# Fields of vision_cfg that change the model, each with the only value that is
+# supported.
 _FIXED = dict(pool_type='tok', pos_embed_type='learnable')
 _PIXELS = ('mean', 'std', 'interpolation', 'resize_mode')
-# Of preprocess_cfg. Its "random" is bicubic outside of training.
+# The supported values of two fields of preprocess_cfg, each with the default
+# first. With `random` OpenCLIP varies the filter in training only; elsewhere it
+# is bicubic.
 _INTERPOLATIONS = ('bicubic', 'bilinear', 'random')
 _RESIZE_MODES = ('shortest', 'squash')
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Returns a config in the names of `transformers`, with mean and std.
+  """Reads open_clip_config.json and renames its fields as in `transformers`.
+
+  Args:
+    path: the file.
+
+  Returns:
+    Fields by name; image_mean, image_std, interpolation and resize_mode are
+    the preprocessing.
 
   Raises:
-    UserError: not a ViT with a class token as OpenCLIP's own are.
+    UserError: the file is damaged, or the model is not one of OpenCLIP's own
+      ViTs with a class token.
   """
   try:
     content = files.read_json(path)
@@ -50,7 +62,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
       image_size=vision['image_size'],
       patch_size=vision['patch_size'],
       hidden_act='quick_gelu' if model.get('quick_gelu') else 'gelu',
-      layer_norm_eps=1e-5,
+      layer_norm_eps=1e-5,  # PyTorch's default, which OpenCLIP keeps.
       projection_dim=model['embed_dim'],
       image_mean=_three(pixels.get('mean') or vit.CLIP_MEAN),
       image_std=_three(pixels.get('std') or vit.CLIP_STD),
@@ -70,7 +82,14 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_fields(path, model, vision, pixels) -> None:
-  """Raises UserError for what is no ViT, or no preprocessing, known here."""
+  """Raises UserError if a field asks for something that is not supported.
+
+  Args:
+    path: the file.
+    model: its model_cfg.
+    vision: its vision_cfg.
+    pixels: its preprocess_cfg.
+  """
   fields.check_fixed(path, vision, _FIXED)
   fields.check_fixed(path, pixels, {'mode': 'RGB'})
   fields.refuse_unknown(
@@ -78,7 +97,8 @@ def _check_fields(path, model, vision, pixels) -> None:
   )
   used = ('embed_dim', 'vision_cfg', 'quick_gelu')
   fields.refuse_unknown(path, model, {*used, *fields.OPEN_CLIP_MODEL})
-  # OpenCLIP takes what it knows and leaves the rest.
+  # OpenCLIP itself ignores fields of preprocess_cfg that it does not know, so
+  # a warning is enough.
   known = {*_PIXELS, 'mode', *fields.OPEN_CLIP_PIXELS}
   fields.report_unknown(path, pixels, known)
   for name, values in (
@@ -93,14 +113,17 @@ def _check_fields(path, model, vision, pixels) -> None:
 
 
 def _three(values: Any) -> tuple[float, ...]:
-  """One number for all channels, or one each."""
+  """Returns three floats: one number counts for all channels."""
   if isinstance(values, (int, float)):
     values = [values] * 3
   return tuple(map(float, values))
 
 
 def to_open_clip(model: vit.ViT) -> dict[str, Any]:
-  """Returns open_clip_config.json of a model; its text tower is a stand-in.
+  """Returns the content of open_clip_config.json for a model.
+
+  Its CLIP class always has a text tower. So the config describes one too, for
+  which the export has no weights.
 
   Raises:
     UserError: OpenCLIP has no such model.
@@ -114,6 +137,7 @@ def to_open_clip(model: vit.ViT) -> dict[str, Any]:
     mlp_ratio=_mlp_ratio(model),
     patch_size=model.patch_size,
   )
+  # The text tower of CLIP's ViT-B models.
   text = dict(context_length=77, vocab_size=49_408, width=512, heads=8)
   return dict(
     model_cfg=dict(
@@ -132,7 +156,7 @@ def to_open_clip(model: vit.ViT) -> dict[str, Any]:
 
 
 def to_timm(model: vit.ViT) -> dict[str, Any]:
-  """Returns timm's config.json of a model.
+  """Returns the content of timm's config.json for a model.
 
   Raises:
     UserError: timm has no such model.
@@ -140,7 +164,7 @@ def to_timm(model: vit.ViT) -> dict[str, Any]:
   _check(model, 'timm')
   classes = model.embedding_dim
   return dict(
-    # Any of its CLIP towers; model_args says which sizes.
+    # Any CLIP tower of timm will do: model_args overrides all its sizes.
     architecture='vit_base_patch16_clip_224',
     num_classes=classes,
     num_features=model.width,
@@ -167,7 +191,12 @@ def to_timm(model: vit.ViT) -> dict[str, Any]:
 
 
 def _check(model: vit.ViT, name: str) -> None:
-  """Raises UserError for what is no tower of CLIP's."""
+  """Raises UserError unless a model is built like CLIP's image tower.
+
+  Args:
+    model: the model to export.
+    name: the name of the layout in errors.
+  """
   if not isinstance(model, vit.ViT):
     raise errors.UserError(
       f'--layout: {name} is written for ViTs only; use --layout=transformers'
@@ -185,7 +214,8 @@ def _check(model: vit.ViT, name: str) -> None:
 
 
 def _mlp_ratio(model: vit.ViT) -> float:
-  """The ratio from which int(width * ratio) is the hidden width."""
+  """Returns a ratio for which int(width * ratio) is the hidden width."""
   ratio = model.mlp_dim / model.width
+  # Rounding in the division can lose one, which the added half prevents.
   exact = int(model.width * ratio) == model.mlp_dim
   return ratio if exact else (model.mlp_dim + 0.5) / model.width

@@ -1,4 +1,4 @@
-"""Which weights a path stands for now, to be compared later."""
+"""Identifies the weights behind a path, so that later changes are noticed."""
 
 from collections.abc import Mapping
 import hashlib
@@ -23,23 +23,32 @@ def pin(path: str, field: str) -> dict[str, object]:
   """Identifies the weights at a path, for later comparison.
 
   Args:
-    path: see `hub.find`.
-    field: what to call it in errors.
+    path: any path or name that `hub.find` accepts.
+    field: the name of the config field, for errors.
 
   Returns:
-    `path`, with its commit if it is a name, and `weights`, the digest of every
-    file; what `pin_run` returns if it is a run's.
+    For a run the result of `pin_run`. Otherwise `path`, with the commit if it
+    is a name on the hub, and `weights`, the SHA-256 of each file by name.
+
+  Raises:
+    UserError: there is no encoder, or its configs are wrong.
   """
   path = hub.pinned(path, field)
   kind, folder = hub.find(path, field)
   if kind == hub.RUN:
     return pin_run(path)
-  load_lib.load_preprocessing(path, field)  # Finds mistakes in the configs.
+  # Reports mistakes in the configs before the digests take their time.
+  load_lib.load_preprocessing(path, field)
   return {'path': path, 'weights': _digests(kind, folder)}
 
 
 def check(pinned: dict[str, object], field: str) -> None:
-  """Raises UserError if the weights are not those that were pinned."""
+  """Raises UserError if the weights at a path have changed since `pin`.
+
+  Args:
+    pinned: the result of `pin`; it may have further keys.
+    field: the name of the config field, for errors.
+  """
   path = pinned['path']
   if not pin(path, field).items() <= pinned.items():
     raise errors.UserError(
@@ -49,7 +58,13 @@ def check(pinned: dict[str, object], field: str) -> None:
 
 
 def pin_run(path: str) -> dict[str, Any]:
-  """Identifies the weights of the run in a workdir.
+  """Identifies the weights of a run.
+
+  Args:
+    path: a workdir, whose last checkpoint counts, or one of its checkpoints.
+
+  Returns:
+    `path` (absolute), `step`, and `sha256`, the digest of the parameters.
 
   Raises:
     UserError: nothing is trained there.
@@ -64,7 +79,7 @@ def pin_run(path: str) -> dict[str, Any]:
 
 
 def digest(params: Mapping[str, Any]) -> str:
-  """Returns the SHA-256 of parameters, with their names, in hexadecimal."""
+  """Returns the SHA-256 of parameters and their names, in hexadecimal."""
   hasher = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     hasher.update(jax.tree_util.keystr(path).encode())
@@ -73,6 +88,12 @@ def digest(params: Mapping[str, Any]) -> str:
 
 
 def _digests(kind: str, folder: pathlib.Path) -> dict[str, str]:
+  """Returns the SHA-256 of all files that define an encoder, by file name.
+
+  Args:
+    kind: hub.IMPORTED or hub.RELEASED.
+    folder: the folder of the encoder.
+  """
   if kind == hub.IMPORTED:
     paths = load_lib.imported_files(folder)
   else:

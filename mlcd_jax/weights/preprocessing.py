@@ -1,4 +1,4 @@
-"""Images as a checkpoint's preprocessor wants them."""
+"""Reads and applies the image preprocessing of released checkpoints."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -19,15 +19,17 @@ from mlcd_jax.weights import fields
 from mlcd_jax.weights import open_clip
 
 NAME = 'preprocessor_config.json'
-# Where transformers 5 puts the same, as `image_processor`, with a processor.
+# transformers 5 writes the same fields to the field `image_processor` of this
+# file when it saves a whole processor, with its tokenizer for example.
 _PROCESSOR = 'processor_config.json'
 
 _BICUBIC = int(Image.Resampling.BICUBIC)
 _BILINEAR = int(Image.Resampling.BILINEAR)
 
-_MOST = 16_384  # Pixels of a side.
+_MOST = 16_384  # The most pixels of a side, as for image_size in configs.py.
 
-# Defaults of the classes of transformers 5.23 whose steps are those here.
+# The defaults of the image processors of transformers 5.23 that take the same
+# steps as `Preprocessing`, by the start of their names.
 _CLIP = dict(
   do_resize=True,
   size={'shortest_edge': 224},
@@ -56,7 +58,7 @@ _CLASSES = {
 _CLASS = re.compile(
   rf'({"|".join(_CLASSES)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)'
 )
-# Whose class it is where the file names none.
+# The class of each family, for files that name none.
 _OF_FAMILY = {
   'clip': 'CLIP',
   'mlcd': 'CLIP',
@@ -64,6 +66,7 @@ _OF_FAMILY = {
   'dinov2': 'Bit',
 }
 
+# Fields with only one supported value.
 _FIXED = {
   'do_rescale': True,
   'do_normalize': True,
@@ -76,17 +79,20 @@ _FIXED = {
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-  """RGB uint8 [H, W, 3] to uint8 [S, S, 3], by Pillow's antialiased filters.
+  """A function that resizes RGB uint8 [H, W, 3] to uint8 [S, S, 3].
+
+  It uses Pillow's antialiased filters.
 
   Attributes:
-    image_size: S.
-    shorter_side: pixels it is resized to before the center is cropped; 0 =
-      height and width are both resized to S.
-    resample: Pillow's number of the filter.
-    mean: of RGB in 0 .. 1; the model subtracts it.
-    std: of RGB in 0 .. 1; the model divides by it.
-    rounded: a crop between two pixels begins at the even one, as torchvision
-      does for OpenCLIP; else at the first, as transformers does.
+    image_size: S, the side of the result in pixels.
+    shorter_side: the length of the shorter side after resizing, in pixels; then
+      the center is cropped. 0 = both sides are resized to S without a crop.
+    resample: the number of the filter in Pillow.
+    mean: the RGB mean that the model subtracts, for values in 0 .. 1.
+    std: the RGB standard deviation that the model divides by.
+    rounded: start a crop at the even pixel if its exact start is between two
+      pixels, as torchvision does for OpenCLIP. Otherwise it starts at the
+      first of the two, as in transformers.
   """
 
   image_size: int
@@ -97,10 +103,10 @@ class Preprocessing:
   rounded: bool = False
 
   def __call__(self, pixels: np.ndarray) -> np.ndarray:
-    """Resizes and crops one image."""
+    """Resizes and crops one image, uint8 [H, W, 3]."""
     height, width = pixels.shape[:2]
     size, short = self.image_size, self.shorter_side
-    if short:  # The longer side is cut off, as torchvision does.
+    if short:  # Like torchvision, int() rounds the longer side down.
       long = int(short * max(height, width) / min(height, width))
       new_h, new_w = (short, long) if height <= width else (long, short)
     else:
@@ -113,10 +119,16 @@ class Preprocessing:
     )
 
   def _start(self, surplus: int) -> int:
+    """Returns the first pixel of a crop that drops `surplus` pixels."""
+    # round() rounds halves to the even number.
     return round(surplus / 2) if self.rounded else surplus // 2
 
   def at(self, image_size: int) -> 'Preprocessing':
-    """The same for another size; 0 = as it is."""
+    """Returns the preprocessing for another image size.
+
+    Args:
+      image_size: S in pixels; 0 = unchanged.
+    """
     if not image_size or image_size == self.image_size:
       return self
     shorter = math.ceil(self.shorter_side * image_size / self.image_size)
@@ -126,10 +138,10 @@ class Preprocessing:
 
 
 def path_of(folder: pathlib.Path) -> pathlib.Path:
-  """The file that says how a folder of transformers prepares images.
+  """Returns the file with the preprocessing of a folder of transformers.
 
-  processor_config.json counts where it has an image processor of its own, as
-  it has since transformers 5; before, it was about other things.
+  This is processor_config.json if it has the field `image_processor`, as
+  transformers 5 writes it. Earlier versions used that file for other fields.
   """
   path = folder / _PROCESSOR
   if path.is_file() and _content(path).get('image_processor') is not None:
@@ -138,15 +150,16 @@ def path_of(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read(folder: pathlib.Path, family: str, image_size: int) -> Preprocessing:
-  """Reads a folder's preprocessing.
+  """Reads the preprocessing of a checkpoint.
 
   Args:
-    folder: of the checkpoint.
-    family: whose preprocessing it is where the folder says nothing.
-    image_size: in that case.
+    folder: the folder of the checkpoint.
+    family: the family of the checkpoint. It decides the preprocessing if the
+      folder has no file for it.
+    image_size: the image size of the model, for the same case.
 
   Raises:
-    UserError: it asks for what is not done here.
+    UserError: the file is damaged or asks for steps that are not supported.
   """
   path, reads = path_of(folder), _read
   if family == 'open_clip':
@@ -173,7 +186,7 @@ def read(folder: pathlib.Path, family: str, image_size: int) -> Preprocessing:
 
 
 def _content(path: pathlib.Path) -> dict[str, Any]:
-  """A file's object."""
+  """Reads a JSON file that must hold an object."""
   content = files.read_json(path)
   if not isinstance(content, dict):
     raise errors.UserError(f'{path}: not an object')
@@ -181,8 +194,8 @@ def _content(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_open_clip(path: pathlib.Path, family: str) -> Preprocessing:
-  """What an OpenCLIP config says."""
-  del family
+  """Reads the preprocessing of an open_clip_config.json."""
+  del family  # Has the signature of `_read`.
   config = open_clip.read(path)
   size = config['image_size']
   return Preprocessing(
@@ -196,14 +209,22 @@ def _read_open_clip(path: pathlib.Path, family: str) -> Preprocessing:
 
 
 def _read(path: pathlib.Path, family: str) -> Preprocessing:
-  """What a file of transformers says."""
+  """Reads the preprocessing of a file of transformers.
+
+  Args:
+    path: the file, as `path_of` returns it.
+    family: the family of the checkpoint, for a file that names no class.
+
+  Raises:
+    UserError: the file asks for steps that are not supported.
+  """
   config = _content(path)
   if path.name == _PROCESSOR:
     config = config['image_processor']
   defaults = _CLASSES[_class(path, config, family)]
   fields.check_fixed(path, config, _FIXED)
   fields.refuse_unknown(path, config, {*defaults, *_FIXED, *fields.PROCESSOR})
-  config = defaults | config  # What is null is off there, no default.
+  config = defaults | config  # In transformers null is off.
   if not config['do_resize']:
     raise errors.UserError(
       f'{path}: do_resize=False gives no square images, which are all that is '
@@ -236,7 +257,11 @@ def _read(path: pathlib.Path, family: str) -> Preprocessing:
 
 
 def _class(path: pathlib.Path, config: Mapping[str, Any], family: str) -> str:
-  """The key in _CLASSES of the class that a file names."""
+  """Returns the key in _CLASSES of the class that a file names.
+
+  Raises:
+    UserError: the class is not supported.
+  """
   for field in ('image_processor_type', 'feature_extractor_type'):
     if config.get(field) is not None:
       match = _CLASS.fullmatch(str(config[field]))
@@ -250,7 +275,13 @@ def _class(path: pathlib.Path, config: Mapping[str, Any], family: str) -> str:
 
 
 def to_json(image_size: int, mean: Any, std: Any) -> dict[str, Any]:
-  """The preprocessor_config.json of a model of this project."""
+  """Returns the content of preprocessor_config.json for a model trained here.
+
+  Args:
+    image_size: the side of the images in pixels.
+    mean: the RGB mean to subtract, for values in 0 .. 1.
+    std: the RGB standard deviation to divide by, for values in 0 .. 1.
+  """
   return {
     'image_processor_type': 'CLIPImageProcessor',
     'do_resize': True,
@@ -270,9 +301,19 @@ def to_json(image_size: int, mean: Any, std: Any) -> dict[str, Any]:
 def _size(
   path: pathlib.Path, name: str, size: Any, *, square: bool
 ) -> dict[str, int]:
-  """A size as {shortest_edge} or {height, width}, however it is written."""
+  """Returns a size as {shortest_edge} or {height, width}.
+
+  Args:
+    path: the file that errors name.
+    name: the field that errors name.
+    size: the value of the field: an integer, a list or a dict.
+    square: an integer is the length of both sides, not of the shortest edge.
+
+  Raises:
+    UserError: the size is none of these, or outside 1 to _MOST.
+  """
   found = size
-  if isinstance(size, int):  # Of files before 2022.
+  if isinstance(size, int):  # Files before 2022 have integers.
     found = (
       {'height': size, 'width': size} if square else {'shortest_edge': size}
     )
@@ -295,7 +336,16 @@ def _size(
 def _sides(
   path: pathlib.Path, size: dict[str, int], crop: dict[str, int] | None
 ) -> tuple[int, int]:
-  """Returns (image_size, shorter_side)."""
+  """Returns (image_size, shorter_side), as in `Preprocessing`.
+
+  Args:
+    path: the file that errors name.
+    size: the size to resize to, a result of `_size`.
+    crop: the size to crop to, likewise; None = no crop.
+
+  Raises:
+    UserError: the images would not be squares, or the crop is too large.
+  """
   final = crop or size
   if any(
     'height' not in sides or sides['height'] != sides['width']

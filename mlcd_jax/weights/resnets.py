@@ -1,4 +1,7 @@
-"""A ResNet as the `ResNetModel` of transformers, which has no projection."""
+"""Names and config of a ResNet as the `ResNetModel` of transformers.
+
+A `ResNetModel` has no projection, so the projection is not exported.
+"""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -8,6 +11,7 @@ import numpy as np
 
 from mlcd_jax.models import resnet
 
+# A batch norm's parameters here and the names PyTorch gives them.
 _NORM = {
   'scale': 'weight',
   'bias': 'bias',
@@ -17,7 +21,7 @@ _NORM = {
 
 
 def to_config(model: resnet.ResNet) -> dict[str, Any]:
-  """Returns config.json of a model."""
+  """Returns the content of config.json for a model."""
   stages = range(len(model.blocks))
   return dict(
     architectures=['ResNetModel'],
@@ -28,13 +32,20 @@ def to_config(model: resnet.ResNet) -> dict[str, Any]:
     depths=list(model.blocks),
     layer_type='bottleneck',
     hidden_act='relu',
-    downsample_in_bottleneck=False,
+    downsample_in_bottleneck=False,  # The 3 x 3 convolution has the stride.
     dtype='float32',
   )
 
 
 def tensors(model: resnet.ResNet) -> Iterator[tuple[str, str, str]]:
-  """Of every parameter but the projection's its path, tensor and kind."""
+  """Yields a tuple for every parameter except the projection.
+
+  Args:
+    model: the ResNet.
+
+  Yields:
+    (path of the parameter, name of the tensor, `kind` of a layouts.Part).
+  """
   for ours, theirs in _layers(model):
     conv, norm = ours.format('conv'), ours.format('norm')
     tensor = theirs.format('convolution')
@@ -45,7 +56,17 @@ def tensors(model: resnet.ResNet) -> Iterator[tuple[str, str, str]]:
 
 
 def counters(names: Iterable[str]) -> dict[str, np.ndarray]:
-  """PyTorch's counts of batches, which its averages do not need, as zero."""
+  """Returns the counter of batches that PyTorch saves with each batch norm.
+
+  The counters are zero. They complete the tensors of a `ResNetModel`; PyTorch
+  uses them only where a batch norm has no fixed momentum.
+
+  Args:
+    names: the names of the exported tensors.
+
+  Returns:
+    Int64 scalars by tensor name, one per running mean.
+  """
   return {
     name.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64)
     for name in names
@@ -54,9 +75,13 @@ def counters(names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def _layers(model: resnet.ResNet) -> Iterator[tuple[str, str]]:
-  """A convolution's and its norm's names, here and there."""
+  """Yields (name here, name in the file) for every convolution and its norm.
+
+  Both names are templates. Their field takes conv or norm here, and convolution
+  or normalization in the file.
+  """
   yield 'stem_{}', 'embedder.embedder.{}'
-  block = 0
+  block = 0  # Blocks are numbered through here, but within stages there.
   for stage, count in enumerate(model.blocks):
     for i in range(count):
       ours, theirs = f'block_{block:02d}', f'encoder.stages.{stage}.layers.{i}'

@@ -1,19 +1,23 @@
-"""Names and shapes of all arrays of a tree, to compare checkpoints by."""
+"""Describes the arrays of a train state, to compare it with a checkpoint."""
 
 import re
 from typing import Any
 
 import jax
 
-# Class centers and their moments.
+# The paths of the class centers and of the optimizer's moments for them.
 _CENTERS = re.compile(r'(^|/)classifier/weight$')
 
 
 def by_path(tree: Any) -> dict[str, str]:
-  """Returns path -> type and shape of every array.
+  """Returns the type and shape of every array, as text by path.
 
-  Class centers lie in as many rows as the devices share evenly; how many
-  classes there are, the stage's manifest says.
+  The number of rows of class centers is left out, because their padding depends
+  on the number of devices. The manifest of the stage records the number of
+  classes.
+
+  Args:
+    tree: a nested structure of arrays, or of their shapes and types.
   """
   paths = jax.tree_util.tree_leaves_with_path(
     tree, is_leaf=lambda x: hasattr(x, 'shape')
@@ -29,7 +33,11 @@ def by_path(tree: Any) -> dict[str, str]:
 
 
 def _name(key: Any) -> str:
-  """One part of a path, the same for attributes, keys and places."""
+  """Returns a part of a path as text.
+
+  The state has attributes where the metadata of a checkpoint has keys; both
+  give the same text.
+  """
   for attribute in ('key', 'name', 'idx'):
     if hasattr(key, attribute):
       return str(getattr(key, attribute))

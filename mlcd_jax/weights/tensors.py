@@ -1,4 +1,7 @@
-"""Reads and writes the tensors of a tower, as `layouts` names them."""
+"""Reads and writes the safetensors files of one tower.
+
+The tables of `layouts` say which tensors make up which parameter.
+"""
 
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -18,11 +21,13 @@ from mlcd_jax.weights import layouts
 from mlcd_jax.weights import open_clip as open_clip_lib
 from mlcd_jax.weights import resnets
 
-# Prefixes of the tower inside of larger models.
+# The prefixes that a vision tower's tensors have inside larger models.
 _PREFIXES = ('vision_model.', 'dinov2.', 'dinov2_with_registers.', 'visual.')
 OPEN_CLIP_PREFIX = _PREFIXES[-1]
-# What other parts of those models are called, and what is no weight.
+# Prefixes of CLIP's text tower and its projection.
 _TEXT = (layouts.TEXT_PREFIX, 'text_projection.')
+# Prefixes of tensors in the same files that a vision tower does not use:
+# `mask_token` only serves the pretraining of DINOv2.
 _OTHERS = (
   *_TEXT,
   'logit_scale',
@@ -30,29 +35,38 @@ _OTHERS = (
   'classifier.',
   'embeddings.mask_token',
 )
+# Endings of buffers that some versions of transformers save. They hold no
+# weights and are computed anew here.
 _NO_WEIGHTS = ('position_ids', 'inv_freq')
-# What weights are stored as, in safetensors' names.
+# The types of weights that can be read, in safetensors' names. Integers and
+# 8-bit floats are quantised weights, which need scales to be read.
 _TYPES = ('F32', 'BF16', 'F16', 'F64')
 
-# Tensors in messages before "and N more".
+# The number of tensors that a message names before "and N more".
 _SHOWN = 20
 
 
 class Reader:
-  """One tower's tensors in a folder's safetensors files, one at a time."""
+  """A reader of one tower's tensors in the safetensors files of a folder.
+
+  Attributes:
+    paths: the files.
+  """
 
   def __init__(
     self, folder: pathlib.Path, *, text: bool = False, prefix: str = ''
   ):
-    """Reads what is in the files.
+    """Reads names, shapes and types from the headers of the files.
 
     Args:
-      folder: of the checkpoint.
-      text: CLIP's text tower instead of the vision tower.
-      prefix: of the tower's names, where others may not be looked at.
+      folder: the folder of the checkpoint.
+      text: read CLIP's text tower instead of the vision tower.
+      prefix: the prefix of the tensors to read, others are ignored; '' = read
+        all.
 
     Raises:
-      UserError: there are none, or one is missing or damaged.
+      UserError: there are no files, or one is missing or damaged, or a tensor
+        has an unsupported type.
     """
     self.paths = safetensors_files(folder, open_clip=prefix == OPEN_CLIP_PREFIX)
     self._text = text
@@ -73,7 +87,10 @@ class Reader:
         ) from e
 
   def names(self) -> set[str]:
-    """Names of the tower's tensors, a vision tower's without prefixes."""
+    """Returns the names of the tower's tensors.
+
+    A vision tower's names have no prefix; a text tower's keep theirs.
+    """
     return {
       name
       for name in self._where
@@ -84,20 +101,21 @@ class Reader:
     }
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Returns a tensor's shape without reading it."""
+    """Returns the shape of a tensor without reading its values."""
     return self._shapes[name]
 
   def read(self, name: str) -> np.ndarray:
     """Returns a tensor as float32."""
     path, stored = self._where[name]
-    # Opened anew: a file that stays open stays mapped, page by page as it is
-    # read, and in the end is in memory a second time.
+    # Reopened for every tensor: an open file stays mapped, and its pages would
+    # stay in memory next to the arrays copied from them. `flax` is chosen
+    # because NumPy has no bfloat16.
     with safetensors.safe_open(path, framework='flax') as file:
       tensor = file.get_tensor(stored)
     return np.asarray(tensor).astype(np.float32, copy=False)
 
   def _check_type(self, path: pathlib.Path, name: str, dtype: str) -> None:
-    """Raises UserError for a weight that is no plain float."""
+    """Raises UserError if a weight has none of the types in _TYPES."""
     if dtype not in _TYPES and not name.endswith(_NO_WEIGHTS):
       raise errors.UserError(
         f'{path}: {name} is of type {dtype}, which is not supported; only '
@@ -111,12 +129,16 @@ def read(
   shapes: Mapping[str, tuple[int, ...]],
   folder: pathlib.Path,
 ) -> dict[str, Any]:
-  """Reads all parameters as a nested dict; see `stream`."""
+  """Reads all parameters into a nested dict; for arguments see `stream`."""
   return nested(stream(reader, table, shapes, folder))
 
 
 def nested(parameters: Iterable[tuple[str, np.ndarray]]) -> dict[str, Any]:
-  """Puts parameters by path on the device, in the dicts that Linen takes."""
+  """Puts parameters on the default device, in the nested dict Linen takes.
+
+  Args:
+    parameters: pairs of a path, such as block_00/mlp_in/kernel, and an array.
+  """
   params = {path: jnp.asarray(array) for path, array in parameters}
   return flax.traverse_util.unflatten_dict(params, sep='/')
 
@@ -127,19 +149,20 @@ def stream(
   shapes: Mapping[str, tuple[int, ...]],
   folder: pathlib.Path,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Reads the parameters one at a time.
+  """Checks all tensors, then reads the parameters one at a time.
 
   Args:
-    reader: of the folder.
-    table: see `layouts`.
-    shapes: of every parameter, by path.
-    folder: named in errors.
+    reader: the reader of the folder.
+    table: the tensors of each parameter by path, from `layouts`.
+    shapes: the shape of each parameter by path.
+    folder: the folder that errors name.
 
   Returns:
-    Paths and float32 arrays; a block's come one after the other.
+    An iterator of (path, float32 array) in the order of the table, which keeps
+    the parameters of a block together.
 
   Raises:
-    UserError: lists tensors that are missing, extra or misshapen.
+    UserError: tensors are missing, extra or misshapen; it lists them.
   """
   _check(reader, table, shapes, folder)
 
@@ -159,12 +182,19 @@ def write(
   table: Mapping[str, tuple[layouts.Part, ...]],
   params: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-  """The reverse of `read`: tensors by name, for what can be exported."""
+  """Returns the tensors of parameters by name, the inverse of `read`.
+
+  Args:
+    family: clip, mlcd, resnet, open_clip or timm.
+    table: the tensors of each parameter by path, from `layouts`.
+    params: the parameters as a nested dict.
+  """
   prefixes = {'open_clip': OPEN_CLIP_PREFIX, 'timm': '', 'resnet': ''}
   flat = flax.traverse_util.flatten_dict(params, sep='/')
   tensors = {}
   for path, parts in table.items():
     array = np.asarray(jax.device_get(flat[path]), np.float32)
+    # [1, 1, D] and [1, L, D] here and in timm; [D] and [L, D] elsewhere.
     if path in ('class_token', 'positions') and family != 'timm':
       array = array.reshape(array.shape[-2:])  # [L, D].
       array = array[0] if path == 'class_token' else array
@@ -175,13 +205,13 @@ def write(
   if family == 'resnet':
     tensors |= resnets.counters(tensors)
   if family == 'timm' and 'projection/kernel' in table:
-    # Its heads have a bias.
+    # timm's head has a bias, the projection has none.
     tensors['head.bias'] = np.zeros(flat['projection/kernel'].shape[1], 'f4')
   return tensors
 
 
 def _check(reader, table, shapes, folder):
-  """Raises UserError unless the tensors are those of the table."""
+  """Raises UserError unless names and shapes are those of the table."""
   wanted = {}
   for path, parts in table.items():
     for part in parts:
@@ -210,23 +240,32 @@ def _check(reader, table, shapes, folder):
 
 
 def _listed(names: list[str]) -> str:
+  """Returns at most _SHOWN names as text, separated by commas."""
   more = len(names) - _SHOWN
   return ', '.join(names[:_SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
 def _part_shape(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+  """Returns the shape of one part if equal parts share the last axis."""
   return (*shape[:-1], shape[-1] // parts)
 
 
 def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Without leading ones, which tokens and positions have or have not."""
+  """Removes leading axes of length 1.
+
+  Only some layouts store class tokens and positions with such axes.
+  """
   while len(shape) > 1 and shape[0] == 1:
     shape = shape[1:]
   return tuple(shape)
 
 
 def _canonical(name: str) -> str:
-  """A tensor's name without prefix, as transformers 5 has it."""
+  """Returns a tensor's name without prefix, as transformers 5 spells it.
+
+  transformers has a typing error in `pre_layrnorm`; folders with the correct
+  spelling are read too.
+  """
   for prefix in _PREFIXES:
     name = name.removeprefix(prefix)
   return name.replace('pre_layernorm.', 'pre_layrnorm.')
@@ -235,15 +274,18 @@ def _canonical(name: str) -> str:
 def safetensors_files(
   folder: pathlib.Path, *, open_clip: bool = False
 ) -> list[pathlib.Path]:
-  """The files with a folder's weights: one, or those an index names.
+  """Returns the files with the weights of a folder.
+
+  These are the one whole file, else the files that the index names, else all
+  safetensors files.
 
   Args:
-    folder: of the checkpoint.
-    open_clip: OpenCLIP's own first, which may lie beside those of
+    folder: the folder of the checkpoint.
+    open_clip: prefer OpenCLIP's file, which may lie beside those of
       `transformers`.
 
   Raises:
-    UserError: there are none, or one is missing.
+    UserError: there are no files, or one that the index names is missing.
   """
   whole = folder / 'model.safetensors'
   index = folder / 'model.safetensors.index.json'
@@ -255,6 +297,7 @@ def safetensors_files(
     content = files.read_json(index)
     try:
       names = sorted(set(content['weight_map'].values()))
+      # Without its folders a name cannot lead out of this folder.
       paths = [folder / pathlib.Path(name).name for name in names]
     except (AttributeError, KeyError, TypeError) as e:
       raise errors.UserError(

@@ -1,4 +1,4 @@
-"""The text tower of a CLIP checkpoint as `transformers` writes it."""
+"""Loads the text tower of a CLIP checkpoint that `transformers` wrote."""
 
 import pathlib
 from typing import Any
@@ -15,7 +15,7 @@ from mlcd_jax.weights import layouts
 from mlcd_jax.weights import tensors
 from mlcd_jax.weights import tokenizer
 
-# What config.json leaves out is the default of transformers 5.23.
+# The values of fields that config.json leaves out, as in transformers 5.23.
 _DEFAULTS = dict(
   vocab_size=tokenizer.VOCAB_SIZE,
   hidden_size=512,
@@ -29,8 +29,8 @@ _DEFAULTS = dict(
 )
 _TYPES = ('clip', 'clip_text_model')
 
-# Configs older than transformers' fix of it have this wrong eos_token_id; what
-# was meant is the vocabulary's last.
+# Older versions of transformers wrote this eos_token_id by mistake. Models with
+# it pool at the highest id of a text, as transformers does for them.
 _WRONG_END = 2
 
 
@@ -41,14 +41,14 @@ def load(
 
   Args:
     path: a folder as `transformers` writes it, or ORG/NAME[@REVISION].
-    dtype: of the products; the weights are float32.
-    field: what to call the path in errors.
+    dtype: the type of the operands of products; the weights are float32.
+    field: the name of the config field, for errors.
 
   Returns:
-    A model, and variables with which model.apply(variables, tokens) encodes.
+    The model and its variables, for model.apply(variables, tokens).
 
   Raises:
-    UserError: there is no text tower of CLIP, or not a whole one.
+    UserError: the checkpoint has no text tower of CLIP, or is incomplete.
   """
   folder = hub.resolve(str(path), field)
   config = _config(folder)
@@ -78,13 +78,27 @@ def load(
 def load_tokenizer(
   path: str | pathlib.Path, model: text.TextTower, *, field: str = 'path'
 ) -> tokenizer.Tokenizer:
-  """Loads what makes a text tower's tokens; see `tokenizer.load`."""
+  """Loads the tokenizer of a text tower.
+
+  Args:
+    path: a folder as `transformers` writes it, or ORG/NAME[@REVISION].
+    model: the text tower, whose context and vocabulary the tokenizer must fit.
+    field: the name of the config field, for errors.
+
+  Raises:
+    UserError: the checkpoint has no tokenizer that fits; see `tokenizer.load`.
+  """
   folder = hub.resolve(str(path), field)
   return tokenizer.load(folder, model.context, model.vocab_size)
 
 
 def is_there(path: str | pathlib.Path, field: str = 'path') -> bool:
-  """Whether a checkpoint has both of CLIP's towers and their projections."""
+  """Returns whether a checkpoint has both of CLIP's towers with projections.
+
+  Args:
+    path: a folder as `transformers` writes it, or ORG/NAME[@REVISION].
+    field: the name of the config field, for errors.
+  """
   folder = hub.resolve(str(path), field)
   if configs.read(folder)[0] != 'clip':
     return False
@@ -96,7 +110,11 @@ def is_there(path: str | pathlib.Path, field: str = 'path') -> bool:
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:
-  """The text tower's own config, whole."""
+  """Returns the fields of the text tower, with defaults filled in.
+
+  Raises:
+    UserError: the config has no text tower of CLIP, or a field is wrong.
+  """
   path = folder / 'config.json'
   config = configs.read_json(path)
   if config.get('model_type') not in _TYPES:
@@ -114,7 +132,7 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _shapes(model: text.TextTower) -> dict[str, tuple[int, ...]]:
-  """The shape of every parameter by path."""
+  """Returns the shape of every parameter by path, without making any."""
   abstract = jax.eval_shape(
     model.init,
     jax.random.key(0),

@@ -17,12 +17,14 @@ from tokenizers import processors
 
 from mlcd_jax.runtime import errors
 
+# The tokens of a text and the size of the vocabulary in all of OpenAI's models.
 CONTEXT = 77
 VOCAB_SIZE = 49_408
 START, END = '<|startoftext|>', '<|endoftext|>'
 
-_BYTES = 256
-# A letter run, one digit, a run of other signs, or an English contraction.
+_BYTES = 256  # The number of values of a byte.
+# Matches a mark, an English contraction, a run of letters, a single digit or a
+# run of other signs, as in CLIP's simple_tokenizer.py.
 _WORDS = (
   r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
   r'|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+'
@@ -30,15 +32,23 @@ _WORDS = (
 
 
 class Tokenizer:
-  """Texts to token ids.
+  """A function from texts to token ids.
 
   Attributes:
-    context: L.
-    vocab_size: number of ids.
+    context: L, the length of every row of ids.
+    vocab_size: the number of ids.
   """
 
   def __init__(self, bpe: tokenizers.Tokenizer, context: int):
-    """Takes a tokenizer that puts start and end around a text."""
+    """Sets the padding and truncation of a tokenizer.
+
+    Args:
+      bpe: a tokenizer that puts START before and END after a text.
+      context: L, the length of every row of ids.
+
+    Raises:
+      UserError: the tokenizer does not know END.
+    """
     self.context = context
     self.vocab_size = bpe.get_vocab_size()
     end = bpe.token_to_id(END)
@@ -46,29 +56,41 @@ class Tokenizer:
       raise errors.UserError(
         f'the tokenizer has no {END!r}, which a text of CLIP ends with'
       )
+    # transformers pads CLIP's texts with END; ids after the first END have no
+    # effect.
     bpe.enable_padding(length=context, pad_id=end, pad_token=END)
     bpe.enable_truncation(context)
     self._bpe = bpe
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    """Returns ids int32 [B, L]: start, the text cut to fit, end, padding."""
+    """Returns the ids of texts, int32 [B, L].
+
+    A row holds the start, the text, the end and padding. Long texts are cut so
+    that the end still fits.
+    """
     found = self._bpe.encode_batch(list(texts))
     ids = np.array([e.ids for e in found], np.int32)
     return ids.reshape(len(texts), self.context)
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes it as `transformers` keeps it, tokenizer.json."""
+    """Writes the tokenizer to a tokenizer.json that `transformers` reads."""
     self._bpe.save(str(path))
 
 
 def clip(context: int = CONTEXT) -> Tokenizer:
-  """The vocabulary of all CLIP models, which lies in the package."""
+  """Makes CLIP's own tokenizer from the vocabulary in this package.
+
+  Args:
+    context: L, the length of every row of ids.
+  """
   file = importlib.resources.files('mlcd_jax') / 'assets/clip_bpe.txt.gz'
   lines = gzip.decompress(file.read_bytes()).decode().splitlines()
-  # The file has more merges than CLIP uses; its first line is a heading.
+  # The first line is a heading. CLIP uses only as many merges as its vocabulary
+  # has room for, besides the letters and the two marks below.
   count = VOCAB_SIZE - 2 * _BYTES - 2
   merges = [tuple(line.split()) for line in lines[1 : count + 1]]
-  # A byte's letter, the same at a word's end, what they merge to, two marks.
+  # The order fixes the ids: a letter for each byte, the same letters at the end
+  # of a word, the results of the merges, and the two marks.
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
   words = letters + [letter + '</w>' for letter in letters]
   words += [''.join(merge) for merge in merges] + [START, END]
@@ -99,16 +121,19 @@ def clip(context: int = CONTEXT) -> Tokenizer:
 
 
 def load(folder: pathlib.Path, context: int, vocab_size: int) -> Tokenizer:
-  """The tokenizer of a checkpoint: its own, or CLIP's where that fits.
+  """Loads the tokenizer of a checkpoint.
+
+  A checkpoint without tokenizer.json gets CLIP's own tokenizer if both have
+  vocabularies of the same size.
 
   Args:
-    folder: as `transformers` writes it.
-    context: tokens of the longest text.
-    vocab_size: ids the text tower knows.
+    folder: a folder as `transformers` writes it.
+    context: L, the most tokens that the text tower takes.
+    vocab_size: the number of ids that the text tower knows.
 
   Raises:
-    UserError: it has none and its tower has another vocabulary than CLIP's,
-      or it has one that the tower does not know.
+    UserError: the file is missing and CLIP's vocabulary does not fit, the file
+      is damaged, or it has more ids than the text tower knows.
   """
   path = folder / 'tokenizer.json'
   if path.is_file():
