@@ -1,16 +1,14 @@
 """Logistic regression to convergence, as scikit-learn's LogisticRegression.
 
 It minimises the sum of the rows' losses plus penalty / 2 times the sum of the
-squared weights. The bias has no penalty. The penalty is 1 / C of scikit-learn.
-The code divides the objective by the number of rows, which leaves the minimum
-where it is.
+squared weights without the bias. The penalty is 1 / C of scikit-learn. The code
+divides all sums by the number of rows, which does not move the minimum.
 
-The features are centered and rotated to their principal axes. This changes
-neither the fitted model nor the penalty, but it makes the Hessian's diagonal a
-good approximation of the Hessian. If there are few axes, the diagonal blocks of
-the Hessian, one for each output, cost little more than the diagonal and take a
-tenth of the iterations. Axis 0 is the bias: it is 1 on all rows and has no
-penalty.
+The features are centered and rotated to their principal axes. This does not
+change the fitted model, but the Hessian's diagonal becomes a good approximation
+of it. If there are few axes, its diagonal blocks, one for each output, cost
+little more and take a tenth of the iterations. Axis 0 is the bias: 1 on all
+rows, without a penalty.
 
 Shapes: N rows, D features, A axes, C outputs; K tiles of T rows; X is C or 1.
 """
@@ -36,22 +34,15 @@ TOLERANCE = 1e-7
 # Axes with less than this share of the largest variance hold only rounding
 # errors of float64. Grey images leave such axes.
 _NO_VARIANCE = 1e-24
-# The number of axes is padded to a multiple of this, so that data sets share
-# compiled code.
-_AXES_STEP = 64
-# The most axes for which blocks are used: those of A axes cost as much as A / 3
-# passes over the rows.
-_MAX_BLOCK = 128
-# Rows that the host converts to float64 at a time.
-_HOST_ROWS = 8_192
+_AXES_STEP = 64  # Axes are padded to a multiple, to share compiled code.
+_MAX_BLOCK = 128  # Axes; blocks of A axes cost A / 3 passes over the rows.
+_HOST_ROWS = 8_192  # Rows that the host converts to float64 at a time.
 
-# Tiles [K, T, ...] have their rows split over all devices.
-_TILES = PartitionSpec(None, sharding.AXES)
-# With fewer than N * D values (64 MiB of float32), the sums over devices cost
-# more time than the split of the rows saves.
+_TILES = PartitionSpec(None, sharding.AXES)  # [K, T, ...].
+# Below this number of values (64 MiB), sums over devices cost more than they
+# save.
 _MIN_SPLIT = 2**24
-# The number of logits in a tile, over all devices. On a CPU the 1 MiB of
-# float32 stays in the cache.
+# Logits of a tile, over all devices; on a CPU 1 MiB stays in the cache.
 _CPU_LOGITS, _ACCELERATOR_LOGITS = 2**18, 2**26
 
 # The bias of a class without a row; the optimum is minus infinity.
@@ -63,10 +54,10 @@ class Rows:
   """Features on the devices, ready for fits.
 
   Attributes:
-    x_KTA: float32, the rows along the axes: a column of ones, the principal
-      axes, and zeros as padding. It is split over the mesh.
-    basis_DA: float64, the orthonormal principal axes. The centered features
-      have no component outside of them.
+    x_KTA: float32, the rows along the axes, split over the mesh. Ones come
+      first, then the principal axes, then zeros as padding.
+    basis_DA: float64, the orthonormal principal axes, which span the centered
+      features.
     mean_D: float64, the mean that was subtracted from the features.
     num_rows: N, without padding.
     num_outputs: C.
@@ -92,8 +83,7 @@ class Model:
       times the sum of the squared weights.
     iterations: the number of passes over the rows.
     converged: False if the fit stopped at the maximum of passes.
-    along_AC: the bias and the weights along the axes, from which `fit` can
-      start.
+    along_AC: the bias and the weights along the axes; `fit` can start from it.
   """
 
   weight_DC: np.ndarray
@@ -105,15 +95,10 @@ class Model:
 
 
 def prepare(x_ND: np.ndarray, mesh: Mesh, *, num_outputs: int) -> Rows:
-  """Puts features on the devices.
+  """Puts features, the same in all processes, on the devices.
 
   Many features are split over all devices. Few features go to one device; with
   several processes, each process then makes the same fits on its own device.
-
-  Args:
-    x_ND: the features, the same in all processes.
-    mesh: the mesh of all devices.
-    num_outputs: C.
   """
   num_rows = len(x_ND)
   split = x_ND.size >= _MIN_SPLIT
@@ -121,9 +106,8 @@ def prepare(x_ND: np.ndarray, mesh: Mesh, *, num_outputs: int) -> Rows:
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   mean_D, basis_DA = _axes(x_ND)
   if split and jax.process_count() > 1:
-    # Axes of equal variance are arbitrary, and each host may find others; all
-    # rows need the same. They are sent as bytes, since JAX would round float64
-    # to float32.
+    # Axes of equal variance are arbitrary, and hosts may find different ones.
+    # They are sent as bytes, since JAX would round float64 to float32.
     mean_D, basis_DA = (
       multihost_utils.broadcast_one_to_all(part.view(np.uint8)).view(np.float64)
       for part in (mean_D, basis_DA)
@@ -151,8 +135,8 @@ def prepare(x_ND: np.ndarray, mesh: Mesh, *, num_outputs: int) -> Rows:
 def _axes(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns the mean [D] and the principal axes [D, A], with A = min(N, D).
 
-  It computes in float64 on the host. Features of very different scales need
-  that precision, and it takes less time than one fit.
+  It runs in float64 on the host, which features of very different scales need.
+  It takes less time than one fit.
   """
   num_rows, dim = x_ND.shape
   mean_D = x_ND.mean(axis=0, dtype=np.float64)
@@ -176,10 +160,7 @@ def _turn(x_ND, mean_D, basis_DA):
 
 
 def _tile_shape(num_rows, num_outputs, mesh):
-  """Returns the number of tiles, and the rows of each over all devices.
-
-  A tile has about as many logits as the limit, but at least 256 rows or all.
-  """
+  """Returns the number of tiles and the rows of a tile, over all devices."""
   limit = _CPU_LOGITS if sharding.on_cpu(mesh) else _ACCELERATOR_LOGITS
   count = max(1, round(num_rows / max(limit // num_outputs, 256)))
   tile = -(-num_rows // (count * mesh.size)) * mesh.size
@@ -201,19 +182,16 @@ def fit(
 
   Args:
     rows: the features, from `prepare`.
-    y: int. For 'softmax' the classes [N]; a row with a negative class is left
-      out. For 'sigmoid' 0 or 1, [N, C]; a negative entry leaves out this output
-      of the row.
-    weight_N: the weight of every row. A weight of 0 leaves out the row but
-      keeps the shapes, so that nothing is compiled again.
+    y: int. For 'softmax' the classes [N]; for 'sigmoid' 0 or 1, [N, C].
+      Negative entries are left out.
+    weight_N: the weight of every row. 0 leaves out the row but keeps the
+      shapes, so that nothing is compiled again.
     penalty: the factor of the squared weights; see the top of the file.
     loss: 'softmax' for one class per row, 'sigmoid' for independent outputs
       whose losses are added.
-    start: a model of the same rows with another penalty or other weights. To
-      start from it saves iterations.
+    start: a fit of the same rows to begin at; it saves iterations.
     tolerance: the relative tolerance of the objective; see TOLERANCE.
-    max_iterations: the number of passes over the rows after which the fit
-      stops, converged or not.
+    max_iterations: the passes after which the fit stops, converged or not.
   """
   weight_NX = np.asarray(weight_N, np.float32)[:, None]
   known_NX = np.reshape(y, (rows.num_rows, -1)) >= 0
@@ -260,13 +238,12 @@ def fit(
 
 
 def _start(rows, y, weight_NX, loss):
-  """Returns the best model without features, to start from.
+  """Returns the best model without features, the outputs to fit, and the rows.
 
-  Returns:
-    The model [A, C], zero except for the biases: the log probabilities of the
-    classes, or the log odds of the outputs. Then bool [C], True for the outputs
-    to fit; a class that no row has, or an output that is the same on all rows,
-    has no finite optimum. Last the sum of the weights of the rows.
+  The model [A, C] has only biases: the log probabilities of the classes, or the
+  log odds of the outputs. The outputs to fit, bool [C], exclude a class without
+  a row and a constant output, which have no finite optimum. The number of rows
+  is weighted.
   """
   num_outputs = rows.num_outputs
   if loss == 'softmax':
@@ -288,15 +265,11 @@ def _start(rows, y, weight_NX, loss):
 
 
 def _softmax(z_TC, y_T, weight_T1):
-  """Computes the softmax cross-entropy of a tile with its derivatives.
+  """Returns a tile's summed loss and its two derivatives [T, C] by the logits.
 
-  The derivative at the target is -(1 - p). It is computed from the sum of the
-  other probabilities, since 1 - p rounds to zero in float32 once the features
-  separate the classes.
-
-  Returns:
-    The sum of the losses, and the first and second derivatives [T, C] by the
-    logits.
+  The first derivative at the target is p - 1. It is computed from the other
+  probabilities, since 1 - p rounds to zero in float32 once features separate
+  the classes.
   """
   z_TC = z_TC - jnp.max(z_TC, axis=1, keepdims=True)
   hot_TC = y_T[:, None] == jnp.arange(z_TC.shape[1])[None]
@@ -314,7 +287,7 @@ def _softmax(z_TC, y_T, weight_T1):
 
 
 def _sigmoid(z_TC, y_TC, weight_TX):
-  """Computes the loss of independent outputs; see `_softmax`."""
+  """Returns what `_softmax` returns, for independent outputs."""
   sign_TC = jnp.where(y_TC > 0, -1.0, 1.0)
   wrong_TC = jax.nn.sigmoid(sign_TC * z_TC) * weight_TX
   loss = jnp.sum(jax.nn.softplus(sign_TC * z_TC) * weight_TX)
@@ -331,11 +304,7 @@ def _fit(
   x_KTA, y, weight_KTX, start_AC, along_AC, free_C, penalty, total, tolerance,
   max_iterations, *, loss, mesh,
 ):  # fmt: skip
-  """Runs Newton's method on the devices; the arguments are those of `fit`.
-
-  Returns:
-    The last newton.Point, the number of passes, and whether it converged.
-  """
+  """Returns the last newton.Point, the passes, and whether they converged."""
   of_tile = _LOSSES[loss]
   penalty_A1 = jnp.where(jnp.arange(x_KTA.shape[2])[:, None] == 0, 0, penalty)
   # With several CPU devices, a Cholesky factorization in a loop deadlocks.
@@ -354,8 +323,8 @@ def _fit(
       def add(carry, tile):
         return jax.tree.map(jnp.add, carry, of(*models, *tile)), None
 
-      # One collective per pass. The compiler alone would place one at every
-      # tile, and devices could wait for each other at different ones.
+      # One collective per pass. The compiler would place one in every iteration
+      # of the inner loops, and devices could wait for different ones.
       return lax.psum(lax.scan(add, zeros, tiles)[0], sharding.AXES)
 
     found = jax.shard_map(
@@ -368,8 +337,6 @@ def _fit(
     return jax.tree.map(lambda x: x / total, found)
 
   def evaluate(w_AC):
-    """Returns the newton.Point of a model."""
-
     def of(w_AC, x_TA, y_T, weight_TX):
       loss, slope_TC, curvature_TC = of_tile(x_TA @ w_AC, y_T, weight_TX)
       hessian = _blocks if blocks else _diagonal
@@ -384,8 +351,6 @@ def _fit(
     )
 
   def product(w_AC, v_AC):
-    """Returns the product of the Hessian at w and the direction v."""
-
     def of(w_AC, v_AC, x_TA, y_T, weight_TX):
       def slope(z_TC):
         return of_tile(z_TC, y_T, weight_TX)[1]
@@ -420,10 +385,9 @@ def _blocks(x_TA, curvature_TC):
 
 
 def _begin(start_AC, along_AC, free_C, loss):
-  """Returns the first point of a fit, from the last point of another one.
+  """Returns the first point of a fit, taken from the last of another fit.
 
-  Outputs that either of the two fits does not fit begin without weights and
-  with the bias of `_start`.
+  Outputs that one of the two leaves out begin at `start_AC`.
   """
   known_C = free_C & (jnp.abs(along_AC[0]) < -_NEVER)
   weight_AC = jnp.where(known_C[None], along_AC, 0)

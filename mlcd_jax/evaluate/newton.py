@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.scipy import linalg
 
 # Conjugate gradients stop once the residual is this share of the gradient, both
-# in the preconditioned norm. 0.1 takes 25 % more passes and 0.5 10 % fewer; with
-# 0.7 the estimated distance to the minimum is wrong.
+# in the preconditioned norm. 0.1 takes 25 % more passes, 0.5 takes 10 % fewer.
+# With 0.7 the estimated distance to the minimum is wrong.
 _FORCING = 0.25
 # Conjugate gradients that need more products rarely end at all in float32.
 _MAX_PRODUCTS = 200
@@ -31,7 +31,7 @@ _RIDGE = 3e-6
 _SLOPE = 0.5
 # The relative difference that two float32 sums of the same terms may have.
 _ROUNDING = 1e-5
-# With each attempt the range of step lengths shrinks to at most nine tenths.
+# Attempts of a line search; each cuts the range of lengths by 10 % or more.
 _MAX_ATTEMPTS = 20
 
 
@@ -255,8 +255,8 @@ def _line_search(evaluate, point, direction_AC):
   slope = _dot(point.gradient_AC, direction_AC)
 
   def attempt(s):
-    # The step at which a slope that is linear between `low` and `high` would
-    # be zero, but at most halfway: for these losses the true zero is nearer.
+    # Try where the slope would be zero if it were linear from `low` to `high`.
+    # If the function overflows at `high`, the slope is not finite: try 0.1.
     share = s.low_slope / (s.low_slope - s.high_slope)
     share = jnp.where(jnp.isfinite(share), jnp.clip(share, 0.1, 0.5), 0.1)
     size = jnp.where(s.tried == 0, 1, s.low + share * (s.high - s.low))
