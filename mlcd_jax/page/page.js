@@ -1,8 +1,8 @@
-// The sections, from the data that the run wrote.
+// Fills in the sections of the page from the data that writer.py wrote.
 
 const DATA = JSON.parse(document.getElementById('data').textContent);
 const CLASSES = ['a', 'b', 'c', 'd', 'none'];
-const PAGE = 24; // Clusters shown at a time.
+const PAGE = 24; // Clusters that "Show more" adds.
 
 function status() {
   const s = DATA.status;
@@ -69,6 +69,7 @@ function thumb(row) {
 function picture(source, says) {
   if (!source) return el('span', {class: 'thumb missing', title: says}, 'no image');
   const image = el('img', {class: 'thumb', src: source, alt: says, title: says, loading: 'lazy', decoding: 'async'});
+  // Tiny images such as digits are enlarged with sharp pixels.
   image.addEventListener('load', () => image.classList.toggle('tiny', image.naturalWidth < 48));
   return image;
 }
@@ -83,6 +84,7 @@ function clusterFacts(card) {
     + (card.class === null ? '' : `, mostly class ${card.class}`);
 }
 
+/** Returns the text of a cluster that the search looks at. */
 function clusterText(id) {
   const card = DATA.clusters.cards[id];
   return [`#${id}`, card.name, card.class === null ? '' : `class ${card.class}`,
@@ -247,6 +249,7 @@ function results() {
   const groups = new Map();
   for (const [key, value] of found) {
     const [encoder, dataset, task, metric] = key.split('/');
+    // Only scores have an interval; penalty, count and the like do not.
     if (!(`${key}_low` in DATA.results)) continue;
     const name = `${dataset} / ${task} / ${metric}`;
     if (!groups.has(name)) groups.set(name, []);
