@@ -102,6 +102,7 @@ function distributions() {
   const c = DATA.clusters;
   const sizes = c.sizes.filter((s, i) => s[2] || i);
   const [from, to] = c.cosine_edges, width = (to - from) / c.cosines.length;
+  // The bins without images at both ends are cut off.
   const used = c.cosines.map((n, i) => n ? i : -1).filter((i) => i >= 0);
   const bins = c.cosines.slice(used[0], used.at(-1) + 1);
   const charts = [
@@ -180,6 +181,7 @@ function imageDetail(image) {
       el('p', {class: 'soft'}, image.key + (image.label === null ? '' : ` · class ${image.label}`))),
     el('ol', {}, image.clusters.map((id, rank) => {
       const card = c.cards[id];
+      // A cluster without another image names no class; see agreement.py.
       const others = card.rows.some((row) => row !== image.row);
       const right = others && image.label !== null && card.class === image.label;
       return el('li', {},
@@ -211,6 +213,7 @@ function images() {
     const found = c.images.filter((_, i) => matches(search.value, texts[i]));
     picker.replaceChildren(...found.map((image) => buttons[c.images.indexOf(image)]));
     count.textContent = `${found.length} of ${c.images.length} images sampled from ${format(c.num_images)}`;
+    // The detail always shows an image that the search found.
     if (found.length) show(found[0]); else detail.replaceChildren();
   };
   search.addEventListener('input', draw);
