@@ -1,1 +1,1 @@
-"""The evaluate stage: tasks on frozen features, ours beside the baselines."""
+"""The evaluate stage, which scores a run's frozen encoder beside baselines."""

@@ -1,9 +1,11 @@
 """Contrastive losses of image-text pairs, split over every device.
 
-The [B, B] logits never exist: each device has its own rows, a chunk of columns
-at a time, and the backward pass computes them anew. Embeddings are gathered,
-O(B D). Shapes: B pairs, D embedding, T pairs of a chunk; upper case is global,
-lower case this device's part.
+The [B, B] logits never exist as one array. Every device gathers all embeddings,
+[B, D], and computes the logits of its own rows one chunk of columns at a time.
+The backward pass computes each chunk again instead of storing it.
+
+Shapes: B pairs, D embedding, T pairs in a chunk. Upper case is global, lower
+case this device's part.
 """
 
 from collections.abc import Callable
@@ -18,25 +20,26 @@ from mlcd_jax import sharding
 
 LOSSES = ('softmax', 'sigmoid')
 
-# Pairs of a chunk: a device's logits are [b, _CHUNK] at a time.
+# Columns of logits that a device holds at a time: 4 KiB of float32 per row.
 _CHUNK = 1_024
 
 
 def make(
   name: str, mesh: Mesh, *, chunk: int = _CHUNK
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-  """Makes a loss of unit rows.
+  """Makes a contrastive loss for unit rows.
 
   Args:
-    name: 'softmax', the mean of both directions' cross-entropy (CLIP, Radford
-      et al. 2021, figure 3); or 'sigmoid', every pair of the batch on its own
-      (SigLIP, Zhai et al. 2023, algorithm 1).
-    mesh: whose devices all split the batch.
-    chunk: T, columns of logits that exist at a time.
+    name: 'softmax' for the mean cross-entropy of both directions (CLIP, Radford
+      et al. 2021, figure 3), or 'sigmoid' for a binary loss on each of the
+      B * B combinations (SigLIP, Zhai et al. 2023, algorithm 1).
+    mesh: the mesh of all devices; they split the batch.
+    chunk: T, the number of columns of logits that exist at a time.
 
   Returns:
-    (images [B, D], texts [B, D], scale, bias) -> mean loss of a pair; logits
-    are scale times the cosine plus the bias, which softmax does not depend on.
+    A function (images [B, D], texts [B, D], scale, bias) -> loss, averaged
+    over the pairs. Logits are scale * cosine + bias. The bias does not change
+    the softmax loss.
   """
   local = {'softmax': _softmax, 'sigmoid': _sigmoid}[name]
 
@@ -59,8 +62,9 @@ def make(
 
 
 def _softmax(images_bD, texts_bD, scale, bias, chunk):
-  """Sum of this device's cross-entropies, half of each direction's."""
-  # One collective: two that do not depend on each other have no order.
+  """Returns the sum over this device's rows of both directions' mean loss."""
+  # Images and texts are gathered in one collective. Two independent ones could
+  # run in a different order on each device and deadlock.
   both_BE = _gathered(jnp.concatenate([images_bD, texts_bD], axis=1))
   images_BD, texts_BD = jnp.split(both_BE, 2, axis=1)
   over_columns = functools.partial(
@@ -78,7 +82,12 @@ def _softmax(images_bD, texts_bD, scale, bias, chunk):
 
 
 def _sigmoid(images_bD, texts_bD, scale, bias, chunk):
-  """Sum of this device's rows; -log sigmoid(x) is softplus(x) - x."""
+  """Returns the sum of this device's rows of the sigmoid loss.
+
+  A negative costs -log sigmoid(-x) = softplus(x), and a positive
+  -log sigmoid(x) = softplus(x) - x. So every logit adds its softplus, and the
+  positives' logits are subtracted once.
+  """
   all_b = _over_columns(
     images_bD,
     _gathered(texts_bD),
@@ -93,30 +102,46 @@ def _sigmoid(images_bD, texts_bD, scale, bias, chunk):
 
 
 def _right(images_bD, texts_bD, scale, bias):
-  """Logits [b] of what belongs together."""
+  """Returns the logits [b] of the matching pairs."""
   return scale * jnp.sum(images_bD * texts_bD, axis=1) + bias
 
 
 def _gathered(x_bD):
+  """Gathers the rows of all devices into [B, D]."""
   return lax.all_gather(x_bD, sharding.AXES, tiled=True)
 
 
 def _over_columns(x_bD, y_BD, *, reduce, join, empty, scale, bias, chunk):
-  """Reduces logits [b, B] of own rows and everybody's columns to [b]."""
+  """Reduces the logits [b, B] of this device's rows to [b], chunk by chunk.
+
+  Args:
+    x_bD: this device's rows.
+    y_BD: the rows of all devices, which are the columns of the logits.
+    reduce: logits [b, T] of a chunk -> [b].
+    join: combines two results [b] of `reduce`.
+    empty: the result of no columns.
+    scale: the factor of the cosine.
+    bias: the number added to every logit.
+    chunk: T.
+  """
   num = len(y_BD)
   chunk = min(chunk, num)
   starts = jnp.arange(0, num, chunk)
   y_BD = jnp.pad(y_BD, [(0, -num % chunk), (0, 0)])
 
+  # Without checkpoint the scan would store all [b, B] logits for the gradient.
   @jax.checkpoint
   def add(carry_b, start_and_chunk):
     start, y_TD = start_and_chunk
     logits_bT = scale * (x_bD @ y_TD.T) + bias
-    # Padding is a logit that adds nothing to either loss.
+    # The last chunk is padded. A logit of -inf adds 0 to logsumexp and to the
+    # sum of softplus.
     exists_T = start + jnp.arange(chunk) < num
     logits_bT = jnp.where(exists_T[None], logits_bT, -jnp.inf)
     return join(carry_b, reduce(logits_bT)), None
 
+  # The carry differs between devices from the first chunk on; shard_map wants
+  # its type to say so from the start.
   empty_b = lax.pcast(
     jnp.full(len(x_bD), empty, x_bD.dtype), sharding.AXES, to='varying'
   )

@@ -1,13 +1,15 @@
 """The data sets of MLCD's linear probe, by name (Tables 1, 11 and 12).
 
-`--config.evaluate.named=food101,pets` or `=paper` adds them to
-evaluate.datasets. Those that TFDS has are read from its folder
-(evaluate.data_dir, '' = its own); the others from evaluate.data_dir/NAME with a
-folder a split and in it one a class, COCO as it is published. The sizes of
-resisc45, eurosat, clevr, kitti, gtsrb and country211 are those of MLCD's Table
-11; the others are meant to be those of Radford et al. (2021), Table 9, and were
-not checked against it, nor were the splits. A data set that has others is
-scored, with a warning.
+`--config.evaluate.named=food101,pets` adds these two to evaluate.datasets, and
+`--config.evaluate.named=paper` adds all of NAMED. A data set that TFDS has is
+read from evaluate.data_dir, or from TFDS's own folder if that is ''. Any other
+is read from evaluate.data_dir/NAME, which has a folder for each split and in it
+a folder for each class. COCO is read in its published layout.
+
+The sizes of resisc45, eurosat, clevr, kitti, gtsrb and country211 come from
+MLCD's Table 11. The other sizes are meant to be those of Radford et al. (2021),
+Table 9, but neither they nor the splits were checked against it. A data set of
+another size is scored all the same, with a warning.
 """
 
 import dataclasses
@@ -28,14 +30,16 @@ class Named:
   """One data set of the paper.
 
   Attributes:
-    train: images for fitting and validation together.
-    test: images for scoring.
-    metric: of config.METRICS.
-    tfds: its name in TFDS; '' where it must be downloaded by hand.
-    source: of those, one of config.SOURCES.
-    url: where they come from, if the source does not say it.
-    splits: for train, validation ('' = a part of train) and test.
-    keys: features of TFDS other than image and label.
+    train: the published number of images in train and validation together.
+    test: the published number of images in test.
+    metric: the metric of the linear probe, one of config.METRICS.
+    tfds: the name in TFDS; '' if TFDS does not have the data set.
+    source: how a data set that is not in TFDS is read, one of config.SOURCES.
+    url: the place to download it from; '' if TFDS downloads it.
+    splits: the names of the splits for train, validation and test. An empty
+      validation takes a part of train.
+    keys: fields of the data set in the config that differ from the defaults,
+      such as label_key.
   """
 
   train: int
@@ -79,8 +83,9 @@ NAMED = {
     'map_11_point',
     tfds='voc/2007',
     splits=_WITH_VALIDATION,
-    # An image with only difficult objects of a class is left out of it, as by
-    # the VOC development kit and ML-GCN's meter.
+    # `labels` also has the objects marked difficult. An image that has only
+    # difficult objects of a class is neither positive nor negative for it, as
+    # in the VOC development kit and in ML-GCN's meter.
     keys={
       'label_key': '',
       'attributes_key': 'labels_no_difficult',
@@ -159,8 +164,8 @@ NAMED = {
   ),
 }  # fmt: skip
 
-# For multi_label (Tan et al. 2024). COCO is what ML-GCN's coco.py keeps of its
-# 82,783 and 40,504 images: those with an annotation.
+# The data sets of the multi_label task (Tan et al. 2024). COCO has 82,783 and
+# 40,504 images; ML-GCN's coco.py keeps the 82,081 and 40,137 with annotations.
 MULTI_LABEL = {
   'voc07': dataclasses.replace(NAMED['voc2007']),
   'coco': Named(
@@ -183,10 +188,10 @@ _ALL = NAMED | MULTI_LABEL
 
 
 def with_named(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """Returns the config with what evaluate.named asks for in its data sets.
+  """Returns the config with the data sets of evaluate.named added.
 
   Raises:
-    UserError: an unknown name.
+    UserError: a name is unknown.
   """
   names = config_lib.split_names(config.evaluate.named)
   if not names:
@@ -198,12 +203,13 @@ def with_named(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         f'evaluate.named: {name!r} is unknown; use paper, or any of: '
         + ', '.join(_ALL)
       )
-    with config.unlocked():  # As flags leave it.
+    with config.unlocked():  # Configs from flags are locked.
       _add(config, name, _ALL[name])
   return config
 
 
 def _add(config: ml_collections.ConfigDict, name: str, named: Named) -> None:
+  """Adds one of the data sets to evaluate.datasets."""
   root = config.evaluate.data_dir
   train, validation, test = named.splits
   fields = dict(
@@ -219,6 +225,7 @@ def _add(config: ml_collections.ConfigDict, name: str, named: Named) -> None:
       path = os.path.join(path, '{split}')
     fields |= dict(source=named.source, path=path, data_dir='')
   fields |= named.keys
+  # Prompts name classes, so a data set with attributes only takes none.
   classes = bool(fields['label_key'])
   config_lib.add_dataset(
     config,
@@ -233,7 +240,16 @@ def _add(config: ml_collections.ConfigDict, name: str, named: Named) -> None:
 
 
 def way_out(name: str, config: ml_collections.ConfigDict) -> str:
-  """What to do where a named data set is not there; '' for any other."""
+  """Returns the advice for an error about a named data set that is missing.
+
+  Args:
+    name: the name of the data set.
+    config: the config of the run.
+
+  Returns:
+    The end of an error message; '' if the data set is not from evaluate.named
+    or if the error of its source is enough.
+  """
   named = _ALL.get(name)
   if named is None or name not in _asked(config):
     return ''
@@ -256,12 +272,13 @@ def way_out(name: str, config: ml_collections.ConfigDict) -> str:
 def check_sizes(
   name: str, config: ml_collections.ConfigDict, sizes: dict[str, int]
 ) -> None:
-  """Warns where a named data set has other numbers of images than published.
+  """Warns if a named data set differs in size from the published one.
 
   Args:
-    name: of the data set.
-    config: of the run.
-    sizes: images by split: train, validation, test.
+    name: the name of the data set; one that is not from evaluate.named has no
+      published size and passes.
+    config: the config of the run.
+    sizes: the number of images by split: train, validation and test.
   """
   if name not in _asked(config):
     return
@@ -276,5 +293,6 @@ def check_sizes(
 
 
 def _asked(config: ml_collections.ConfigDict) -> list[str]:
+  """Returns the names in evaluate.named, with `paper` spelled out."""
   names = config_lib.split_names(config.evaluate.named)
   return list(NAMED) if names == ['paper'] else names

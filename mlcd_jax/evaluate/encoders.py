@@ -1,6 +1,7 @@
-"""The encoders that are scored: images in, features out.
+"""The encoders that are scored; an encoder turns images into features.
 
-Shapes: B images, S pixels of a side, D features.
+Shapes: B images, S pixels per side, D features. Upper case is global, lower
+case this host's part.
 """
 
 from collections.abc import Callable
@@ -26,24 +27,26 @@ from mlcd_jax.weights import text as text_lib
 
 _FIELD = 'evaluate.encoder'
 
-# Side that images are brought to before their pixels serve as features.
+# Pixels per side of the `raw` baseline: 32 * 32 * 3 = 3,072 features.
 _RAW_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """Images in, features out.
+  """An encoder with the preprocessing of its images.
 
   Attributes:
     image_size: S.
-    encode: this host's images uint8 [b, S, S, 3] of a global batch, its
-      sharding.own_rows of the mesh -> float32 [B, D] of all of it, in order.
-    prepare: RGB uint8 [H, W, 3] of any size to uint8 [S, S, 3]; shorter side
-      and center where not given.
-    model: the Linen module, where it is one of the project's.
-    params: of the model.
-    text_path: a folder or name with a text tower for the model's `embedding`.
-    mesh: over which a batch is split.
+    encode: images uint8 [b, S, S, 3] -> features float32 [B, D]. It takes the
+      rows of a global batch that `sharding.own_rows` gives to this host, and
+      returns the features of the whole batch, in order, on every host.
+    prepare: RGB uint8 [H, W, 3] of any size -> uint8 [S, S, 3]. None resizes
+      the shorter side to S and crops the center.
+    model: the Linen module; None if the features come from no such model.
+    params: the parameters of the model.
+    text_path: a path or hub name with a text tower that matches the model's
+      `embedding`; '' if there is none.
+    mesh: the mesh whose devices split a batch.
   """
 
   image_size: int
@@ -56,14 +59,14 @@ class Encoder:
 
 
 class Trained(Protocol):
-  """What evaluation needs of a train program."""
+  """The part of a train program that the evaluation uses."""
 
   model: models.Encoder
   mesh: Mesh
-  abstract_state: Any  # With `encoder`, the parameters to evaluate.
+  abstract_state: Any  # The parameters to evaluate are in its `encoder`.
 
   def init_encoder(self) -> Any:
-    """Returns the parameters of an encoder before training."""
+    """Returns the initial parameters of the encoder, from before training."""
     ...
 
 
@@ -75,14 +78,14 @@ def from_model(
   prepare: Callable[[np.ndarray], np.ndarray] | None = None,
   image_size: int = 0,
 ) -> Encoder:
-  """Pooled features of one of the project's models.
+  """Makes an encoder that returns the pooled features of a model.
 
   Args:
-    model: returns a dict with `pooled`.
-    params: of the model.
-    mesh: over which a batch is split.
+    model: a Linen module that returns a dict with `pooled` [B, D].
+    params: the parameters of the model.
+    mesh: the mesh whose devices split a batch.
     prepare: see `Encoder`.
-    image_size: S; the model's own where 0.
+    image_size: S; 0 takes the model's own.
   """
 
   def encode(images):
@@ -93,10 +96,11 @@ def from_model(
   return Encoder(size, encode, prepare, model, params, mesh=mesh)
 
 
-# Of all encoders of a model: evaluation within training, and a run's baselines,
-# do not compile it again.
+# At module level, so that all encoders of one model share the compiled code:
+# those of each evaluation inside training, and a run's random baseline.
 @functools.partial(jax.jit, static_argnames=('model', 'mesh'))
 def _pooled(params, images, *, model, mesh):
+  """Returns the pooled features [B, D] on every device."""
   out = model.apply({'params': params}, images)['pooled']
   return jax.lax.with_sharding_constraint(
     out, NamedSharding(mesh, sharding.REPLICATED)
@@ -104,7 +108,7 @@ def _pooled(params, images, *, model, mesh):
 
 
 def from_embedder(embedder: embedders.Embedder) -> Encoder:
-  """The features that were clustered."""
+  """Makes an encoder from the embedder whose embeddings were clustered."""
   mesh = sharding.make_mesh()
   return Encoder(
     embedder.image_size,
@@ -115,7 +119,7 @@ def from_embedder(embedder: embedders.Embedder) -> Encoder:
 
 
 def raw_pixels() -> Encoder:
-  """Pixels in 0 .. 1, at 32 x 32."""
+  """Makes an encoder whose features are the pixels at 32 x 32, from 0 to 1."""
   mesh = sharding.make_mesh()
   return Encoder(
     _RAW_SIZE,
@@ -127,15 +131,16 @@ def raw_pixels() -> Encoder:
 
 
 def load(path: str, mesh: Mesh) -> Encoder:
-  """Loads `evaluate.encoder`, with the preprocessing that belongs to it.
+  """Loads `evaluate.encoder` with its own preprocessing.
 
   Args:
-    path: see `hub.find`.
-    mesh: over which a batch is split.
+    path: the path or hub name; see `hub.find`.
+    mesh: the mesh whose devices split a batch.
 
   Raises:
-    UserError: there is no encoder, or not a whole one.
+    UserError: there is no encoder at the path, or it is incomplete.
   """
+  # The functions below each resolve the name; all must get the same commit.
   path = hub.pinned(path, _FIELD)
   model, variables, _ = load_lib.load(path, _FIELD)
   params = jax.device_put(
@@ -151,7 +156,15 @@ def load(path: str, mesh: Mesh) -> Encoder:
 
 
 def identity(path: str) -> dict[str, Any]:
-  """What says which weights `evaluate.encoder` stands for now."""
+  """Identifies the weights at `evaluate.encoder`, for later comparison.
+
+  Args:
+    path: the path or hub name; see `hub.find`.
+
+  Returns:
+    The step and the train stage's fingerprint if the path is a run's, as for
+    the run's own encoder. Otherwise what `pinned.pin` returns.
+  """
   kind, folder = hub.find(path, _FIELD)
   if kind != hub.RUN:
     return distributed.decide('encoder', lambda: pinned.pin(path, _FIELD))

@@ -1,6 +1,6 @@
 """Frozen features of labelled data sets, extracted once for all tasks.
 
-Shapes: N images, D features.
+Shapes: N images, D features, C classes.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ from mlcd_jax.runtime import progress as progress_lib
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """One split through one encoder; bad images are left out.
+  """The features and labels of one split, without images that do not decode.
 
   Attributes:
     features: float32 [N, D].
-    labels: int32 [N], -1 where there is none.
-    records: int64 [N], each row's place in the source.
-    source: whose records they are.
+    labels: int32 [N], the class of each image, or -1 if it has none.
+    records: int64 [N], the index of each row's record in `source`.
+    source: the source of the records.
   """
 
   features: np.ndarray
@@ -44,11 +44,12 @@ class Split:
     return len(self.labels)
 
   def hot(self) -> np.ndarray | None:
-    """Returns the labels where records have several each.
+    """Returns the attributes of all images, for sources with several each.
 
     Returns:
-      int8 [N, C]: 1 and 0, and -1 where neither is known; such a label is
-      left out of fits and scores. None where records have one label at most.
+      int8 [N, C]: 1 if the image has the attribute, 0 if it does not, and -1
+      if that is not known. Fits and scores leave out the -1. None if the source
+      has no attributes.
     """
     return self._hot
 
@@ -60,8 +61,11 @@ class Split:
     for row, number in zip(hot, self.records):
       record = self.source[int(number)]
       labels = record['attributes']
-      if len(labels) and np.all(labels < 0):  # Nobody has said what is there.
+      # Only negative labels mean an image that nobody annotated. No labels at
+      # all mean an annotated image without any of the attributes.
+      if len(labels) and np.all(labels < 0):
         row[:] = -1
+      # Attributes that may or may not count, such as VOC's difficult objects.
       row[record.get('ignored', [])] = -1
       row[labels[labels >= 0]] = 1
     return hot
@@ -71,10 +75,11 @@ class Split:
     return [self.source[int(record)][name] for record in self.records]
 
   def labelled(self, *, several: bool) -> 'Split':
-    """Leaves out the rows without a label, and their records.
+    """Returns the split without the images that lack a label.
 
     Args:
-      several: labels an image; otherwise its class.
+      several: True to keep images with at least one known attribute, False to
+        keep images with a class.
     """
     known = self.labels >= 0
     if several:
@@ -93,21 +98,24 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-  """What a task gets: one data set through one encoder.
+  """The input of a task: the features of one data set from one encoder.
 
-  Every row has a label, if the task is one that needs them.
+  For a task that needs labels, every row has one.
 
   Attributes:
-    train: for fitting; None where the data set has none, and then the task
-      is one of labelled.UNFITTED.
-    test: for scoring.
-    num_classes: of the data set, whether they occur or not.
-    mesh: of all devices.
-    encoder: what made the features.
-    extract: (source, its name) -> Split, of any other images, cached too.
-    validation: for choosing; None where the data set has none.
+    train: the split to fit on. None if the data set has none; then the task is
+      one of labelled.UNFITTED.
+    test: the split to score.
+    num_classes: C, the number of classes of the data set, including those
+      without an image; 0 if it has no classes.
+    mesh: the mesh of all devices.
+    encoder: the encoder that made the features.
+    extract: a function (source, name) -> Split that encodes other images and
+      caches their features under the name.
+    validation: the split to choose settings on; None if the data set has none.
     config: the fields of evaluate.datasets.<name>.
-    shared: what tasks keep for each other, over all data sets of an encoder.
+    shared: a dict in which tasks keep results for other tasks and data sets,
+      such as the text tower; one for each encoder.
   """
 
   train: Split | None
@@ -125,16 +133,16 @@ class Data:
 
 @dataclasses.dataclass
 class Extractor:
-  """Encodes sources, each once, and keeps the features on disk.
+  """Encodes sources and caches their features on disk.
 
-  A file is used again if the source has the same keys and the encoder gives
-  the same bits for the first batch; otherwise it is made anew.
+  A cached file is used again if the source has the same keys and the encoder
+  gives bit-identical features for the first batch. Otherwise it is replaced.
 
   Attributes:
-    encoder: see `encoders.Encoder`.
-    name: of the encoder, in file names and progress lines.
-    batch_size: images a call, over all hosts.
-    folder: where the files are; None keeps nothing.
+    encoder: the encoder; see `encoders.Encoder`.
+    name: the name of the encoder in file names and progress lines.
+    batch_size: the number of images in a global batch.
+    folder: the folder of the cached files; None caches nothing.
   """
 
   encoder: encoders.Encoder
@@ -143,11 +151,14 @@ class Extractor:
   folder: pathlib.Path | None = None
 
   def __call__(self, source: sources.Source, name: str) -> Split:
-    """Returns the features of the source's images that decode.
+    """Returns the features of the images that decode; all processes call it.
 
     Args:
-      source: images, with labels or without.
-      name: of the data set and split.
+      source: the images, with or without labels.
+      name: the name of the data set and split.
+
+    Raises:
+      RunError: the processes see different records.
     """
     sources.check_same(source, f'evaluate.datasets ({name})')
     path = self._path(name)
@@ -163,7 +174,7 @@ class Extractor:
         if kept:
           found = {k: kept[k] for k in ('features', 'labels', 'records')}
           return Split(**found, source=source)
-      # On the way that the images went, so that they come in the same order.
+      # Gathered like the features, so that labels and features have one order.
       values.append(
         sharding.all_rows(
           self.encoder.mesh,
@@ -186,6 +197,7 @@ class Extractor:
     return Split(**found, source=source)
 
   def _batches(self, source):
+    """Yields this host's rows of the batches; see `ordered_batches`."""
     return pipelines.ordered_batches(
       source,
       batch_size=self.batch_size,
@@ -195,6 +207,7 @@ class Extractor:
     )
 
   def _path(self, name: str) -> pathlib.Path | None:
+    """Returns the path of the cached file; None if nothing is cached."""
     if self.folder is None:
       return None
     stem = re.sub(r'[^\w.-]+', '_', f'{self.name} {name}').strip('_')
@@ -204,7 +217,13 @@ class Extractor:
 def _kept(
   path: pathlib.Path, keys: bytes, first: np.ndarray
 ) -> dict[str, np.ndarray] | None:
-  """What a file has, if it is of these keys and the first batch's features."""
+  """Reads a cached file in all processes; None if it is absent or stale.
+
+  Args:
+    path: the path of the file.
+    keys: the digest of the source, from `_digest`.
+    first: the features of the first batch, from the encoder of now.
+  """
   found = {}
 
   def is_same() -> bool:
@@ -217,11 +236,16 @@ def _kept(
 
   if not distributed.decide('kept features', is_same):
     return None
+  # Only process 0 called `is_same`.
   return found or files.read_npz(path)
 
 
 def _digest(source: sources.Source) -> bytes:
-  """Of the keys, and of the numbers of the classes where they are new."""
+  """Returns the SHA-256 of a source's keys.
+
+  For a source with renumbered classes it includes the original numbers, since
+  the cached labels are places in their list.
+  """
   digest = hashlib.sha256(b'\n'.join(source.keys().tolist()))
   digest.update(np.asarray(getattr(source, 'numbers', ()), np.int64))
   return digest.digest()

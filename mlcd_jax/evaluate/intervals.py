@@ -1,22 +1,27 @@
-"""Intervals beside the scores."""
+"""Confidence intervals of the scores, all at 95 %.
+
+Shapes: N items.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 import scipy.stats
 
+# Bootstrap samples; 25 of their means lie beyond each end of the interval.
 _RESAMPLES = 1_000
 
 
 def bootstrap(values: np.ndarray, *, seed: int) -> dict[str, float]:
-  """Mean of one value per item, with its 95 % bootstrap interval.
+  """Returns the mean of one value per item with its bootstrap interval.
 
   Args:
-    values: [N], such as 1 where a prediction is right and 0 where not.
-    seed: of the resampling.
+    values: [N], such as 1 for a right prediction and 0 for a wrong one.
+    seed: the seed of the resampling.
 
   Returns:
-    {'': mean, '_low', '_high', '_count'}, to be joined to a metric's name.
+    The mean under '', the ends of the interval under '_low' and '_high', and N
+    under '_count'. The caller appends each key to the name of the metric.
   """
   rng = np.random.default_rng(seed)
   means = [rng.choice(values, len(values)).mean() for _ in range(_RESAMPLES)]
@@ -36,13 +41,17 @@ def bootstrap_of(
   *,
   seed: int,
 ) -> dict[str, float]:
-  """As `bootstrap`, of any metric of items.
+  """Returns any metric of items with its bootstrap interval.
 
   Args:
-    metric: (scores, labels) -> value; NaN of a resample is left out.
+    metric: a function (scores, labels) -> value. Samples for which it is NaN
+      are left out of the interval.
     scores: [N, ...].
     labels: [N, ...].
-    seed: of the resampling.
+    seed: the seed of the resampling.
+
+  Returns:
+    The value, the interval and N, under the keys of `bootstrap`.
   """
   rng = np.random.default_rng(seed)
   values = np.zeros(_RESAMPLES)
@@ -62,13 +71,13 @@ def bootstrap_of(
 
 
 def over_draws(values: np.ndarray) -> dict[str, float]:
-  """Mean over repeated draws, with its 95 % interval by Student's t.
+  """Returns the mean over repeated draws with its Student's t interval.
 
   Args:
-    values: [n] with n > 1, one score a draw.
+    values: [n] with n > 1, one score per draw.
 
   Returns:
-    As `bootstrap`; the count is that of the draws.
+    The mean, the interval and n, under the keys of `bootstrap`.
   """
   half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
   mean = float(np.mean(values))

@@ -1,7 +1,7 @@
-"""Which images a task gets: those with the labels that it needs.
+"""Selection of the images that have the labels a task needs.
 
-The one place where images without a label are left out, so that no task has
-to look for them. An image without a class may still have attributes.
+This is the only place that leaves out images without a label, so that no task
+has to check for them. An image without a class may still have attributes.
 """
 
 from collections.abc import Mapping
@@ -19,25 +19,29 @@ from mlcd_jax.runtime import errors
 
 _log = logging.getLogger(__name__)
 
-# Tasks that fit nothing to a data set, and need no train split.
+# The tasks that fit nothing on a data set, so that it needs no train split.
 UNFITTED = ('zero_shot', 'retrieval')
 
 
 def num_classes(splits: Mapping[str, sources.Source]) -> int:
-  """Returns that of all splits; one may lack images of the last class."""
+  """Returns the number of classes of a data set.
+
+  It is the maximum over the splits, since a split may have no image of the
+  last class.
+  """
   return max(source.num_classes for source in splits.values())
 
 
 def keep(task: str, data: features.Data, name: str) -> features.Data:
-  """Leaves out the images without the labels that a task needs.
+  """Returns the data without the images that lack the labels a task needs.
 
   Args:
-    task: of config.TASKS.
-    data: of all images.
-    name: of the data set.
+    task: the name of the task, one of config.TASKS.
+    data: the data with all images.
+    name: the name of the data set.
 
   Raises:
-    UserError: no image of a split is left.
+    UserError: a split has no image left.
   """
   needed = _needed(task, data.config, data.num_classes)
   kept = {}
@@ -59,12 +63,12 @@ def check(
   config: ml_collections.ConfigDict,
   splits: Mapping[str, sources.Source],
 ) -> None:
-  """Raises UserError if a data set lacks the labels that its tasks need.
+  """Raises UserError if a data set lacks the labels that the tasks need.
 
   Args:
-    name: of the data set.
-    config: of the run.
-    splits: train, validation and test, where there are such.
+    name: the name of the data set.
+    config: the config of the run.
+    splits: the sources by split; train and validation may be absent.
   """
   field = f'evaluate.datasets.{name}'
   dataset, tasks = config.evaluate.datasets[name], config_lib.tasks(config)
@@ -79,7 +83,7 @@ def check(
   total = num_classes(splits)
   if any(_needed(task, dataset, total) == 'class' for task in tasks):
     for split, source in splits.items():
-      # Mostly the first image settles it.
+      # This reads few records: usually the first one has a label.
       if not any(source[i]['label'] >= 0 for i in range(len(source))):
         raise _nothing_left(name, split, 'class', dataset)
   if 'zero_shot' in tasks:
@@ -87,15 +91,27 @@ def check(
 
 
 def _needed(task: str, dataset: ml_collections.ConfigDict, total: int) -> str:
-  """Whether a task needs the class or the attributes; '' for neither."""
+  """Returns the kind of label that a task needs.
+
+  Args:
+    task: the name of the task.
+    dataset: the fields of the data set in the config.
+    total: the number of classes of the data set.
+
+  Returns:
+    'class', 'attributes', or '' if it needs neither.
+  """
+  # VOC2007's metric is the mean over attributes, so its probe fits those.
   eleven = dataset.get('metric', 'accuracy') == 'map_11_point'
   if task == 'multi_label' or (task == 'linear' and eleven):
     return 'attributes'
   return 'class' if total else ''
 
 
-@functools.cache  # Once for all encoders, tasks and steps of a training.
+# Cached, so that it warns once and not for each encoder, task and evaluation.
+@functools.cache
 def _tell(name: str, split: str, needed: str, missing: int, total: int) -> None:
+  """Warns about the images of a split that are left out."""
   _log.warning(
     'evaluate: %s %s: %d of %d images have no %s and are left out',
     name, split, missing, total, needed,
@@ -105,6 +121,7 @@ def _tell(name: str, split: str, needed: str, missing: int, total: int) -> None:
 def _nothing_left(
   name: str, split: str, needed: str, dataset: ml_collections.ConfigDict
 ) -> errors.UserError:
+  """Returns the error for a split in which no image has the needed label."""
   field = f'evaluate.datasets.{name}'
   key = 'label_key' if needed == 'class' else 'attributes_key'
   return errors.UserError(

@@ -1,11 +1,11 @@
-"""A text tower for a locked image encoder: its own, or one tuned to it.
+"""Text towers for frozen image encoders: the encoder's own, or one tuned to it.
 
-Locked-image tuning (LiT, Zhai et al. 2022): the features of captioned images
-are extracted once, and a text tower is trained to match them. Ours: features
-are centered by the captioned images' mean, since a cosine says little where
-all features share a large one.
+Tuning is locked-image tuning (LiT, Zhai et al. 2022): the features of captioned
+images are extracted once, and a text tower is trained to match them. Unlike
+LiT, the mean of the captioned images is subtracted from all features. A large
+common mean would bring all cosines close to 1.
 
-Shapes: B pairs, N images, M texts, L tokens, D features.
+Shapes: B pairs, N images, M texts, L tokens, D features, E joint embedding.
 """
 
 from collections.abc import Callable
@@ -39,23 +39,30 @@ from mlcd_jax.weights import tokenizer
 
 _log = logging.getLogger(__name__)
 
-# Scale and bias at the first step, of CLIP's and of SigLIP's papers, and
-# CLIP's bound of the scale.
+# The initial (scale, bias) of each loss. CLIP (Radford et al. 2021, section
+# 2.5) starts at a temperature of 0.07 and clips the scale at 100. SigLIP (Zhai
+# et al. 2023, section 3.2) starts at 10 and -10, since most pairs are negative.
 _FIRST = {'softmax': (1 / 0.07, 0.0), 'sigmoid': (10.0, -10.0)}
 _LARGEST_SCALE = 100.0
 
-_HEAD_WIDTH = 64  # CLIP's.
-_TEXTS_PER_DEVICE = 64  # Of a call that encodes.
-_LOOKED_AT = 100  # Records, for captions, before anything is begun.
+# The width of an attention head, as in CLIP.
+_HEAD_WIDTH = 64
+# Texts that a device encodes at a time. All calls have this one shape, so that
+# the tower is compiled once.
+_TEXTS_PER_DEVICE = 64
+# Records that `check` reads to find a caption. It runs before the first stage,
+# so it must be quick.
+_LOOKED_AT = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Towers:
-  """Images and texts in one space.
+  """Two functions that map images and texts into one embedding space.
 
   Attributes:
-    images: features float32 [N, D] of the encoder -> unit rows [N, E].
-    texts: M texts -> unit rows [M, E].
+    images: a function from the encoder's features float32 [N, D] to unit rows
+      [N, E].
+    texts: a function from M texts to unit rows [M, E].
   """
 
   images: Callable[[np.ndarray], np.ndarray]
@@ -65,14 +72,15 @@ class Towers:
 def towers(
   data: features_lib.Data, config: ml_collections.ConfigDict
 ) -> Towers | None:
-  """Returns the towers of an encoder; they are made once for all tasks.
+  """Returns the towers of an encoder, made at the first call for it.
 
   Args:
-    data: of the task that asks.
-    config: of the run.
+    data: the data of the task; its `shared` keeps the towers for other tasks.
+    config: the config of the run.
 
   Returns:
-    None where the encoder has no text tower and lit.steps=0 tunes none.
+    The towers, or None if the encoder has no text tower of its own and
+    lit.steps=0 forbids tuning one.
   """
   if 'towers' not in data.shared:
     made = None
@@ -87,7 +95,7 @@ def towers(
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError if there is nothing to tune a text tower on."""
+  """Raises UserError if the first images of `data` have no captions."""
   source = sources.make(config.data)
   told = [source[i]['caption'] for i in range(min(_LOOKED_AT, len(source)))]
   if not any(found.strip() for found in told):
@@ -99,7 +107,10 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def captions(split: features_lib.Split) -> list[list[str]]:
-  """Every image's captions; a source gives several as lines of one."""
+  """Returns the captions of every image.
+
+  A source gives the captions of an image as lines of one string.
+  """
   return [
     [line.strip() for line in found.splitlines() if line.strip()]
     for found in split.values('caption')
@@ -107,7 +118,7 @@ def captions(split: features_lib.Split) -> list[list[str]]:
 
 
 def _released(data: features_lib.Data) -> Towers:
-  """The towers of a CLIP checkpoint, as they are."""
+  """Returns the towers of a CLIP checkpoint, without any training."""
   path, field = data.encoder.text_path, 'evaluate.encoder'
   model, variables = huggingface_text.load(path, field=field)
   words = huggingface_text.load_tokenizer(path, model, field=field)
@@ -121,7 +132,7 @@ def _released(data: features_lib.Data) -> Towers:
 def _tuned(
   data: features_lib.Data, config: ml_collections.ConfigDict
 ) -> Towers:
-  """A text tower trained on the images and captions of config.data."""
+  """Trains a text tower on the images and captions of config.data."""
   split = data.extract(sources.make(config.data), 'captions')
   told = captions(split)
   rows = np.flatnonzero([len(found) > 0 for found in told])
@@ -144,6 +155,7 @@ def _tuned(
 def _make_tower(
   config: ml_collections.ConfigDict, embedding_dim: int
 ) -> tuple[text.TextTower, tokenizer.Tokenizer]:
+  """Makes CLIP's text tower and its tokenizer from the `lit` fields."""
   words = tokenizer.clip(config.context)
   model = text.TextTower(
     vocab_size=words.vocab_size,
@@ -167,22 +179,23 @@ def train(
   config: ml_collections.ConfigDict,
   mesh: Mesh,
 ) -> dict[str, Any]:
-  """Trains a text tower to match images.
+  """Trains a text tower to match the features of captioned images.
 
   Args:
-    model: of the tower.
-    words: its tokenizer.
-    images_ND: unit rows.
-    told: captions of every image; a step takes one of them.
-    config: of the run; the fields of `lit`, and `optimizer` but for the
-      learning rate.
-    mesh: whose devices split a batch.
+    model: the text tower.
+    words: the tokenizer of the tower.
+    images_ND: the features of the images, as unit rows.
+    told: the captions of every image, at least one each. A step draws one of
+      an image's captions.
+    config: the config of the run. It uses `lit`, and `optimizer` except for
+      the learning rate, which is lit.learning_rate.
+    mesh: the mesh whose devices split a batch.
 
   Returns:
-    The tower's parameters, on every device.
+    The parameters of the tower, on every device.
 
   Raises:
-    UserError: the devices do not divide lit.batch_size.
+    UserError: lit.batch_size is not divisible by the number of devices.
   """
   if config.lit.batch_size % mesh.size:
     raise errors.UserError(
@@ -202,6 +215,7 @@ def train(
   progress = progress_lib.Progress('text tower', config.lit.steps, unit='steps')
   for i in range(config.lit.steps):
     rows = _rows_of(i, len(images_ND), config)[own]
+    # Drawn for the global batch, so that it is the same on any number of hosts.
     rng = np.random.default_rng((config.seed, i))
     chosen = rng.integers(0, 2**31, config.lit.batch_size)[own]
     texts = [told[row][n % len(told[row])] for row, n in zip(rows, chosen)]
@@ -215,7 +229,11 @@ def train(
 def _rows_of(
   step: int, num_pairs: int, config: ml_collections.ConfigDict
 ) -> np.ndarray:
-  """Rows of a global batch, in an order that is another each epoch."""
+  """Returns the rows of a step's global batch.
+
+  Each epoch takes every row once, in a new order. A batch may reach into the
+  next epoch.
+  """
   first = step * config.lit.batch_size
   return np.array(
     [
@@ -226,8 +244,10 @@ def _rows_of(
 
 
 def _make_step(model, params, config, mesh):
-  """Returns (state, batch) -> (state, loss), and the first state."""
+  """Returns a function (state, batch) -> (state, loss), and the first state."""
   fields = config.optimizer.copy_and_resolve_references()
+  # The multipliers and the sparse update are for the train stage's parameters,
+  # which a text tower does not have.
   fields.update(
     learning_rate=config.lit.learning_rate, multipliers=(), head_update='dense'
   )
@@ -236,9 +256,14 @@ def _make_step(model, params, config, mesh):
   return step, (params, start(params))
 
 
-@functools.cache  # The next encoder's tower is not compiled again.
+# Cached, so that the tower of the next encoder is not compiled again.
+@functools.cache
 def _program(model, loss_name, steps, fields, mesh):
-  """Makes params -> moments, and (state, batch) -> (state, loss)."""
+  """Makes the functions params -> moments and (state, batch) -> (state, loss).
+
+  A state is (params, moments of the optimizer). A batch has the unit rows
+  `images` [B, D] and the `tokens` [B, L].
+  """
   loss = contrastive.make(loss_name, mesh)
   tx = optimizer.make(fields, optimizer.make_schedule(fields, steps))
 
@@ -269,7 +294,14 @@ def _text_encoder(
   words: tokenizer.Tokenizer,
   mesh: Mesh,
 ) -> Callable[[Sequence[str]], np.ndarray]:
-  """Texts to unit rows, in batches of one shape."""
+  """Makes a function from texts to unit rows, in padded batches of one shape.
+
+  Args:
+    model: the text tower.
+    params: the parameters of the tower.
+    words: the tokenizer of the tower.
+    mesh: the mesh whose devices split a batch.
+  """
   batch_size = _TEXTS_PER_DEVICE * mesh.size
   params = sharding.put(mesh, sharding.REPLICATED, jax.device_get(params))
 
@@ -288,5 +320,6 @@ def _text_encoder(
 
 @functools.partial(jax.jit, static_argnames='model')
 def _encode(params, tokens, *, model):
+  """Returns the unit rows [M, E] of tokens [M, L]."""
   out = model.apply({'params': params}, tokens)
   return unit.unit_embeddings(out['embedding'])

@@ -1,14 +1,14 @@
 """Logistic regression to convergence, as scikit-learn's LogisticRegression.
 
-Minimises the summed loss plus penalty / 2 times the squared weights, the bias
-free; the penalty is 1 / C of scikit-learn. All sums are divided by the number
-of rows, which changes no minimum.
+It minimises the sum of the rows' losses plus penalty / 2 times the sum of the
+squared weights without the bias. The penalty is 1 / C of scikit-learn. The code
+divides all sums by the number of rows, which does not move the minimum.
 
-The features are centered and turned to their principal axes, which changes
-neither the minimum nor the penalty, and makes the Hessian's diagonal a good
-stand-in for the Hessian. Where axes are few its blocks, one an output, cost
-little more and take a tenth of the iterations. Axis 0 is the bias: ones,
-without a penalty.
+The features are centered and rotated to their principal axes. This does not
+change the fitted model, but the Hessian's diagonal becomes a good approximation
+of it. If there are few axes, its diagonal blocks, one for each output, cost
+little more and take a tenth of the iterations. Axis 0 is the bias: 1 on all
+rows, without a penalty.
 
 Shapes: N rows, D features, A axes, C outputs; K tiles of T rows; X is C or 1.
 """
@@ -28,38 +28,40 @@ from mlcd_jax import sharding
 from mlcd_jax.evaluate import newton
 
 MAX_ITERATIONS = 10_000
-# Of the objective: the decrease that is left when the last step is taken. What
-# is left after it is a tenth of that or less.
+# The last Newton step is the one that is expected to lower the objective by
+# less than this share of it. A tenth of that or less then remains.
 TOLERANCE = 1e-7
-# Of the largest variance: below it is the rounding of float64, as along the
-# axes that grey images leave empty.
+# Axes with less than this share of the largest variance hold only rounding
+# errors of float64. Grey images leave such axes.
 _NO_VARIANCE = 1e-24
 _AXES_STEP = 64  # Axes are padded to a multiple, to share compiled code.
-_MAX_BLOCK = 128  # Axes; a block costs a third as many passes over the rows.
-_HOST_ROWS = 8_192  # In float64 at a time.
+_MAX_BLOCK = 128  # Axes; blocks of A axes cost A / 3 passes over the rows.
+_HOST_ROWS = 8_192  # Rows that the host converts to float64 at a time.
 
-_TILES = PartitionSpec(None, sharding.AXES)
-# Features (64 MiB) below which sums over devices cost more than they save.
+_TILES = PartitionSpec(None, sharding.AXES)  # [K, T, ...].
+# Below this number of values (64 MiB), sums over devices cost more than they
+# save.
 _MIN_SPLIT = 2**24
-# Of a tile's logits, over all devices. Small ones stay in a CPU's cache.
+# Logits of a tile, over all devices; on a CPU 1 MiB stays in the cache.
 _CPU_LOGITS, _ACCELERATOR_LOGITS = 2**18, 2**26
 
-# The bias of a class that no row has; its minimum is at minus infinity.
+# The bias of a class without a row; the optimum is minus infinity.
 _NEVER = -1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Features on the devices, ready to be fitted.
+  """Features on the devices, ready for fits.
 
   Attributes:
-    x_KTA: float32, ones and then principal axes; split over the mesh.
-    basis_DA: float64, orthonormal; the rest of the features is zero on all
-      rows.
-    mean_D: float64, what was subtracted.
-    num_rows: N without padding.
+    x_KTA: float32, the rows along the axes, split over the mesh. Ones come
+      first, then the principal axes, then zeros as padding.
+    basis_DA: float64, the orthonormal principal axes, which span the centered
+      features.
+    mean_D: float64, the mean that was subtracted from the features.
+    num_rows: N, without padding.
     num_outputs: C.
-    mesh: of all devices.
+    mesh: the mesh of the devices that share the rows.
   """
 
   x_KTA: jax.Array
@@ -72,16 +74,16 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """What was fitted.
+  """A fitted model.
 
   Attributes:
-    weight_DC: float32, for features as they came.
+    weight_DC: float32, the weights for the original features.
     bias_C: float32.
-    objective: at the minimum: mean loss, plus penalty / (2 rows) times the
-      squared weights.
-    iterations: passes over the rows.
-    converged: False where MAX_ITERATIONS came first.
-    along_AC: bias and weights along the axes, for `start`.
+    objective: the value at the minimum: the mean loss, plus penalty / (2 N)
+      times the sum of the squared weights.
+    iterations: the number of passes over the rows.
+    converged: False if the fit stopped at the maximum of passes.
+    along_AC: the bias and the weights along the axes; `fit` can start from it.
   """
 
   weight_DC: np.ndarray
@@ -93,9 +95,10 @@ class Model:
 
 
 def prepare(x_ND: np.ndarray, mesh: Mesh, *, num_outputs: int) -> Rows:
-  """Puts features on the devices: split over all, or if few on one.
+  """Puts features, the same in all processes, on the devices.
 
-  Several processes then fit the same, each on a device of its own.
+  Many features are split over all devices. Few features go to one device; with
+  several processes, each process then makes the same fits on its own device.
   """
   num_rows = len(x_ND)
   split = x_ND.size >= _MIN_SPLIT
@@ -103,8 +106,8 @@ def prepare(x_ND: np.ndarray, mesh: Mesh, *, num_outputs: int) -> Rows:
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
   mean_D, basis_DA = _axes(x_ND)
   if split and jax.process_count() > 1:
-    # Axes of equal variance are arbitrary: all rows need the same ones. Float64
-    # travels as bytes.
+    # Axes of equal variance are arbitrary, and hosts may find different ones.
+    # They are sent as bytes, since JAX would round float64 to float32.
     mean_D, basis_DA = (
       multihost_utils.broadcast_one_to_all(part.view(np.uint8)).view(np.float64)
       for part in (mean_D, basis_DA)
@@ -130,10 +133,10 @@ def prepare(x_ND: np.ndarray, mesh: Mesh, *, num_outputs: int) -> Rows:
 
 
 def _axes(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The mean and the principal axes, as many as there are rows or features.
+  """Returns the mean [D] and the principal axes [D, A], with A = min(N, D).
 
-  In float64 on the host: features of very different scales need it, and it
-  takes less time than one fit.
+  It runs in float64 on the host, which features of very different scales need.
+  It takes less time than one fit.
   """
   num_rows, dim = x_ND.shape
   mean_D = x_ND.mean(axis=0, dtype=np.float64)
@@ -148,6 +151,7 @@ def _axes(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _turn(x_ND, mean_D, basis_DA):
+  """Returns the centered rows along the axes, float32 [N, A]."""
   x_NA = np.empty((len(x_ND), basis_DA.shape[1]), np.float32)
   for begin in range(0, len(x_ND), _HOST_ROWS):
     rows = slice(begin, begin + _HOST_ROWS)
@@ -156,7 +160,7 @@ def _turn(x_ND, mean_D, basis_DA):
 
 
 def _tile_shape(num_rows, num_outputs, mesh):
-  """Cuts the rows so that a tile's logits stay small."""
+  """Returns the number of tiles and the rows of a tile, over all devices."""
   limit = _CPU_LOGITS if sharding.on_cpu(mesh) else _ACCELERATOR_LOGITS
   count = max(1, round(num_rows / max(limit // num_outputs, 256)))
   tile = -(-num_rows // (count * mesh.size)) * mesh.size
@@ -177,16 +181,17 @@ def fit(
   """Fits a model.
 
   Args:
-    rows: of `prepare`.
-    y: int [N] classes for loss='softmax', 0 or 1 [N, C] for 'sigmoid'; what is
-      below 0 is left out: the row, or with 'sigmoid' that output of it.
-    weight_N: of every row; 0 leaves it out without a change of shape.
-    penalty: see the top of the file.
-    loss: softmax: one class a row; sigmoid: outputs apart, losses added up.
-    start: a model of the same rows and another penalty or weight; it saves
-      iterations.
-    tolerance: of the objective; see TOLERANCE.
-    max_iterations: passes over the rows at which to stop all the same.
+    rows: the features, from `prepare`.
+    y: int. For 'softmax' the classes [N]; for 'sigmoid' 0 or 1, [N, C].
+      Negative entries are left out.
+    weight_N: the weight of every row. 0 leaves out the row but keeps the
+      shapes, so that nothing is compiled again.
+    penalty: the factor of the squared weights; see the top of the file.
+    loss: 'softmax' for one class per row, 'sigmoid' for independent outputs
+      whose losses are added.
+    start: a fit of the same rows to begin at; it saves iterations.
+    tolerance: the relative tolerance of the objective; see TOLERANCE.
+    max_iterations: the passes after which the fit stops, converged or not.
   """
   weight_NX = np.asarray(weight_N, np.float32)[:, None]
   known_NX = np.reshape(y, (rows.num_rows, -1)) >= 0
@@ -219,7 +224,8 @@ def fit(
   along_AC = sharding.to_host(point.x_AC)
   weight_DC = rows.basis_DA @ along_AC[1 : 1 + rows.basis_DA.shape[1]]
   weight_DC = weight_DC.astype(np.float32)
-  # Of the weights as they are rounded, which matters to features off center.
+  # From the rounded weights: if the mean is large, the bias must make up for
+  # what their rounding changes.
   bias_C = along_AC[0] - rows.mean_D @ weight_DC
   return Model(
     weight_DC,
@@ -232,10 +238,12 @@ def fit(
 
 
 def _start(rows, y, weight_NX, loss):
-  """The model without features, which outputs to fit, and how many rows.
+  """Returns the best model without features, the outputs to fit, and the rows.
 
-  Its biases are the classes' log probabilities or an output's log odds; those
-  with no minimum, of a class that is always or never there, are not fitted.
+  The model [A, C] has only biases: the log probabilities of the classes, or the
+  log odds of the outputs. The outputs to fit, bool [C], exclude a class without
+  a row and a constant output, which have no finite optimum. The number of rows
+  is weighted.
   """
   num_outputs = rows.num_outputs
   if loss == 'softmax':
@@ -257,10 +265,11 @@ def _start(rows, y, weight_NX, loss):
 
 
 def _softmax(z_TC, y_T, weight_T1):
-  """The summed loss, and slopes and curvatures by the logits.
+  """Returns a tile's summed loss and its two derivatives [T, C] by the logits.
 
-  What the target lacks to 1 is summed from the others, since it vanishes in
-  float32 where features separate the classes.
+  The first derivative at the target is p - 1. It is computed from the other
+  probabilities, since 1 - p rounds to zero in float32 once features separate
+  the classes.
   """
   z_TC = z_TC - jnp.max(z_TC, axis=1, keepdims=True)
   hot_TC = y_T[:, None] == jnp.arange(z_TC.shape[1])[None]
@@ -278,7 +287,7 @@ def _softmax(z_TC, y_T, weight_T1):
 
 
 def _sigmoid(z_TC, y_TC, weight_TX):
-  """As `_softmax`, of independent outputs."""
+  """Returns what `_softmax` returns, for independent outputs."""
   sign_TC = jnp.where(y_TC > 0, -1.0, 1.0)
   wrong_TC = jax.nn.sigmoid(sign_TC * z_TC) * weight_TX
   loss = jnp.sum(jax.nn.softplus(sign_TC * z_TC) * weight_TX)
@@ -295,15 +304,16 @@ def _fit(
   x_KTA, y, weight_KTX, start_AC, along_AC, free_C, penalty, total, tolerance,
   max_iterations, *, loss, mesh,
 ):  # fmt: skip
+  """Returns the last newton.Point, the passes, and whether they converged."""
   of_tile = _LOSSES[loss]
   penalty_A1 = jnp.where(jnp.arange(x_KTA.shape[2])[:, None] == 0, 0, penalty)
-  # Several CPU devices wait for ever in a Cholesky factorization in a loop.
+  # With several CPU devices, a Cholesky factorization in a loop deadlocks.
   blocks = x_KTA.shape[2] <= _MAX_BLOCK and not (
     mesh.size > 1 and sharding.on_cpu(mesh)
   )
 
   def sums(of, *models):
-    """Adds up what `of` makes of models and tiles, over the number of rows."""
+    """Sums of(*models, *tile) over all tiles and divides by the rows."""
     tiles = x_KTA, y, weight_KTX
 
     def local(models, tiles):
@@ -313,8 +323,8 @@ def _fit(
       def add(carry, tile):
         return jax.tree.map(jnp.add, carry, of(*models, *tile)), None
 
-      # The devices meet once a pass. Left to the compiler they would at every
-      # block, and could wait for each other at different ones.
+      # One collective per pass. The compiler would place one in every iteration
+      # of the inner loops, and devices could wait for different ones.
       return lax.psum(lax.scan(add, zeros, tiles)[0], sharding.AXES)
 
     found = jax.shard_map(
@@ -361,10 +371,13 @@ def _fit(
 
 
 def _diagonal(x_TA, curvature_TC):
+  """Returns a tile's part of the diagonal [A, C] of the Hessian."""
   return jnp.square(x_TA).T @ curvature_TC
 
 
 def _blocks(x_TA, curvature_TC):
+  """Returns a tile's part of the diagonal blocks [C, A, A] of the Hessian."""
+
   def block(curvature_T):
     return (x_TA * curvature_T[:, None]).T @ x_TA
 
@@ -372,7 +385,10 @@ def _blocks(x_TA, curvature_TC):
 
 
 def _begin(start_AC, along_AC, free_C, loss):
-  """Where another fit ended, but for classes that it or this one lacks."""
+  """Returns the first point of a fit, taken from the last of another fit.
+
+  Outputs that one of the two leaves out begin at `start_AC`.
+  """
   known_C = free_C & (jnp.abs(along_AC[0]) < -_NEVER)
   weight_AC = jnp.where(known_C[None], along_AC, 0)
   if loss == 'softmax':

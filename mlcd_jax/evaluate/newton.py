@@ -1,10 +1,12 @@
 """Truncated Newton's method for convex functions of a matrix [A, C].
 
-The Newton step is found by conjugate gradients, preconditioned by the Hessian's
-diagonal or its blocks [A, A] (Nocedal & Wright 2006, section 7.1). Float32 is
-enough for a value within 1e-6 of the minimum, since no decision near the
-minimum hangs on a difference of two values: the step is judged by the slope
-along it, and the distance to the minimum by the Newton decrement.
+Conjugate gradients find the Newton step. Their preconditioner is the Hessian's
+diagonal or its diagonal blocks [A, A] (Nocedal & Wright 2006, section 7.1).
+
+Float32 is enough to come within 1e-6 of the minimum, relatively. No decision
+near the minimum depends on the difference of two values, which would be
+rounding errors there: the slope along a step decides whether to accept it, and
+the Newton decrement tells the distance to the minimum.
 """
 
 from collections.abc import Callable
@@ -15,28 +17,33 @@ from jax import lax
 import jax.numpy as jnp
 from jax.scipy import linalg
 
-# Of the gradient in the preconditioned norm: what conjugate gradients leave of
-# it. 0.1 and 0.5 take 25 % more and 10 % fewer passes; 0.7 misjudges how far
-# the minimum is.
+# Conjugate gradients stop once the residual is this share of the gradient, both
+# in the preconditioned norm. 0.1 takes 25 % more passes, 0.5 takes 10 % fewer.
+# With 0.7 the estimated distance to the minimum is wrong.
 _FORCING = 0.25
-# Conjugate gradients that have not come there by then rarely do in float32.
+# Conjugate gradients that need more products rarely end at all in float32.
 _MAX_PRODUCTS = 200
-_RIDGE = 3e-6  # Of a block with ones on its diagonal.
-# Share of the first slope that a step may leave.
+# Added to the diagonal of a block whose diagonal is scaled to ones. Without it
+# the Cholesky factor of a nearly singular block is NaN in float32.
+_RIDGE = 3e-6
+# A step is accepted if the slope at its end is at most this share of the slope
+# at its start.
 _SLOPE = 0.5
-# Relative: what two float32 sums of the same terms may differ by.
+# The relative difference that two float32 sums of the same terms may have.
 _ROUNDING = 1e-5
+# Attempts of a line search; each cuts the range of lengths by 10 % or more.
 _MAX_ATTEMPTS = 20
 
 
 class Point(NamedTuple):
-  """A function at one place.
+  """The value and the derivatives of the function at one point.
 
   Attributes:
-    x_AC: the place.
-    value: of the function.
-    gradient_AC: of the function.
-    hessian: its diagonal [A, C], or its blocks [C, A, A].
+    x_AC: the point.
+    value: the value of the function.
+    gradient_AC: the gradient of the function.
+    hessian: the diagonal [A, C] of the Hessian, or its diagonal blocks
+      [C, A, A], one for each column.
   """
 
   x_AC: jax.Array
@@ -46,6 +53,8 @@ class Point(NamedTuple):
 
 
 class _State(NamedTuple):
+  """The state of the outer loop, one iteration per Newton step."""
+
   point: Point
   passes: jax.Array
   converged: jax.Array
@@ -64,18 +73,20 @@ def minimise(
   """Minimises a convex function.
 
   Args:
-    evaluate: place -> Point.
-    product: (place, direction) -> the Hessian there times the direction.
-    start_AC: where to begin.
-    free_C: bool; the other columns stay as they are.
-    zero_sum: steps add up to zero in every row. A softmax does not change along
-      the rest, where rounding errors would pile up.
-    tolerance: estimated decrease that is left, over the value, at which the
-      step that has been found is the last one.
-    max_passes: evaluations and products together.
+    evaluate: a function x [A, C] -> Point.
+    product: a function (x [A, C], direction [A, C]) -> the Hessian at x times
+      the direction.
+    start_AC: the first point.
+    free_C: bool; the columns to change. The others keep their values.
+    zero_sum: True to keep the sum of every row unchanged. A softmax does not
+      depend on these sums, so rounding errors would build up in them.
+    tolerance: the relative decrease of the value below which a Newton step,
+      by its own estimate, is the last one.
+    max_passes: the number of calls of `evaluate` and `product` after which it
+      stops.
 
   Returns:
-    The last point, how many passes it took, and whether the tolerance was met.
+    The last point, the number of passes, and whether the tolerance was met.
   """
 
   def step(state):
@@ -88,6 +99,7 @@ def minimise(
       jnp.minimum(_MAX_PRODUCTS, max_passes - state.passes),
     )
     new, evaluations = _line_search(evaluate, point, direction_AC)
+    # Half the squared Newton decrement: the decrease of a quadratic function.
     decrease = -_dot(point.gradient_AC, direction_AC) / 2
     small = decrease <= tolerance * point.value
     return _State(
@@ -108,15 +120,22 @@ def _dot(a, b):
 
 
 class _Solving(NamedTuple):
+  """The state of the conjugate gradients, one iteration per product."""
+
   solution_AC: jax.Array
   residual_AC: jax.Array
   direction_AC: jax.Array
-  size: jax.Array  # Of the residual, squared, in the preconditioned norm.
+  size: jax.Array  # The square of the residual's preconditioned norm.
   products: jax.Array
 
 
 def _direction(product, point, free_C, zero_sum, max_products):
-  """Solves Hessian @ direction = -gradient, roughly."""
+  """Solves Hessian @ direction = -gradient, up to _FORCING.
+
+  Returns:
+    The direction [A, C], the number of products, and False if the maximum of
+    products came first.
+  """
   make = _by_diagonal if point.hessian.ndim == 2 else _by_blocks
   precondition = make(point.hessian, free_C, zero_sum)
 
@@ -149,7 +168,12 @@ def _direction(product, point, free_C, zero_sum, max_products):
 
 
 def _by_diagonal(diagonal_AC, free_C, zero_sum):
-  """Makes the preconditioner residual [A, C] -> direction [A, C]."""
+  """Makes the preconditioner that divides by the Hessian's diagonal.
+
+  Returns:
+    A function from a residual [A, C] to a direction [A, C]. The direction is
+    zero in the columns that are not free, and in axes without curvature.
+  """
   usable_AC = free_C[None] & (diagonal_AC > 0)
   inverse_AC = jnp.where(usable_AC, 1 / diagonal_AC, 0)
   inverse_A1 = jnp.sum(inverse_AC, axis=1, keepdims=True)
@@ -158,7 +182,8 @@ def _by_diagonal(diagonal_AC, free_C, zero_sum):
     x_AC = inverse_AC * x_AC
     if not zero_sum:
       return x_AC
-    # The inverse of the diagonal among directions that add up to zero.
+    # Solves the diagonal system under the constraint that every row of the
+    # direction sums to zero; `share` is the Lagrange multiplier.
     share_A1 = jnp.sum(x_AC, axis=1, keepdims=True) / inverse_A1
     return x_AC - jnp.where(inverse_A1 > 0, share_A1, 0) * inverse_AC
 
@@ -166,18 +191,22 @@ def _by_diagonal(diagonal_AC, free_C, zero_sum):
 
 
 def _by_blocks(blocks_CAA, free_C, zero_sum):
-  """As `_by_diagonal`, of one factorization a column."""
+  """Makes the preconditioner that solves with the Hessian's blocks.
+
+  It factorizes one block per column. See `_by_diagonal` for what it returns.
+  """
   diagonal_CA = jnp.diagonal(blocks_CAA, axis1=1, axis2=2)
   scale_CA = jnp.where(
     free_C[:, None] & (diagonal_CA > 0), lax.rsqrt(diagonal_CA), 0
   )
   unit_AA = jnp.eye(blocks_CAA.shape[1])
   scaled_CAA = blocks_CAA * scale_CA[:, :, None] * scale_CA[:, None, :]
-  # Ones on the diagonal, and what keeps a factor of float32 real.
+
   scaled_CAA = jnp.where(unit_AA[None] > 0, 1 + _RIDGE, scaled_CAA)
   factor_CAA = jnp.linalg.cholesky(scaled_CAA)
 
   def project(x_AC):
+    """Removes the columns that are not free, and with zero_sum the means."""
     x_AC = jnp.where(free_C[None], x_AC, 0)
     if not zero_sum:
       return x_AC
@@ -193,13 +222,17 @@ def _by_blocks(blocks_CAA, free_C, zero_sum):
 
 
 def _solve(factor_AA, x_A):
+  """Solves one block's system from its lower Cholesky factor."""
   return linalg.cho_solve((factor_AA, True), x_A)
 
 
 class _Searching(NamedTuple):
+  """The state of the line search, one iteration per attempted step."""
+
   point: Point
   size: jax.Array
-  # Steps that are too short and too long, and the slopes there.
+  # The longest step known to be too short and the shortest known to be too
+  # long, each with the slope at its end.
   low: jax.Array
   low_slope: jax.Array
   high: jax.Array
@@ -209,15 +242,21 @@ class _Searching(NamedTuple):
 
 
 def _line_search(evaluate, point, direction_AC):
-  """Shortens a step that ends uphill until the slope is small.
+  """Takes the full step, or shortens it if the function rises at its end.
+
+  Args:
+    evaluate: a function x [A, C] -> Point.
+    point: the start of the step.
+    direction_AC: the full step.
 
   Returns:
-    The point after the step, and how many were tried.
+    The point at the end of the accepted step, and the number of attempts.
   """
   slope = _dot(point.gradient_AC, direction_AC)
 
   def attempt(s):
-    # To where the slope would vanish, were it linear; it bends upwards.
+    # Try where the slope would be zero if it were linear from `low` to `high`.
+    # If the function overflows at `high`, the slope is not finite: try 0.1.
     share = s.low_slope / (s.low_slope - s.high_slope)
     share = jnp.where(jnp.isfinite(share), jnp.clip(share, 0.1, 0.5), 0.1)
     size = jnp.where(s.tried == 0, 1, s.low + share * (s.high - s.low))
@@ -225,7 +264,8 @@ def _line_search(evaluate, point, direction_AC):
     new_slope = _dot(new.gradient_AC, direction_AC)
     short = new_slope <= -_SLOPE * slope
     short &= new.value <= (1 + _ROUNDING) * point.value
-    # A full step may end downhill: the next one goes on from there.
+    # A full step may end where the function still falls steeply. The next
+    # Newton step then continues from there.
     fine = short & ((s.tried == 0) | (new_slope >= _SLOPE * slope))
     return _Searching(
       new,

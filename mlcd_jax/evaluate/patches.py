@@ -1,4 +1,4 @@
-"""Patch features at any resolution, and a picture of them.
+"""Patch features at any resolution, and their principal components in color.
 
 Shapes: B images, H x W pixels, h x w patches, D features.
 """
@@ -16,15 +16,17 @@ from mlcd_jax import sharding
 def patch_features(model: Any, params: Any, images: np.ndarray) -> np.ndarray:
   """Returns the patches' features after the last norm, float32 [B, h, w, D].
 
-  Class token and registers are left out; positions are interpolated.
+  It drops the class token and the registers, and interpolates the position
+  embeddings to the size of the images.
 
   Args:
-    model: an encoder; the patches of a ResNet are its last map's positions.
-    params: of the model.
-    images: uint8 [B, H, W, 3], both sides multiples of the patch size.
+    model: an encoder. The patches of a ResNet are the positions of its last
+      feature map.
+    params: the parameters of the model.
+    images: uint8 [B, H, W, 3]; H and W are multiples of the patch size.
 
   Raises:
-    ValueError: sides that are not.
+    ValueError: H or W is not a multiple of the patch size.
   """
   _, height, width, _ = images.shape
   patch = model.patch_size
@@ -34,8 +36,9 @@ def patch_features(model: Any, params: Any, images: np.ndarray) -> np.ndarray:
     )
   grid = height // patch, width // patch
   out = jax.jit(model.apply)({'params': params}, images)
-  # Where parameters are split over processes, so may be the tokens.
+  # With parameters sharded over processes, the tokens may be sharded, too.
   tokens = sharding.to_host(out['tokens'])
+  # The class token and the registers come before the patches.
   patches = tokens[:, -grid[0] * grid[1] :]
   return patches.reshape(len(images), *grid, -1)
 
@@ -43,9 +46,8 @@ def patch_features(model: Any, params: Any, images: np.ndarray) -> np.ndarray:
 def pca_colors(features: np.ndarray) -> np.ndarray:
   """Returns the first three principal components as RGB, uint8 [B, h, w, 3].
 
-  The components are those of all images together, so that equal colors mean
-  equal features; each is stretched from its 1st to its 99th percentile. Its
-  sign is that which makes its largest weight positive.
+  The components are computed over all images together, so that a color means
+  the same in each. Each component's 1st percentile becomes 0 and its 99th 255.
 
   Args:
     features: float [B, h, w, D] with D > 2.
@@ -53,8 +55,11 @@ def pca_colors(features: np.ndarray) -> np.ndarray:
   rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
   rows -= rows.mean(0)
   axes = np.linalg.eigh(rows.T @ rows)[1][:, :-4:-1]
+  # An eigenvector's sign is arbitrary. Its largest weight is made positive, so
+  # that the colors are the same on every machine.
   largest = axes[np.abs(axes).argmax(0), np.arange(3)]
   components = rows @ (axes * np.sign(largest))
+  # Percentiles, since single outliers would make all other patches grey.
   low, high = np.percentile(components, (1, 99), axis=0)
   scaled = (components - low) / np.maximum(high - low, 1e-12)
   colors = (255 * np.clip(scaled, 0, 1)).round().astype(np.uint8)
@@ -64,13 +69,13 @@ def pca_colors(features: np.ndarray) -> np.ndarray:
 def pca_picture(
   model: Any, params: Any, images: np.ndarray, *, scale: int = 1
 ) -> bytes:
-  """Returns a PNG with the images above their principal components.
+  """Returns a PNG with the images in a row and their components below.
 
   Args:
-    model: see `patch_features`.
-    params: of the model.
-    images: uint8 [B, H, W, 3], both sides multiples of the patch size.
-    scale: pixels of the picture a pixel of an image.
+    model: an encoder; see `patch_features`.
+    params: the parameters of the model.
+    images: uint8 [B, H, W, 3]; H and W are multiples of the patch size.
+    scale: the side in the PNG, in pixels, of one pixel of an image.
   """
   colors = pca_colors(patch_features(model, params, images))
   patch = model.patch_size

@@ -1,7 +1,8 @@
-"""Class names and the sentences they are put into.
+"""Prompts for zero-shot classification: class names and sentence templates.
 
-assets/prompts.json has CLIP's public ones by data set; a file of the same form
-is as good: {"NAME": {"classes": [...], "templates": ["a photo of a {c}."]}}.
+assets/prompts.json has CLIP's public prompts by data set. Users may give a file
+of their own in the same form:
+{"NAME": {"classes": [...], "templates": ["a photo of a {c}."]}}.
 """
 
 from collections.abc import Sequence
@@ -16,16 +17,17 @@ from mlcd_jax.runtime import paths
 def sentences(
   name: str, class_names: Sequence[str], num_classes: int, *, field: str
 ) -> list[list[str]]:
-  """Returns the sentences of every class, as many for each.
+  """Returns the sentences of every class, the same number for each.
 
   Args:
-    name: an entry of prompts.json, or FILE:NAME with a file of one's own.
-    class_names: of the data set, where the entry has none.
-    num_classes: that there must be.
-    field: what to call the name in errors.
+    name: an entry of prompts.json, or FILE:NAME for an entry of another file.
+    class_names: the class names of the data set, used if the entry has none.
+    num_classes: the number of classes that the data set has.
+    field: the config field of the name, for errors.
 
   Raises:
-    UserError: there is no such entry, or its classes are others.
+    UserError: the entry does not exist, cannot be read, has no template, or
+      has another number of classes.
   """
   entry = _entry(name, field)
   classes = entry['classes'] or [_readable(c) for c in class_names]
@@ -41,18 +43,19 @@ def sentences(
 
 
 def known() -> list[str]:
-  """Returns the entries of prompts.json."""
+  """Returns the names of the entries of prompts.json."""
   return list(_content(''))
 
 
 def _content(path: str) -> dict[str, dict[str, list[str]]]:
-  """All entries of a file; '' = of prompts.json."""
+  """Returns all entries of a file; '' reads prompts.json."""
   own = importlib.resources.files('mlcd_jax') / 'assets/prompts.json'
   file = paths.local(path) if path else own
   return json.loads(file.read_text())
 
 
 def _entry(name: str, field: str) -> dict[str, list[str]]:
+  """Returns the `classes` and `templates` of an entry; see `sentences`."""
   path, _, own = name.rpartition(':')
   try:
     content = _content(path)
@@ -71,5 +74,9 @@ def _entry(name: str, field: str) -> dict[str, list[str]]:
 
 
 def _readable(name: str) -> str:
-  """A class's name as one would say it; SUN397's begin with /a/ and so on."""
+  """Returns a class name in words.
+
+  SUN397's names begin with their first letter between slashes, as in
+  /a/airplane_cabin, which becomes "airplane cabin".
+  """
   return re.sub('[_/]', ' ', re.sub('^/./', '', name))

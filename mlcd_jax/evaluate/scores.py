@@ -1,8 +1,8 @@
-"""Metrics of scores against labels; NaN where there is nothing to measure.
+"""Metrics of scores against labels; NaN if nothing can be measured.
 
-Where labels say whether something is there, they are 1 or True and 0 or False;
--1 is neither, and such an item is left out of the class, as the VOC development
-kit leaves out images with nothing but difficult objects of it.
+Binary labels are 1 or True for positives and 0 or False for negatives. An item
+with the label -1 is left out of that class, as the VOC development kit leaves
+out images that have only difficult objects of a class.
 
 Shapes: M items, C classes.
 """
@@ -12,14 +12,16 @@ import scipy.stats
 
 
 def right(scores_MC: np.ndarray, labels_M: np.ndarray) -> np.ndarray:
-  """Float [M]: 1 where the highest score is at an item's class."""
+  """Returns float [M]: 1 if the class of an item has the highest score."""
   return (scores_MC.argmax(1) == labels_M).astype(np.float64)
 
 
 def top1_top5(scores_MC: np.ndarray, labels_M: np.ndarray) -> np.ndarray:
-  """Float [M] whose mean is that of top-1 and top-5 accuracy (Kinetics-700).
+  """Returns float [M]: 1, 0.5 or 0 for each item.
 
-  Of equal scores the lower class comes first.
+  An item whose class is ranked first gets 1, and one ranked second to fifth
+  0.5. The mean is therefore the average of top-1 and top-5 accuracy, the metric
+  of Kinetics-700. Of classes with equal scores the lower one ranks first.
   """
   own_M1 = np.take_along_axis(scores_MC, labels_M[:, None], axis=1)
   lower = np.arange(scores_MC.shape[1])[None] < labels_M[:, None]
@@ -29,13 +31,13 @@ def top1_top5(scores_MC: np.ndarray, labels_M: np.ndarray) -> np.ndarray:
 
 
 def mean(values_M: np.ndarray, labels_M: np.ndarray) -> float:
-  """Mean over the items."""
+  """Returns the mean over the items; it ignores the labels."""
   del labels_M
   return float(np.mean(values_M))
 
 
 def mean_per_class(values_M: np.ndarray, labels_M: np.ndarray) -> float:
-  """Mean of the means of the classes that occur."""
+  """Returns the mean over the classes that occur of each class's mean."""
   _, place_M, count = np.unique(
     labels_M, return_inverse=True, return_counts=True
   )
@@ -43,34 +45,46 @@ def mean_per_class(values_M: np.ndarray, labels_M: np.ndarray) -> float:
 
 
 def roc_auc(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
-  """Area under the ROC curve; NaN with one class only."""
+  """Returns the area under the ROC curve.
+
+  It is NaN unless there are both positives and negatives.
+  """
   scores_M, positive = _known(scores_M, positive_M)
   count = positive.sum()
   if not 0 < count < len(positive):
     return float('nan')
+  # The Mann-Whitney U statistic; ties get average ranks and count one half.
   ranks = scipy.stats.rankdata(scores_M)[positive].sum()
   area = ranks - count * (count + 1) / 2
   return float(area / (count * (len(positive) - count)))
 
 
 def _known(scores_M, positive_M):
-  """Scores of the items that are positive or negative, and which are."""
+  """Removes the items with the label -1.
+
+  Returns:
+    The scores of the other items, and bools that are True for positives.
+  """
   positive_M = np.asarray(positive_M)
   known_M = positive_M >= 0
   return scores_M[known_M], positive_M[known_M] > 0
 
 
 def _curve(scores_M, positive_M):
-  """Recall and precision at each distinct score, from the highest."""
+  """Returns the recall and precision at each distinct score, highest first."""
   scores_M, positive_M = _known(scores_M, positive_M)
   order = np.argsort(-scores_M, kind='stable')
   found = np.cumsum(positive_M[order])
+  # Items of equal score count together, so that their order does not matter.
   last = np.flatnonzero(np.append(np.diff(scores_M[order]) != 0, True))
   return found[last] / found[-1], found[last] / (last + 1)
 
 
 def average_precision(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
-  """Mean precision at the recalls reached; NaN without a positive."""
+  """Returns the area under the precision-recall curve, a step function.
+
+  It is NaN without a positive.
+  """
   if not np.any(np.asarray(positive_M) > 0):
     return float('nan')
   recall, precision = _curve(scores_M, positive_M)
@@ -78,12 +92,17 @@ def average_precision(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
 
 
 def average_precision_11(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
-  """As above, of the best precision at recalls 0, 0.1 .. 1 (VOC2007)."""
+  """Returns the 11-point interpolated average precision of VOC2007.
+
+  It is the mean, over the recalls 0, 0.1, ... 1, of the best precision at that
+  recall or above. It is NaN without a positive.
+  """
   if not np.any(np.asarray(positive_M) > 0):
     return float('nan')
   recall, precision = _curve(scores_M, positive_M)
   best = np.maximum.accumulate(precision[::-1])[::-1]
-  # The first place with at least that recall; rounding must not miss it.
+  # The first place with at least that recall. 1e-9 is for recalls such as 0.3
+  # that are rounded differently on the two sides.
   place = np.searchsorted(recall, np.linspace(0, 1, 11) - 1e-9)
   return float(np.mean(best[place]))
 
@@ -91,19 +110,26 @@ def average_precision_11(scores_M: np.ndarray, positive_M: np.ndarray) -> float:
 def mean_average_precision(
   scores_MC: np.ndarray, hot_MC: np.ndarray, *, of=average_precision
 ) -> float:
-  """Mean of `of` over the classes with a positive."""
+  """Returns the mean of a metric over the classes that have a positive.
+
+  Args:
+    scores_MC: the scores of every class.
+    hot_MC: the binary labels.
+    of: a function (scores [M], labels [M]) -> value of one class.
+  """
   each = [of(s, h) for s, h in zip(scores_MC.T, hot_MC.T) if np.any(h > 0)]
   return float(np.mean(each)) if each else float('nan')
 
 
 def f1(chosen_MC: np.ndarray, hot_MC: np.ndarray, *, per_class: bool) -> float:
-  """F1 of several labels an image.
+  """Returns the F1 score of several labels per image.
 
   Args:
-    chosen_MC: bool, what was predicted.
-    hot_MC: what is there.
-    per_class: CF1, from precision and recall averaged over the classes with a
-      positive; otherwise OF1, from those over all decisions.
+    chosen_MC: bool, the predictions.
+    hot_MC: the binary labels.
+    per_class: True for CF1, from the precision and recall averaged over the
+      classes that have a positive. False for OF1, from the precision and recall
+      over all predictions.
   """
   axis = 0 if per_class else None
   positive_MC = hot_MC > 0
@@ -116,6 +142,7 @@ def f1(chosen_MC: np.ndarray, hot_MC: np.ndarray, *, per_class: bool) -> float:
   right, predicted, there = (
     np.atleast_1d(x)[known] for x in (right, predicted, there)
   )
+  # A class that is never predicted has the precision 0.
   precision = np.mean(right / np.maximum(predicted, 1))
   recall = np.mean(right / there)
   if precision + recall == 0:

@@ -1,4 +1,4 @@
-"""Which encoders are scored, on what, in which tasks; writes results.json."""
+"""The evaluate stage: scores encoders on data sets and writes results.json."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import files
 from mlcd_jax.weights import checkpoint
 
-# Tasks that need one class an image.
+# The tasks that need one class per image.
 _OF_CLASSES = ('knn', 'few_shot', 'finetune')
 
 _SPLITS = ('train', 'validation', 'test')
@@ -40,14 +40,15 @@ def run(
   scored: Mapping[str, encoders.Encoder],
   mesh: Mesh,
 ) -> None:
-  """Scores encoders on every data set.
+  """Scores encoders on every data set and writes results.json.
 
   Args:
-    config: of the run.
-    manifest: of this stage; the features are kept in its folder.
-    workdir: where results.json goes.
-    scored: by the name they have in results.json.
-    mesh: of all devices.
+    config: the config of the run.
+    manifest: the manifest of this stage, which is finished at the end. The
+      features are cached in its folder.
+    workdir: the folder for results.json.
+    scored: the encoders by their names in results.json.
+    mesh: the mesh of all devices.
   """
   datasets = open_sources(config)
   results = {}
@@ -75,15 +76,15 @@ def score(
   """Scores one encoder in every task on every data set.
 
   Args:
-    config: of the run.
-    encoder: to be scored.
-    datasets: of `open_sources`.
-    name: of the encoder, in progress lines and names of files.
-    mesh: of all devices.
-    folder: where features are kept; None keeps none.
+    config: the config of the run.
+    encoder: the encoder to score.
+    datasets: the sources from `open_sources`.
+    name: the name of the encoder in progress lines and file names.
+    mesh: the mesh of all devices.
+    folder: the folder to cache features in; None caches nothing.
 
   Returns:
-    '<data set>/<task>/<metric>' -> value, None where undefined.
+    The values by '<data set>/<task>/<metric>'; None if a value is undefined.
   """
   extract = features.Extractor(
     encoder, name, config.evaluate.batch_size, folder
@@ -114,7 +115,7 @@ def score(
 
 
 def _applies(task: str, data: features.Data) -> bool:
-  """Whether the data set has what a task needs."""
+  """Returns whether a data set has the split and the classes a task needs."""
   if data.train is None:
     return task in labelled.UNFITTED
   return bool(data.num_classes) or task not in _OF_CLASSES
@@ -123,10 +124,11 @@ def _applies(task: str, data: features.Data) -> bool:
 def inside_training(
   config: ml_collections.ConfigDict,
 ) -> Callable[[encoders.Trained, Any], dict[str, float | None]]:
-  """Makes what training calls every `evaluate.every_steps`.
+  """Makes the function that training calls every `evaluate.every_steps`.
 
   Returns:
-    (program, parameters of the encoder) -> names in metrics.jsonl and values.
+    A function (program, parameters of the encoder) -> values, by their names
+    in metrics.jsonl.
   """
   datasets = open_sources(config)
 
@@ -139,13 +141,15 @@ def inside_training(
 
 
 def open_sources(config: ml_collections.ConfigDict) -> Datasets:
-  """Opens the splits of every data set to evaluate on.
+  """Opens and checks the splits of every data set to evaluate on.
 
   Returns:
-    data set -> train, test, and validation where it is named -> source.
+    The sources, by data set and by split. The splits are those that the config
+    names: test, and possibly train and validation.
 
   Raises:
-    UserError: one of them is not there, or has no labels.
+    UserError: a data set is missing, lacks labels that a task needs, or does
+      not fit its prompts; or there are no captions to tune a text tower on.
   """
   tasks = config_lib.tasks(config)
   if config.lit.steps and set(labelled.UNFITTED) & set(tasks):
@@ -182,7 +186,15 @@ def of_run(
   step: int,
   embedder: embedders.Embedder | None,
 ) -> dict[str, encoders.Encoder]:
-  """A run's encoder and its baselines, by their names in results.json."""
+  """Returns a run's encoder and its baselines, by their names in results.json.
+
+  Args:
+    program: the train program of the run.
+    checkpoints: the folder of the run's checkpoints.
+    step: the step of the checkpoint to score.
+    embedder: the embedder whose embeddings were clustered; None if they were
+      made elsewhere.
+  """
   checkpointer = checkpoint.Checkpointer(checkpoints)
   state = checkpointer.restore(step, program.abstract_state)
   checkpointer.close()
@@ -200,7 +212,7 @@ def of_run(
 
 
 def of_path(path: str, mesh: Mesh) -> dict[str, encoders.Encoder]:
-  """The encoder `evaluate.encoder` names, and raw pixels beside it."""
+  """Returns the encoder at `evaluate.encoder` and the raw-pixel baseline."""
   return {
     'trained': encoders.load(path, mesh),
     'raw': encoders.raw_pixels(),

@@ -1,4 +1,4 @@
-"""results.json as a table in the terminal, one line a metric."""
+"""The table of results.json in the terminal, with one line per metric."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mlcd_jax import config as config_lib
 
 _HEADINGS = ('features', 'data', 'task', 'metric', 'value', '95 %', 'count')
-# What results.json calls an encoder, and how tables show it, in their order.
+# The names of encoders in results.json and in tables, in the order of tables.
 ENCODERS = {
   'trained': 'trained encoder',
   'embedder': 'embedder (its teacher)',
@@ -14,18 +14,20 @@ ENCODERS = {
   'raw': 'raw pixels',
 }
 _PARTS = ('_low', '_high', '_count')
-# What a probe says of its fit, which is no metric.
+# The values in results.json that describe the fit of a probe; tables omit them.
 OF_FITS = ('penalty', 'objective', 'iterations', 'converged')
 
 
 def table(results: Mapping[str, float | None]) -> str:
-  """Returns every metric with its interval and count.
+  """Returns a Markdown table of every metric with its interval and count.
 
   Args:
-    results: '<encoder>/<data set>/<task>/<metric>' -> value, as results.json.
+    results: the content of results.json: values by
+      '<encoder>/<data set>/<task>/<metric>', None if undefined.
 
   Returns:
-    Lines by data set, task and metric, the encoders beside each other.
+    The table. Its lines are in the order of data set, task and metric, so that
+    the encoders follow each other.
   """
   rows = []
   for name, value in results.items():
@@ -50,6 +52,7 @@ def table(results: Mapping[str, float | None]) -> str:
 
 
 def _order(row: Sequence[str]) -> tuple:
+  """Returns the sort key of a line."""
   encoder, dataset, task, metric, *_ = row
   return (
     dataset,
@@ -60,7 +63,7 @@ def _order(row: Sequence[str]) -> tuple:
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-  """A Markdown table with padded columns."""
+  """Returns a Markdown table with padded columns; `lines` begins with heads."""
   widths = [max(map(len, column)) for column in zip(*lines)]
   rows = [
     '| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths)) + ' |'

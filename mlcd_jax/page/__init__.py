@@ -1,1 +1,1 @@
-"""report.html: one self-contained page of a run, gathered from its files."""
+"""report.html: one self-contained page about a run, made from its files."""

@@ -1,6 +1,6 @@
-"""How well clusters agree with true labels.
+"""Agreement of clusters with the true classes of the images.
 
-Shapes: N images, M images asked about, L labels, K clusters, C classes.
+Shapes: N images, M images whose labels are examined, L labels per image.
 """
 
 from collections.abc import Mapping
@@ -9,15 +9,21 @@ from typing import Any
 import numpy as np
 from sklearn import metrics
 
+# Stands for the class that a label names if it names none.
 _NONE = -1
 
 
 def agreement(clusters: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-  """Purity and normalised mutual information (arithmetic mean).
+  """Returns the purity and the normalised mutual information of clusters.
+
+  The mutual information is divided by the arithmetic mean of both entropies.
 
   Args:
-    clusters: [N], the first label.
-    truth: [N], the class.
+    clusters: [N], the first label of each image.
+    truth: [N], the class of each image.
+
+  Returns:
+    The values under `purity` and `nmi`, both from 0 to 1.
   """
   table = metrics.cluster.contingency_matrix(clusters, truth, sparse=True)
   return {
@@ -32,22 +38,24 @@ def ranks(
   members: Mapping[int, Mapping[int, int]],
   rows: np.ndarray,
 ) -> dict[str, Any]:
-  """What each of an image's labels says of its class.
+  """Compares the class that each label names with the image's own class.
 
-  A label names the class that most of its cluster's images have, the image
-  itself left out; a cluster without another image names none.
+  A label of an image names the majority class of the other images in that
+  cluster. If there are no others, it names no class.
 
   Args:
-    labels: [M, L] clusters, nearest first; -1 where there is none.
-    truth: [M], the class.
-    members: cluster -> {row: class} of its images.
+    labels: [M, L] clusters, nearest first; -1 for no label.
+    truth: [M], the class of each image.
+    members: for each cluster the classes of its images, by row.
     rows: [M], the row of each image.
 
   Returns:
-    `right` and `silent` [L]: share of the images whose label of that rank
-    names their class, or none; `any` [L]: share for which one up to that rank
-    names it; `wrong_first`: share whose first label names another class;
-    `rescued`: share of these for which a later one names theirs; `images`: M.
+    A dict. For each rank of the labels, [L], `right` is the share of images
+    whose label names their class, `silent` the share whose label names no
+    class, and `any` the share for which a label up to this rank names their
+    class. `wrong_first` is the share of images whose first label names another
+    class. `rescued` is the share of those for which a later label names their
+    class, or None if there are none. `images` is M.
   """
   named = np.full(labels.shape, _NONE)
   for i, (row, clusters) in enumerate(zip(rows.tolist(), labels.tolist())):
@@ -69,7 +77,11 @@ def ranks(
 
 
 def majority(members: Mapping[int, int]) -> int | None:
-  """The class most images have, of equals the lower; None without images."""
+  """Returns the most frequent class, the lowest of several; None if empty.
+
+  Args:
+    members: the classes of images, by row.
+  """
   if not members:
     return None
   classes, counts = np.unique(list(members.values()), return_counts=True)

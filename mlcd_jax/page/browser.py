@@ -1,4 +1,4 @@
-"""The cluster browser's and the image browser's data, with thumbnails."""
+"""The data and thumbnails of the page's cluster browser and image browser."""
 
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -16,30 +16,33 @@ from mlcd_jax.page import cluster_names
 from mlcd_jax.page import clusters as clusters_lib
 from mlcd_jax.page import thumbnails
 
-_NUM_IMAGES = 32  # In the image browser.
-_NUM_PAIRS = 12  # Near-duplicate centers.
-_NUM_LABELS = 8
-_MEMBERS = 24  # Images of a cluster whose captions and classes count.
-_SHOWN = 9  # Thumbnails of a cluster in its own card,
-_SHOWN_BESIDE = 5  # and beside an image.
-_MAX_CAPTION = 200
-# True labels are read of so many images; above it, of a sample of clusters.
+# These limits bound the size of the page, and the time to read records, for
+# any number of images and clusters.
+_NUM_IMAGES = 32  # Images in the image browser.
+_NUM_PAIRS = 12  # Pairs of near-duplicate centers.
+_NUM_LABELS = 8  # Labels of an image.
+_MEMBERS = 24  # Images that give a cluster its name and its class.
+_SHOWN = 9  # Thumbnails of a cluster in its own card.
+_SHOWN_BESIDE = 5  # Thumbnails of a cluster beside an image or in a pair.
+_MAX_CAPTION = 200  # Characters of a caption.
+# With more images than this, the true classes of a sample of clusters are read.
 _MAX_LABELLED = 20_000
-_NUM_ASKED = 400  # Images whose later labels are then looked at.
+# Then the labels of this many images are compared with their classes.
+_NUM_ASKED = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-  """What the browsers are made from.
+  """The data of a run from which the browsers are made.
 
   Attributes:
-    source: images, with classes and captions where it has them.
-    embedded: of the embed stage; its rows are the labels' rows.
-    shards: of the cluster stage.
+    source: the images, possibly with classes and captions.
+    embedded: the result of the embed stage; its rows are those of the labels.
+    shards: the labels and cosines from the cluster stage.
     centers: [C, D] unit rows.
-    num_labels: labels an image is trained with.
-    seed: of the samples.
-    root: folder of the images, see `matching.root_of`.
+    num_labels: the number of labels that an image is trained with.
+    seed: the seed of the samples.
+    root: the folder of the images; see `matching.root_of`.
   """
 
   source: sources.Source
@@ -52,7 +55,7 @@ class Inputs:
 
 
 def gather(inputs: Inputs) -> dict[str, Any]:
-  """Returns a JSON value of bounded size, whatever the run's."""
+  """Returns the data of both browsers as a JSON value of bounded size."""
   shards, total = inputs.shards, len(inputs.centers)
   found = clusters_lib.statistics(shards, total)
   groups = clusters_lib.choose(found, inputs.seed)
@@ -62,7 +65,8 @@ def gather(inputs: Inputs) -> dict[str, Any]:
   rng = np.random.default_rng(inputs.seed)
   images = np.sort(_some(rng, shards.num_images, _NUM_IMAGES))
   labels, cosines = shards.at(images)
-  has_label = labels[:, 0] >= 0  # Others were no rows to cluster.
+  # The cluster stage leaves out rows that are zero or not finite.
+  has_label = labels[:, 0] >= 0
   images, labels, cosines = (x[has_label] for x in (images, labels, cosines))
   labels, cosines = labels[:, :_NUM_LABELS], cosines[:, :_NUM_LABELS]
   chosen = _union(*groups.values(), [p[:2] for p in pairs], labels)
@@ -108,9 +112,19 @@ def gather(inputs: Inputs) -> dict[str, Any]:
 
 
 class _Records:
-  """Keys, captions and records of some rows."""
+  """The keys, captions and records of some rows of the embeddings.
+
+  Attributes:
+    captions: the captions by row, '' for none.
+  """
 
   def __init__(self, inputs: Inputs, rows: np.ndarray):
+    """Reads the keys and captions, and looks up the records.
+
+    Args:
+      inputs: the data of the run.
+      rows: the rows, each once.
+    """
     keys, captions = inputs.embedded.metadata(rows)
     self._source = inputs.source
     self._keys = dict(zip(rows.tolist(), keys))
@@ -118,18 +132,19 @@ class _Records:
     self._records = thumbnails.find(inputs.source, keys, inputs.root)
 
   def _record(self, row: int) -> dict[str, Any] | None:
+    """Returns the record of a row; None if the source no longer has it."""
     number = self._records.get(self._keys[int(row)])
     return None if number is None else self._source[number]
 
   def label(self, row: int) -> int | None:
-    """The class; None where there is none."""
+    """Returns the class of a row; None if it has none."""
     if not self._source.num_classes:
       return None
     record = self._record(row)
     return None if record is None or record['label'] < 0 else record['label']
 
   def describe(self, row: int) -> dict[str, Any]:
-    """Key, caption and class of a row."""
+    """Returns the key, caption and class of a row."""
     return {
       'key': self._keys[int(row)],
       'caption': self.captions[int(row)][:_MAX_CAPTION],
@@ -137,12 +152,13 @@ class _Records:
     }
 
   def thumbnail(self, row: int, size: int = thumbnails.SMALL) -> str | None:
-    """A row's image as a data URL."""
+    """Returns the image of a row as a data URL; None if it cannot be read."""
     record = self._record(row)
     return record and thumbnails.make(record, size)
 
   def thumbnails(self, rows: np.ndarray) -> dict[int, dict[str, Any]]:
-    """Row -> its description and `image`."""
+    """Returns the description of every row with its thumbnail as `image`."""
+    # Threads, since decoding releases Python's lock.
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       images = pool.map(self.thumbnail, rows.tolist())
       return {
@@ -151,7 +167,7 @@ class _Records:
       }
 
   def classes(self, rows: Iterable[int]) -> dict[int, int]:
-    """Row -> class, of the rows that have one."""
+    """Returns the classes by row, without the rows that have none."""
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       rows = [int(row) for row in rows]
       labels = pool.map(self.label, rows)
@@ -165,7 +181,15 @@ def _card(
   named: Mapping[int, str],
   records: _Records,
 ) -> dict[str, Any]:
-  """One cluster: how many images, how near, and the nearest of them."""
+  """Returns the card of a cluster: its size, name, class and nearest images.
+
+  Args:
+    members: the rows and cosines of its nearest images, nearest first.
+    found: the statistics of all clusters.
+    cluster: the number of the cluster.
+    named: the names of clusters; some have none.
+    records: the records of the rows.
+  """
   rows, cosines = members
   classes = records.classes(rows)
   return {
@@ -181,7 +205,18 @@ def _card(
 def _quality(
   inputs: Inputs, found: clusters_lib.Statistics, images: np.ndarray
 ) -> dict[str, Any] | None:
-  """Agreement with true labels; None where there are none."""
+  """Returns the agreement of labels with true classes; None without classes.
+
+  Purity and mutual information need all images of a cluster. Up to 20,000
+  images it takes all clusters and compares the labels of all images. Above, it
+  takes a random sample of clusters with that many images, and compares the
+  labels of another sample of images.
+
+  Args:
+    inputs: the data of the run.
+    found: the statistics of all clusters.
+    images: the rows in the image browser.
+  """
   if not inputs.source.num_classes:
     return None
   shards, total = inputs.shards, len(inputs.centers)
@@ -195,6 +230,8 @@ def _quality(
     fits = np.cumsum(found.sizes[clusters]) <= _MAX_LABELLED
     clusters = np.sort(clusters[fits])
   labels = shards.at(asked)[0][:, :_NUM_LABELS]
+  # `complete` has all images of its clusters. `around` has those that vote for
+  # the class of each label; in a sample these are the nearest ones only.
   complete = clusters_lib.members(shards, clusters, total)
   around = complete
   if not whole:
@@ -232,7 +269,10 @@ def _quality(
 
 
 def _some(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
-  """Up to `count` different numbers below `total`, without a list of all."""
+  """Returns up to `count` different random numbers below `total`.
+
+  For a large `total` it does not make a list of all numbers.
+  """
   if total <= 4 * count:
     return rng.permutation(total)[:count]
   drawn = np.unique(rng.integers(total, size=2 * count))
@@ -240,10 +280,11 @@ def _some(rng: np.random.Generator, total: int, count: int) -> np.ndarray:
 
 
 def _union(*parts: Any) -> np.ndarray:
-  """All different numbers, sorted."""
+  """Returns the different numbers of all parts, sorted."""
   flat = [np.asarray(part, np.int64).ravel() for part in parts]
   return np.unique(np.concatenate(flat))
 
 
 def _rounded(values: np.ndarray) -> list[float]:
+  """Returns the values with four decimals, which keeps the page small."""
   return [round(float(value), 4) for value in values]

@@ -1,14 +1,15 @@
-// Charts as SVG.
+// Draws charts as SVG.
 
-const WIDTH = 360, HEIGHT = 180;
-const BOX = {left: 46, right: 8, top: 8, bottom: 22};
+const WIDTH = 360, HEIGHT = 180; // Units of the viewBox; CSS sets the size.
+const BOX = {left: 46, right: 8, top: 8, bottom: 22}; // Room for the tick labels.
 
+/** Returns the linear function that maps low..high to from..to. */
 function scale(low, high, from, to) {
   const span = high - low || 1;
   return (x) => from + (x - low) / span * (to - from);
 }
 
-/** Round numbers that divide a range. */
+/** Returns about `count` round numbers between low and high. */
 function ticks(low, high, count = 4) {
   const raw = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
@@ -18,6 +19,7 @@ function ticks(low, high, count = 4) {
   return found;
 }
 
+/** Formats a tick label, with at most three digits. */
 function short(x) {
   const size = Math.abs(x);
   if (size >= 1e9) return `${+(x / 1e9).toPrecision(3)}G`;
@@ -26,6 +28,7 @@ function short(x) {
   return size && size < 1e-3 ? x.toExponential(0) : `${+x.toPrecision(3)}`;
 }
 
+/** Draws the ticks xs and ys; x and y map values to units. */
 function axes(xs, ys, x, y) {
   const bottom = HEIGHT - BOX.bottom;
   return [
@@ -40,17 +43,19 @@ function axes(xs, ys, x, y) {
   ].flat(2);
 }
 
+/** Makes the SVG of a chart; screen readers read the label. */
 function canvas(label, ...children) {
   return svg('svg', {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: 'img', 'aria-label': label},
     ...children);
 }
 
+/** Frames a chart with its title, and a value at the right. */
 function figure(title, value, drawn, ...below) {
   return el('figure', {},
     el('figcaption', {}, el('b', {}, title), el('output', {}, value)), drawn, ...below);
 }
 
-/** One curve; the value under the pointer is shown beside its name. */
+/** Draws one curve; beside its title stands the value under the pointer, or the last. */
 function lineChart(title, steps, values, show = format) {
   const points = steps.map((s, i) => [s, values[i]]).filter((p) => p[1] !== null && p[1] !== undefined);
   if (!points.length) return null;
@@ -85,13 +90,14 @@ function lineChart(title, steps, values, show = format) {
   return made;
 }
 
+/** Lists the names with the colors of their CSS classes. */
 function legend(names, classes) {
   return el('ul', {class: 'legend'}, names.map((name, i) => el('li', {},
     svg('svg', {viewBox: '0 0 10 10', 'aria-hidden': 'true'},
       svg('rect', {class: classes[i], width: 10, height: 10, rx: 2})), name)));
 }
 
-/** Bars of one or more stacked parts. */
+/** Draws a bar for each label; stacks[j][i] is part j of bar i. */
 function barChart(title, value, labels, stacks, {classes = ['a'], names = null, show = format, max = null} = {}) {
   const sums = labels.map((_, i) => stacks.reduce((sum, part) => sum + part[i], 0));
   const high = max ?? (Math.max(...sums) || 1);
@@ -118,7 +124,7 @@ function barChart(title, value, labels, stacks, {classes = ['a'], names = null, 
   return figure(title, value, drawn, names ? legend(names, classes) : null);
 }
 
-/** Parts of a whole as one bar. */
+/** Draws the parts of a whole as one bar. */
 function shareBar(title, value, names, parts, classes, show) {
   const total = parts.reduce((a, b) => a + b, 0) || 1;
   let left = 0;
@@ -134,7 +140,7 @@ function shareBar(title, value, names, parts, classes, show) {
     legend(names.map((n, i) => `${n} ${show(parts[i])}`), classes));
 }
 
-/** A value with its interval on a scale that the rows of a table share. */
+/** Draws a value with its interval; the rows of a table share the scale from..to. */
 function interval(low, value, high, from, to) {
   const x = scale(from, to, 4, 116);
   return svg('svg', {viewBox: '0 0 120 14', width: 120, 'aria-hidden': 'true'},

@@ -1,4 +1,4 @@
-"""Names for clusters: the words of their captions that others do not have."""
+"""Names for clusters, from words that set their captions apart."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -7,24 +7,26 @@ import numpy as np
 from sklearn.feature_extraction import text
 
 _MAX_WORDS = 4
-_MIN_SHARE = 0.7  # Of the first word's score, that the others must have.
+# A further word of a name needs at least this share of the first word's score.
+_MIN_SHARE = 0.7
+# The most frequent words that are scored; it bounds the memory.
 _MAX_VOCABULARY = 50_000
 
 
 def from_captions(
   captions: Mapping[int, Sequence[str]],
 ) -> dict[int, str]:
-  """Names clusters by class-based TF-IDF, a cluster's captions as one text.
+  """Names clusters by class-based TF-IDF, as BERTopic names topics.
 
-  As BERTopic (arXiv 2203.05794) names topics. Words count once a caption, so
-  that one long caption does not name a cluster.
+  The captions of a cluster count as one text (arXiv 2203.05794). A word counts
+  once per caption, so that no single long caption names a cluster.
 
   Args:
-    captions: cluster -> captions of its images, '' where there is none.
+    captions: the captions of the images of every cluster, '' for none.
 
   Returns:
-    cluster -> up to four words, the most telling first; clusters without
-    captions are left out.
+    The names by cluster: up to four words, the one with the highest score
+    first. Clusters without captions have no name.
   """
   clusters = [c for c, texts in captions.items() if any(texts)]
   words = text.TfidfVectorizer(

@@ -1,7 +1,8 @@
-"""A bounded sample of the clusters, whatever their number.
+"""Statistics of all clusters, and the images of a bounded sample of them.
 
-Two passes over the label shards: sizes and cosines of all clusters, then the
-images nearest to the centers of those that are shown.
+The page reads the label shards several times, never all at once: for the sizes
+and cosines of all clusters, and for the images nearest to the centers of the
+clusters that it shows.
 
 Shapes: N images, C clusters, L labels, D dimensions.
 """
@@ -17,10 +18,12 @@ from mlcd_jax.cluster import labels as labels_lib
 from mlcd_jax.runtime import files
 
 _PER_GROUP = 16  # Clusters shown of each kind.
-# Above this many centers, near duplicates are sought of so many of them.
+# Near duplicates are searched for this many centers, a random sample of more.
 _MAX_COMPARED = 4_096
-_CHUNK = 8_192  # Centers compared with at a time.
+# Centers that these are compared with at a time: 128 MiB of cosines.
+_CHUNK = 8_192
 
+# The edges of the 100 bins of cosines.
 COSINE_EDGES = np.linspace(-1, 1, 101)
 
 
@@ -29,8 +32,8 @@ class Shards:
   """The label and score files of a finished cluster stage.
 
   Attributes:
-    folder: of the cluster stage.
-    rows: of each shard.
+    folder: the folder of the cluster stage.
+    rows: the number of rows of each shard.
   """
 
   folder: pathlib.Path
@@ -49,11 +52,11 @@ class Shards:
 
   @property
   def num_images(self) -> int:
-    """N."""
+    """The number of images N, including those without a label."""
     return sum(self.rows)
 
   def at(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns labels [n, L] and cosines [n, L] of some rows, in their order."""
+    """Returns the labels [n, L] and cosines [n, L] of the given rows [n]."""
     found = {}
     for start, labels, cosines in self:
       for row in wanted[(wanted >= start) & (wanted < start + len(labels))]:
@@ -64,12 +67,14 @@ class Shards:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-  """Of all clusters, by the first label.
+  """Statistics of all clusters; an image belongs to that of its first label.
 
   Attributes:
-    sizes: int64 [C].
-    cosines: float64 [C], mean over the images; 0 where there are none.
-    histogram: int64 [100], images by cosine between COSINE_EDGES.
+    sizes: int64 [C], the number of images.
+    cosines: float64 [C], the mean cosine of the images to the center; 0 for an
+      empty cluster.
+    histogram: int64 [100], the number of all images by cosine; the bins lie
+      between COSINE_EDGES.
   """
 
   sizes: np.ndarray
@@ -78,7 +83,12 @@ class Statistics:
 
 
 def statistics(shards: Shards, num_clusters: int) -> Statistics:
-  """Counts every image once; those whose row was left out have no label."""
+  """Computes the statistics; it leaves out images without a label.
+
+  Args:
+    shards: the labels and cosines of all images.
+    num_clusters: C.
+  """
   sizes = np.zeros(num_clusters, np.int64)
   sums = np.zeros(num_clusters)
   histogram = np.zeros(len(COSINE_EDGES) - 1, np.int64)
@@ -88,14 +98,18 @@ def statistics(shards: Shards, num_clusters: int) -> Statistics:
     cosine = cosines[has_label, 0].astype(np.float64)
     sizes += np.bincount(first, minlength=num_clusters)
     sums += np.bincount(first, cosine, minlength=num_clusters)
-    # Float16 cosines may be above 1 by their rounding.
+    # Cosines are stored as float16, which may round them to above 1.
     histogram += np.histogram(np.clip(cosine, -1, 1), COSINE_EDGES)[0]
   return Statistics(sizes, sums / np.maximum(sizes, 1), histogram)
 
 
 def size_histogram(sizes: np.ndarray) -> list[list[int]]:
-  """Returns [from, to, clusters] of sizes 0, 1, 2-3, 4-7 and so on."""
-  # 0 for empty clusters, then one more than the power of two below.
+  """Returns [smallest size, largest size, number of clusters] of every bin.
+
+  The bins are the sizes 0, 1, 2 to 3, 4 to 7 and so on.
+  """
+  # The bin is 0 for an empty cluster. For others frexp gives the number of
+  # binary digits of the size.
   bins = np.where(sizes > 0, np.frexp(sizes)[1], 0)
   return [
     [1 << b >> 1, (1 << b) - 1, int(count)]
@@ -104,10 +118,15 @@ def size_histogram(sizes: np.ndarray) -> list[list[int]]:
 
 
 def choose(found: Statistics, seed: int) -> dict[str, np.ndarray]:
-  """Returns the clusters to show, by kind; some may be of several kinds."""
+  """Returns the clusters to show, by kind; a cluster may be of several kinds.
+
+  Args:
+    found: the statistics of all clusters.
+    seed: the seed of the random clusters.
+  """
   full = np.flatnonzero(found.sizes)
   by_size = full[np.argsort(found.sizes[full], kind='stable')]
-  # One image lies on its center; that says nothing.
+  # A single image lies on its center, so its cosine of 1 tells nothing.
   several = full[found.sizes[full] > 1]
   by_cosine = several[np.argsort(found.cosines[several], kind='stable')]
   middle = max(0, (len(full) - _PER_GROUP) // 2)
@@ -129,16 +148,16 @@ def members(
   *,
   count: int | None = None,
 ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-  """The images nearest to some centers, of those whose first label they are.
+  """Returns the images of some clusters that are nearest to the centers.
 
   Args:
-    shards: of all images.
-    clusters: numbers, each once.
+    shards: the labels and cosines of all images.
+    clusters: the numbers of the clusters, each once.
     num_clusters: C.
-    count: images of each at most; all where not given.
+    count: the most images per cluster; None takes all.
 
   Returns:
-    cluster -> rows and cosines, nearest first.
+    For each cluster the rows and the cosines of its images, nearest first.
   """
   slots = np.full(num_clusters, -1, np.int32)
   slots[clusters] = np.arange(len(clusters))
@@ -149,6 +168,7 @@ def members(
     new = np.zeros(len(places), best.dtype)
     new['slot'], new['row'] = slot[places], places + start
     new['cosine'] = cosines[places, 0]
+    # Cut after each shard, so that memory does not grow with their number.
     best = _nearest(np.concatenate([best, new]), count)
   ends = np.searchsorted(best['slot'], np.arange(len(clusters) + 1))
   return {
@@ -158,7 +178,7 @@ def members(
 
 
 def _nearest(found: np.ndarray, count: int | None) -> np.ndarray:
-  """Sorted by cluster and cosine, with `count` of each cluster left."""
+  """Sorts images by cluster and cosine, and keeps `count` of each cluster."""
   found = found[np.lexsort((found['row'], -found['cosine'], found['slot']))]
   first = np.searchsorted(found['slot'], found['slot'])
   rank = np.arange(len(found)) - first
@@ -168,15 +188,18 @@ def _nearest(found: np.ndarray, count: int | None) -> np.ndarray:
 def near_duplicates(
   centers: np.ndarray, *, count: int, seed: int
 ) -> list[tuple[int, int, float]]:
-  """The pairs of centers with the highest cosines.
+  """Returns pairs of centers with high cosines.
+
+  Each center is paired with the one nearest to it. With more than 4,096 centers
+  it does this for a random sample, so it may miss the closest pairs.
 
   Args:
     centers: [C, D] unit rows.
-    count: pairs at most.
-    seed: of the centers compared with all, where there are too many.
+    count: the most pairs to return.
+    seed: the seed of the sample.
 
   Returns:
-    (center, center, cosine), the closest first.
+    Tuples (center, center, cosine), the closest pair first.
   """
   total = len(centers)
   among = np.arange(total)
@@ -198,7 +221,8 @@ def near_duplicates(
     other = np.where(value > best, start + place, other)
     best = np.maximum(best, value)
   pairs = {}
-  for i in np.argsort(-best)[: 2 * count]:  # Each may be found twice.
+  # Twice as many, since a pair is found from each of its two centers.
+  for i in np.argsort(-best)[: 2 * count]:
     if np.isfinite(best[i]):
       pair = sorted((int(among[i]), int(other[i])))
       pairs.setdefault(tuple(pair), float(best[i]))

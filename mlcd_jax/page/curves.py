@@ -1,24 +1,26 @@
-"""metrics.jsonl as columns for charts."""
+"""The curves of metrics.jsonl, by column, for the page's charts."""
 
 import pathlib
 from typing import Any
 
 from mlcd_jax.runtime import files
 
+# Bounds the size of the page; a chart is 360 units wide (charts.js).
 _MAX_POINTS = 1_000
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns every curve with at most a thousand points.
 
-  A point is what was logged at that step; where there are too many, some are
-  left out, and the last one stays.
+  A point is a logged value, not an average. From a longer log it takes every
+  n-th line, including the last one.
 
   Args:
-    workdir: of the run.
+    workdir: the folder of the run.
 
   Returns:
-    `step`: [n]; `values`: name -> [n], None where a step has none.
+    A dict with `step`, the list of steps, and `values`, a list of equal length
+    for each name. It has None for a step at which the name was not logged.
   """
   path = workdir / 'metrics.jsonl'
   if not path.exists():

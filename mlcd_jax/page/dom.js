@@ -1,17 +1,18 @@
-// Small helpers. Text reaches the page as text only, never as markup.
+// Makes elements and formats values. Text is never parsed as markup.
 
 const SVG = 'http://www.w3.org/2000/svg';
 
-/** Makes an element: attributes, functions as listeners, children. */
+/** Makes an element; an attribute that is a function becomes an event listener. */
 function el(name, attributes = {}, ...children) {
   return fill(document.createElement(name), attributes, children);
 }
 
-/** Makes an SVG element. */
+/** Makes an SVG element, like `el`. */
 function svg(name, attributes = {}, ...children) {
   return fill(document.createElementNS(SVG, name), attributes, children);
 }
 
+/** Sets the attributes and children of an element; it skips those that are null. */
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === 'function') element.addEventListener(name, value);
@@ -21,7 +22,7 @@ function fill(element, attributes, children) {
   return element;
 }
 
-/** A number for people: thousands separated, few digits. */
+/** Formats a number with few digits and separated thousands. */
 function format(x, digits = 4) {
   if (x === null || x === undefined) return '–';
   if (Number.isInteger(x)) return x.toLocaleString('en');
@@ -42,7 +43,7 @@ function duration(seconds) {
   return `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
-/** A table; `numbers` are the columns that are aligned to the right. */
+/** Makes a table; `numbers` lists the columns to align to the right. */
 function table(headings, rows, numbers = []) {
   const kind = (i) => ({class: numbers.includes(i) ? 'number' : null});
   return el('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': headings.join(', ')},
@@ -52,7 +53,7 @@ function table(headings, rows, numbers = []) {
         row.map((cell, i) => el('td', kind(i), cell)))))));
 }
 
-/** A section with a heading, linked from the navigation. */
+/** Adds a section to the page, and a link to the navigation. */
 function section(id, title, ...children) {
   document.getElementById('sections').append(el('a', {href: `#${id}`}, title));
   const made = el('section', {id, 'aria-labelledby': `${id}-title`},
@@ -65,7 +66,7 @@ function labelled(text, control) {
   return el('label', {}, text, control);
 }
 
-/** Whether every word of a query is in a text; numbers count as whole words. */
+/** Returns whether a text has every word of a query; numbers match only whole words. */
 function matches(query, text) {
   const low = text.toLowerCase();
   const words = new Set(low.split(/[\s()]+/));

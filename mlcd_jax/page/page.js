@@ -1,8 +1,8 @@
-// The sections, from the data that the run wrote.
+// Fills in the sections of the page from the data that writer.py wrote.
 
 const DATA = JSON.parse(document.getElementById('data').textContent);
 const CLASSES = ['a', 'b', 'c', 'd', 'none'];
-const PAGE = 24; // Clusters shown at a time.
+const PAGE = 24; // Clusters that "Show more" adds.
 
 function status() {
   const s = DATA.status;
@@ -69,6 +69,7 @@ function thumb(row) {
 function picture(source, says) {
   if (!source) return el('span', {class: 'thumb missing', title: says}, 'no image');
   const image = el('img', {class: 'thumb', src: source, alt: says, title: says, loading: 'lazy', decoding: 'async'});
+  // Tiny images such as digits are enlarged with sharp pixels.
   image.addEventListener('load', () => image.classList.toggle('tiny', image.naturalWidth < 48));
   return image;
 }
@@ -83,6 +84,7 @@ function clusterFacts(card) {
     + (card.class === null ? '' : `, mostly class ${card.class}`);
 }
 
+/** Returns the text of a cluster that the search looks at. */
 function clusterText(id) {
   const card = DATA.clusters.cards[id];
   return [`#${id}`, card.name, card.class === null ? '' : `class ${card.class}`,
@@ -100,6 +102,7 @@ function distributions() {
   const c = DATA.clusters;
   const sizes = c.sizes.filter((s, i) => s[2] || i);
   const [from, to] = c.cosine_edges, width = (to - from) / c.cosines.length;
+  // The bins without images at both ends are cut off.
   const used = c.cosines.map((n, i) => n ? i : -1).filter((i) => i >= 0);
   const bins = c.cosines.slice(used[0], used.at(-1) + 1);
   const charts = [
@@ -178,6 +181,7 @@ function imageDetail(image) {
       el('p', {class: 'soft'}, image.key + (image.label === null ? '' : ` · class ${image.label}`))),
     el('ol', {}, image.clusters.map((id, rank) => {
       const card = c.cards[id];
+      // A cluster without another image names no class; see agreement.py.
       const others = card.rows.some((row) => row !== image.row);
       const right = others && image.label !== null && card.class === image.label;
       return el('li', {},
@@ -209,6 +213,7 @@ function images() {
     const found = c.images.filter((_, i) => matches(search.value, texts[i]));
     picker.replaceChildren(...found.map((image) => buttons[c.images.indexOf(image)]));
     count.textContent = `${found.length} of ${c.images.length} images sampled from ${format(c.num_images)}`;
+    // The detail always shows an image that the search found.
     if (found.length) show(found[0]); else detail.replaceChildren();
   };
   search.addEventListener('input', draw);
@@ -247,6 +252,7 @@ function results() {
   const groups = new Map();
   for (const [key, value] of found) {
     const [encoder, dataset, task, metric] = key.split('/');
+    // Only scores have an interval; penalty, count and the like do not.
     if (!(`${key}_low` in DATA.results)) continue;
     const name = `${dataset} / ${task} / ${metric}`;
     if (!groups.has(name)) groups.set(name, []);

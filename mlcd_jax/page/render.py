@@ -1,4 +1,4 @@
-"""The page's data as one HTML file that loads nothing."""
+"""Rendering of the page's data as one HTML file that loads nothing."""
 
 import base64
 import hashlib
@@ -14,19 +14,21 @@ _SCRIPTS = ('dom.js', 'charts.js', 'page.js')
 
 
 def render(data: dict[str, Any]) -> str:
-  """Returns the whole page.
+  """Returns the HTML of the whole page.
 
-  The data lies in it as JSON and reaches the document as text only. The
-  policy allows these scripts and styles and images in place, and no
-  connection.
+  The data is embedded as JSON, and the scripts show it only as text, so that
+  no caption or key can act as markup. The content security policy allows only
+  the embedded script, style and images, and no connection.
 
   Args:
-    data: JSON values; numbers that are not finite become null.
+    data: the data of the page, made of JSON types. Numbers that are not finite
+      become null.
   """
   style = ''.join(map(_read, _STYLES))
   script = '"use strict";\n' + ''.join(map(_read, _SCRIPTS))
   content = json.dumps(_finite(data), allow_nan=False, separators=(',', ':'))
-  # No tag can end or begin in it.
+  # JSON allows these escapes. Without the characters, a caption with
+  # "</script>" cannot end the element.
   for character in '<>&':
     content = content.replace(character, f'\\u{ord(character):04x}')
   return string.Template(_read('page.html')).substitute(
@@ -43,16 +45,18 @@ def render(data: dict[str, Any]) -> str:
 
 
 def _read(name: str) -> str:
+  """Returns the text of a file in this package."""
   return (importlib.resources.files(__package__) / name).read_text('utf-8')
 
 
 def _digest(text: str) -> str:
+  """Returns the hash by which the content security policy allows a text."""
   digest = hashlib.sha256(text.encode()).digest()
   return 'sha256-' + base64.b64encode(digest).decode('ascii')
 
 
 def _finite(value: Any) -> Any:
-  """The same with None for what JSON has no number for."""
+  """Returns a copy in which NaN and infinities are None; JSON has neither."""
   if isinstance(value, dict):
     return {str(k): _finite(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):

@@ -1,7 +1,8 @@
-"""What the page says of a run, from the files in its workdir.
+"""The sections of the page, made from the files in a workdir.
 
-But for `patch_colours`, nothing here waits for other processes: one of them
-writes the page while the others go on.
+Process 0 writes the page while the others continue, so these functions must not
+wait for other processes. The exception is `patch_colours`, which all processes
+call together.
 """
 
 from collections.abc import Mapping
@@ -26,12 +27,12 @@ from mlcd_jax.page import clusters
 from mlcd_jax.page import thumbnails
 from mlcd_jax.runtime import files
 
-_MAX_SHOWN = 3  # Keys that stand for many.
-_PATCH_PIXELS = 112
+_MAX_SHOWN = 3  # Keys that are shown as examples.
+_PATCH_PIXELS = 112  # The side of a picture, the same as in page.css.
 
 
 def manifest(folder: pathlib.Path) -> dict[str, Any]:
-  """A stage's manifest as it lies there; {} where there is none."""
+  """Reads a stage's manifest.json; returns {} if there is none."""
   path = folder / manifests.NAME
   return files.read_json(path) if path.exists() else {}
 
@@ -43,16 +44,18 @@ def browsers(
   embedded: pathlib.Path,
   clustered: pathlib.Path,
 ) -> dict[str, Any] | None:
-  """The cluster and image browsers; made once and kept.
+  """Returns the data of the cluster and image browsers, cached in a file.
+
+  The cache is replaced if a manifest or loss.num_positives has changed.
 
   Args:
-    config: of the run.
-    cache: the file they are kept in.
-    embedded: folder of the embed stage.
-    clustered: folder of the cluster stage.
+    config: the config of the run.
+    cache: the path of the cache.
+    embedded: the folder of the embed stage.
+    clustered: the folder of the cluster stage.
 
   Returns:
-    See `browse.gather`; None until there are clusters.
+    The value of `browser.gather`; None if one of the stages is not finished.
   """
   made, done = manifest(embedded), manifest(clustered)
   if not done.get('complete') or not made.get('complete'):
@@ -85,14 +88,21 @@ def patch_colours(
   *,
   count: int = 8,
 ) -> list[dict[str, Any]]:
-  """Some images and the colours of their patch features, in all processes.
+  """Makes pictures of the patch features of some images.
+
+  All processes must call it, since the parameters may be sharded over them.
 
   Args:
-    encoder: of the run.
-    source: of the images.
-    count: images at most.
+    encoder: the encoder of the run.
+    source: the source of the images.
+    count: the most images.
+
+  Returns:
+    For each image its `key`, and as data URLs its `image` and the `colours` of
+    its patches.
   """
   keys, images = [], []
+  # Twice as many are tried, since some may not decode.
   for i in np.linspace(0, len(source) - 1, 2 * count, dtype=int):
     record = source[int(i)]
     try:
@@ -120,7 +130,13 @@ def patch_colours(
 def bad_data(
   workdir: pathlib.Path, *, embedded: pathlib.Path, clustered: pathlib.Path
 ) -> list[list[Any]]:
-  """Rows of [where, what, count, examples]."""
+  """Returns the table of bad data, in rows [where, what, count, examples].
+
+  Args:
+    workdir: the folder of the run.
+    embedded: the folder of the embed stage.
+    clustered: the folder of the cluster stage.
+  """
   rows = []
   made = manifest(embedded).get('result', {})
   examples = []
@@ -149,7 +165,16 @@ def bad_data(
 def config_fields(
   config: ml_collections.ConfigDict, preset: ml_collections.ConfigDict
 ) -> list[dict[str, Any]]:
-  """Every field with its value, and what the preset has."""
+  """Returns every field of a config with its value and that of the preset.
+
+  Args:
+    config: the config of the run.
+    preset: the config of the preset.
+
+  Returns:
+    For each field its name `field`, its `value` and the value in the `preset`
+    as JSON, and `changed`, True if they differ.
+  """
   fields, before = (_flat(config_lib.to_dict(c)) for c in (config, preset))
   return [
     {
@@ -163,6 +188,7 @@ def config_fields(
 
 
 def _flat(value: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns the fields of nested dicts by their dotted names."""
   out = {}
   for name, x in value.items():
     if isinstance(x, dict):

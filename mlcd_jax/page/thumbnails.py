@@ -1,4 +1,4 @@
-"""Images by key, small enough to lie in a page by the thousand."""
+"""Thumbnails, small enough that a page can hold a thousand of them."""
 
 import base64
 from collections.abc import Sequence
@@ -13,22 +13,25 @@ from mlcd_jax.data import matching
 from mlcd_jax.data import sources
 from mlcd_jax.data import transforms
 
-SMALL = 96  # Pixels of the longer side.
+# The longer side of a thumbnail, in pixels. In page.css the small ones are at
+# most 72 pixels wide and the large ones at most 14 rem, about 224 pixels.
+SMALL = 96
 LARGE = 224
-_QUALITY = 60
-_LOSSLESS = 32  # Up to this side WebP's losses show and save nothing.
-_CHUNK = 1_000_000  # Keys looked through at a time.
+_QUALITY = 60  # WebP's, from 0 to 100.
+# Up to this side in pixels a lossy image is visibly worse and not smaller.
+_LOSSLESS = 32
+_CHUNK = 1_000_000  # Keys that are converted to Python objects at a time.
 
 
 def find(
   source: sources.Source, keys: Sequence[str], root: str = ''
 ) -> dict[str, int]:
-  """Returns the number of each key's record; unknown keys are left out.
+  """Returns the index of the record of each key, without the unknown keys.
 
   Args:
-    source: of the records.
-    keys: of embeddings.
-    root: folder of the records, see `matching.join`.
+    source: the source of the records.
+    keys: the keys of embeddings.
+    root: the folder of the records; see `matching.root_of`.
   """
   wanted = {key.encode() for key in keys}
   found = {}
@@ -39,7 +42,8 @@ def find(
       for i, key in enumerate(chunk):
         if key in wanted:
           found.setdefault(keys_lib.text(key), start + i)
-  if 2 * len(found) < len(wanted):  # They are paths, not keys.
+  # With fewer than half found, the embeddings have paths instead of keys.
+  if 2 * len(found) < len(wanted):
     unique = list(wanted)
     rows = matching.join(all_keys, np.array(unique), root)
     for record in np.flatnonzero(rows >= 0).tolist():
@@ -48,11 +52,11 @@ def find(
 
 
 def make(record: dict[str, Any], size: int = SMALL) -> str | None:
-  """Returns a record's image as a data URL; None where it cannot be decoded.
+  """Returns the image of a record as a data URL; None if it does not decode.
 
   Args:
-    record: of a source.
-    size: pixels of the longer side at most.
+    record: a record of a source.
+    size: the maximum of the longer side, in pixels.
   """
   try:
     pixels = transforms.decode(record['image'])
@@ -62,7 +66,12 @@ def make(record: dict[str, Any], size: int = SMALL) -> str | None:
 
 
 def encode(pixels: np.ndarray, size: int) -> str:
-  """Returns uint8 [H, W, 3] as a data URL, no side longer than `size`."""
+  """Encodes an image as a data URL in WebP format.
+
+  Args:
+    pixels: uint8 [H, W, 3].
+    size: the maximum of the longer side, in pixels; it never enlarges.
+  """
   image = Image.fromarray(pixels)
   image.thumbnail((size, size))
   encoded = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Writes report.html beside a run, again whenever there is more to see."""
+"""Writer of report.html, which it updates while the run goes on."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -28,13 +28,15 @@ from mlcd_jax.runtime import files
 _log = logging.getLogger(__name__)
 
 NAME = 'report.html'
-_FOLDER = 'report'  # What is gathered once, beside the page.
+# The folder beside the page for data that is made once.
+_FOLDER = 'report'
 _PATCHES = 'patches.json'
+# The age at which training replaces the page.
 _EVERY_SECONDS = 60.0
 
 
 class Page:
-  """The page of one run, written by one process and read by people."""
+  """The report page of one run, which process 0 writes."""
 
   def __init__(
     self,
@@ -45,15 +47,15 @@ class Page:
     mesh: Mesh,
     preset: tuple[str, ml_collections.ConfigDict] | None,
   ):
-    """Nothing is written before a stage begins.
+    """Removes leftovers of killed runs; it writes no page yet.
 
     Args:
-      config: of the run.
-      workdir: where the page goes.
-      folders: of the stages by name, in order.
-      mesh: of all devices.
-      preset: name and fields of what the config was made from; the defaults
-        where not given.
+      config: the config of the run.
+      workdir: the folder for the page.
+      folders: the folders of the stages by name, in order.
+      mesh: the mesh of all devices.
+      preset: the name and fields of the preset that the config was made from;
+        None compares it with the defaults.
     """
     self._config = config
     self._workdir = workdir
@@ -71,7 +73,11 @@ class Page:
 
   @contextlib.contextmanager
   def stage(self, name: str) -> Iterator[None]:
-    """Writes the page before and after a stage, also after one that fails."""
+    """Writes the page before and after the block, even if the block fails.
+
+    Args:
+      name: the name of the stage that the block runs.
+    """
     start = time.monotonic()
     self._running = name
     self.write()
@@ -89,25 +95,28 @@ class Page:
       self.write()
 
   def refresh(self) -> None:
-    """Writes the page again if it is more than a minute old."""
+    """Writes the page if the last one is more than a minute old."""
     if time.monotonic() - self._written > _EVERY_SECONDS:
       self.write()
 
   def show_patches(
     self, encoder: encoders.Encoder, source: sources.Source
   ) -> None:
-    """Keeps pictures of an encoder's patch features, called in all processes.
+    """Makes the pictures of patch features; all processes must call it.
 
     Args:
-      encoder: of the run.
-      source: of the images.
+      encoder: the encoder of the run.
+      source: the source of the images.
     """
     found = self._part(sections.patch_colours, encoder, source)
     if found and distributed.is_main():
       files.write_json(self._kept / _PATCHES, found)
 
   def finish(self) -> None:
-    """Writes the page if a killed process did not come to it."""
+    """Writes the page if a manifest is newer.
+
+    That is the case if an earlier run was killed between the two.
+    """
     path = self._workdir / NAME
     written = path.stat().st_mtime_ns if path.exists() else -1
     made = [folder / manifests.NAME for folder in self._folders.values()]
@@ -115,18 +124,19 @@ class Page:
       self.write()
 
   def write(self) -> None:
-    """Writes the page; what goes wrong is a warning and no more."""
+    """Writes the page from process 0; a failure is only a warning."""
     if not distributed.is_main():
       return
     try:
       page = render.render(self._data())
       with files.atomic(self._workdir / NAME) as temporary:
         temporary.write_text(page, encoding='utf-8')
-    except Exception as e:  # No run ends because it could not be looked at.
+    except Exception as e:  # A broken page must not end a run.
       _log.warning('%s is not written: %s: %s', NAME, type(e).__name__, e)
     self._written = time.monotonic()
 
   def _data(self) -> dict[str, Any]:
+    """Returns the data of the whole page; page.js reads it."""
     c, embedded, clustered = (
       self._config,
       self._folders['embed'],
@@ -166,18 +176,28 @@ class Page:
     }
 
   def _part(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Makes a part of the page; one that fails is left out from then on."""
+    """Makes a part of the page.
+
+    Args:
+      make: the function that makes the part.
+      *args: the positional arguments of `make`.
+      **kwargs: the keyword arguments of `make`.
+
+    Returns:
+      The part, or None if `make` failed now or in an earlier call.
+    """
     if make.__name__ in self._left_out:
       return None
     try:
       return make(*args, **kwargs)
-    except Exception as e:  # What is left is worth a look.
+    except Exception as e:  # The page is useful without this part.
       self._left_out.add(make.__name__)
       said = f'{type(e).__name__}: {e}'
       _log.warning('%s is without %s: %s', NAME, make.__name__, said)
       return None
 
   def _stages(self) -> list[dict[str, Any]]:
+    """Returns the `name`, the `state` and the `seconds` of every stage."""
     seconds = self._seconds()
     out = []
     for name, folder in self._folders.items():
@@ -193,6 +213,12 @@ class Page:
   def _status(
     self, stages: list[dict[str, Any]], read: Mapping[str, Any]
   ) -> dict[str, Any]:
+    """Returns the line at the top of the page.
+
+    Args:
+      stages: the value of `_stages`.
+      read: the curves.
+    """
     done = all(stage['state'].startswith('done') for stage in stages)
     if self._failed:
       text = self._failed
@@ -205,6 +231,7 @@ class Page:
     return {'text': text, 'done': done, 'failed': bool(self._failed)}
 
   def _summary(self, read: Mapping[str, Any]) -> list[list[Any]]:
+    """Returns the rows [name, value] of the summary, without unknown values."""
     c = self._config
     made = sections.manifest(self._folders['embed']).get('result', {})
     rows = [
@@ -229,13 +256,15 @@ class Page:
     return [row for row in rows if row[1] is not None]
 
   def _seconds(self) -> dict[str, float]:
+    """Reads the seconds of every stage over all invocations so far."""
     path = self._kept / 'seconds.json'
     return files.read_json(path) if path.exists() else {}
 
   def _add_seconds(self, name: str, seconds: float) -> None:
-    """Adds to what earlier invocations took for the stage."""
+    """Adds to the time of a stage, which earlier invocations may have begun."""
     if not distributed.is_main():
       return
+    # The time is not worth an error in the run.
     with contextlib.suppress(OSError, errors.UserError):
       kept = self._seconds()
       kept[name] = round(kept.get(name, 0) + seconds, 3)

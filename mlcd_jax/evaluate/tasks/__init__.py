@@ -1,9 +1,9 @@
-"""The tasks that a frozen encoder is scored by, one a file.
+"""The tasks that score a frozen encoder, one in each file.
 
-A task is a function run(data, config) -> metric -> value. `data` is a
-features.Data, `config` the whole config. Values are floats, None or NaN where
-undefined. A task that does not apply to an encoder or a data set returns {}.
-To add one: write its file, and name it here and in `TASKS` of
+A task is a function run(data, config) that returns a dict from metric to value.
+`data` is a features.Data and `config` the whole config. Values are floats, and
+None or NaN if undefined. A task that does not apply to an encoder or a data set
+returns {}. To add a task, write its file and name it here and in `TASKS` of
 config/choices.py.
 """
 

@@ -1,4 +1,4 @@
-"""Few-shot linear probe: a few labels a class, drawn several times."""
+"""Few-shot linear probe: a few labels per class, drawn several times."""
 
 import ml_collections
 import numpy as np
@@ -8,6 +8,7 @@ from mlcd_jax.evaluate import intervals
 from mlcd_jax.evaluate import scores
 from mlcd_jax.evaluate.tasks import linear
 
+# This protocol is our own; see docs/evaluation.md.
 _LABELS_PER_CLASS = 20
 _DRAWS = 5
 
@@ -15,9 +16,10 @@ _DRAWS = 5
 def run(
   data: features.Data, config: ml_collections.ConfigDict
 ) -> dict[str, float]:
-  """Returns mean test accuracy over the draws with its interval.
+  """Returns the mean test accuracy over the draws with its interval.
 
-  A class with fewer training images gives all it has.
+  Every draw takes 20 training images of each class, or all if a class has
+  fewer, and fits a linear probe on them.
   """
   rng = np.random.default_rng(config.seed)
   accuracies = []

@@ -1,9 +1,11 @@
 """Fine-tuning of the whole encoder, with layer-wise learning-rate decay.
 
-AdamW on the cross-entropy of a linear head on the pooled features; a layer's
-learning rate is that of the layer above times evaluate.finetune_layer_decay
-(BEiT: Bao et al. 2021, appendix; MAE: He et al. 2021, A.1). A ResNet's running
-averages stay as they are.
+AdamW minimises the cross-entropy of a linear head on the pooled features. The
+learning rate of a layer is that of the layer above times
+evaluate.finetune_layer_decay (BEiT: Bao et al. 2021, appendix; MAE: He et al.
+2021, A.1). The running averages of a ResNet are not updated.
+
+Shapes: B images, C classes, M test images.
 """
 
 import functools
@@ -25,8 +27,8 @@ from mlcd_jax.evaluate import intervals
 from mlcd_jax.evaluate import scores
 from mlcd_jax.runtime import progress as progress_lib
 
-_WEIGHT_DECAY = 0.05
-_WARMUP = 0.1  # Of the steps.
+_WEIGHT_DECAY = 0.05  # As in MAE, A.1.
+_WARMUP = 0.1  # The share of the steps.
 _BLOCK = re.compile(r'encoder/block_(\d+)/')
 _FIRST = re.compile(
   r'encoder/(patches|positions|class_|registers|pre_norm|stem)'
@@ -36,7 +38,11 @@ _FIRST = re.compile(
 def run(
   data: features.Data, config: ml_collections.ConfigDict
 ) -> dict[str, float]:
-  """Returns test accuracy; nothing for features that no model makes."""
+  """Returns the test accuracy after fine-tuning, with its interval.
+
+  It returns {} if the features do not come from a model, such as raw pixels, or
+  if the data set has no classes.
+  """
   model = data.encoder and data.encoder.model
   if model is None or data.num_classes == 0:
     return {}
@@ -58,13 +64,16 @@ def run(
 
 
 def layer_scales(params, depth: int, decay: float):
-  """The factor of every parameter's learning rate.
+  """Returns the factor of every parameter's learning rate.
+
+  With n blocks and decay d, the head, the last norm and the pooling have the
+  factor 1 and block i has d^(n - i). The patch embedding, the positions and the
+  learned tokens have d^(n + 1), and so does the stem of a ResNet.
 
   Args:
-    params: {'encoder': ..., 'head': ...}.
-    depth: blocks of the encoder.
-    decay: d. Head, last norm and pooling have 1, block i of n has d^(n - i),
-      patches, positions and tokens, or the stem, d^(n + 1).
+    params: a tree {'encoder': ..., 'head': ...}.
+    depth: n, the number of blocks of the encoder.
+    decay: d, the factor from one block to the one below.
   """
 
   def scale(path, _):
@@ -80,7 +89,7 @@ def layer_scales(params, depth: int, decay: float):
 
 
 def _train(data: features.Data, config: ml_collections.ConfigDict):
-  """The encoder's parameters and the head's after fine-tuning."""
+  """Returns the parameters {'encoder', 'head'} after fine-tuning."""
   c, model = config.evaluate, data.encoder.model
   steps = max(
     1, round(c.finetune_epochs * len(data.train) / c.finetune_batch_size)
@@ -104,10 +113,16 @@ def _train(data: features.Data, config: ml_collections.ConfigDict):
   return params
 
 
-@functools.cache  # The next encoder of the model is not compiled again.
+# Cached, so that the next encoder of the same model is not compiled again.
+@functools.cache
 def _program(model: Any, steps: int, learning_rate: float, decay: float):
-  """Makes params -> state, and (params, state, batch) -> both after a step."""
+  """Makes the two functions of the fine-tuning.
+
+  The first maps params to the state of the optimizer, the second (params,
+  state, batch) to the params and the state after a step.
+  """
   warmup = max(1, round(_WARMUP * steps))
+  # optax needs at least one step after the warmup.
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, warmup, max(steps, warmup + 1)
   )
@@ -140,7 +155,11 @@ def _program(model: Any, steps: int, learning_rate: float, decay: float):
 
 
 def _batches(data: features.Data, config: ml_collections.ConfigDict):
-  """Random crops of the training images with their classes."""
+  """Yields batches of random crops of the training images, without end.
+
+  A batch has `image` and `weight`, and the classes as `labels` [B, 1].
+  """
+  # The row of each record's label; records that failed to decode have none.
   rows = np.full(len(data.train.source), -1, np.int64)
   rows[data.train.records] = np.arange(len(data.train))
   return pipelines.train_batches(

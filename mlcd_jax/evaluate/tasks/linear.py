@@ -1,9 +1,10 @@
 """Linear probe: logistic regression on frozen features.
 
-As CLIP's (Radford et al. 2021, A.3) and MLCD's (A.1.4): an L2 penalty that is
-searched for on a validation split, then a fit on training and validation rows
-together. Every fit is converged, by Newton's method where theirs was L-BFGS.
-Features are used as they come.
+The protocol is that of CLIP (Radford et al. 2021, A.3) and MLCD (A.1.4). It
+searches for the L2 penalty that is best on a validation split, then fits on
+training and validation rows together. CLIP stops L-BFGS after 1,000 iterations;
+here every fit runs to convergence, by Newton's method. Features are not
+normalised.
 
 Shapes: N rows, D features, C classes, M test rows.
 """
@@ -24,15 +25,19 @@ from mlcd_jax.runtime import errors
 
 _log = logging.getLogger(__name__)
 
-# Base-10 exponents of penalties as `logistic` has them. Around the best one the
-# step is halved from two decades to an eighth of one; no step leaves the range.
+# CLIP's search (Radford et al. 2021, A.3) in base-10 exponents of the penalty.
+# The first exponents are two decades apart. Then the step around the best one
+# is halved four times, to an eighth of a decade, without leaving the range.
 _FIRST = np.arange(-6.0, 7.0, 2.0)
 _HALVINGS = 4
 
+# The share of the training rows to choose the penalty on, if the data set has
+# no validation split.
 _HELD_OUT = 0.2
 
-# By name in evaluate.datasets.<name>.metric: what of logits and labels is
-# resampled, and what is computed of that and the labels.
+# The metrics by their names in evaluate.datasets.<name>.metric. The first
+# function maps logits and labels to one value or row per item, which the
+# bootstrap resamples. The second maps these and the labels to the metric.
 _METRICS = {
   'accuracy': (scores.right, scores.mean),
   'mean_per_class': (scores.right, scores.mean_per_class),
@@ -52,8 +57,8 @@ def run(
 ) -> dict[str, float]:
   """Returns the data set's metric on the test split, with its interval.
 
-  Beside them what `predict` says of the fit. Nothing where the images do not
-  have the labels of that metric.
+  The dict also has the values of `predict` that describe the fit. It is empty
+  if the images lack the labels that the metric needs.
   """
   name = data.config.get('metric', 'accuracy')
   several = name == 'map_11_point'
@@ -80,7 +85,7 @@ def run(
 
 
 def training_rows(data: features.Data) -> np.ndarray:
-  """Features of training and validation rows together."""
+  """Returns the features of the training rows and then the validation rows."""
   if data.validation is None:
     return data.train.features
   return np.concatenate([data.train.features, data.validation.features])
@@ -89,17 +94,17 @@ def training_rows(data: features.Data) -> np.ndarray:
 def targets(
   data: features.Data, seed: int, *, several: bool
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-  """What is to be predicted.
+  """Returns the labels to fit and to score.
 
   Args:
-    data: see `features.Data`.
-    seed: of the validation split that is made where there is none.
-    several: labels an image; otherwise its class.
+    data: the data of the task.
+    seed: the seed of the rows to hold out if there is no validation split.
+    several: True for several labels per image, False for its class.
 
   Returns:
-    int [N], or [N, C] as `Split.hot`, of `training_rows`; which of them are
-    held out for the penalty; and those of the test rows. None without such
-    labels.
+    The labels of `training_rows`, int [N] or, as from `Split.hot`, [N, C]; bool
+    [N], the rows held out to choose the penalty; and the labels of the test
+    rows. All are None if `several` is True and the images have one label each.
   """
   splits = [data.train, data.validation, data.test]
   if several:
@@ -116,7 +121,7 @@ def targets(
 
 
 def hold_out(num_rows: int, seed: int) -> np.ndarray:
-  """Bool [N]: a random fifth."""
+  """Returns bool [N]: True for a random fifth of the rows, but at least one."""
   held = np.zeros(num_rows, bool)
   order = np.random.default_rng(seed).permutation(num_rows)
   held[order[: max(1, round(_HELD_OUT * num_rows))]] = True
@@ -134,21 +139,23 @@ def predict(
   mesh: Mesh,
   loss: str = 'softmax',
 ) -> tuple[np.ndarray, dict[str, float]]:
-  """Chooses the penalty, fits on all rows and scores the test rows.
+  """Chooses the penalty, fits on all rows and returns the test rows' logits.
 
   Args:
-    x_ND: training and validation features.
-    y: their classes, or [N, C] as `Split.hot`.
-    held_N: bool, the validation rows.
-    test_MD: features.
-    metric: (scores, y) -> value, of which the highest is best.
+    x_ND: the features of the training and validation rows.
+    y: their classes [N] or, as from `Split.hot`, labels [N, C].
+    held_N: bool, True for the validation rows.
+    test_MD: the features of the test rows.
+    metric: a function (logits, labels) -> value, higher is better. It chooses
+      the penalty.
     num_outputs: C.
-    mesh: of all devices.
+    mesh: the mesh of all devices.
     loss: see `logistic.fit`.
 
   Returns:
-    Logits float32 [M, C]; and the fit: `penalty`, 1 / C of scikit-learn, and
-    `objective`, `iterations` and `converged` (0 or 1) as `logistic.Model`.
+    The logits float32 [M, C], and a dict that describes the last fit. It has
+    the `penalty`, which is 1 / C of scikit-learn, and the `objective`, the
+    `iterations` and `converged` (0 or 1) of `logistic.Model`.
 
   Raises:
     UserError: there are no rows to fit on.
@@ -161,13 +168,15 @@ def predict(
   models = {}
 
   def fit(exponent, weight_N):
+    # The model with the nearest penalty saves iterations as the start.
     nearest = min(models, key=lambda e: abs(e - exponent), default=None)
     return logistic.fit(
       rows, y, weight_N, 10.0**exponent, loss=loss, start=models.get(nearest)
     )
 
   def values(exponents):
-    # From the strongest penalty on, since each model is the next one's start.
+    # The strongest penalty comes first: its fit is the closest to the model
+    # without features. Each fit is then the start of the next.
     for exponent in sorted(exponents, reverse=True):
       models[exponent] = fit(exponent, ~held_N)
     return [
@@ -196,13 +205,13 @@ def predict(
 
 
 def search(values: Callable[[np.ndarray], list[float]]) -> float:
-  """CLIP's parametric search for the best penalty.
+  """Searches for the exponent of the best penalty, as CLIP does.
 
   Args:
-    values: base-10 exponents -> values, higher is better.
+    values: a function from base-10 exponents to their values, higher is better.
 
   Returns:
-    The exponent, the greatest of those that are equally good.
+    The best exponent; of equally good ones the greatest.
   """
   tried = dict(zip(_FIRST, values(_FIRST)))
 

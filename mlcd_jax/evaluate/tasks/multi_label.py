@@ -1,7 +1,7 @@
-"""Several labels an image: mAP, CF1 and OF1 of a one-vs-rest linear probe.
+"""Multi-label classification: mAP, CF1 and OF1 of a one-vs-rest linear probe.
 
-An attribute counts as predicted above a probability of one half (Chen et al.
-2019, ML-GCN, section 4.1, with the usual threshold).
+The metrics are those of ML-GCN (Chen et al. 2019, section 4.1). An attribute is
+predicted if its probability is above 0.5.
 """
 
 import functools
@@ -18,9 +18,10 @@ from mlcd_jax.evaluate.tasks import linear
 def run(
   data: features.Data, config: ml_collections.ConfigDict
 ) -> dict[str, float]:
-  """Returns mAP, CF1 and OF1, and what `linear.predict` says of the fit.
+  """Returns mAP, CF1 and OF1 on the test split, with their intervals.
 
-  Nothing where images have one label only.
+  The dict also has the values of `linear.predict` that describe the fit. It is
+  empty if the images do not have several labels.
   """
   y, held, test_y = linear.targets(data, config.seed, several=True)
   if y is None:
@@ -47,4 +48,5 @@ def run(
 
 
 def _f1(logits_MC: np.ndarray, hot_MC: np.ndarray, *, per_class: bool) -> float:
+  """Returns the F1 score at a probability of 0.5, which is a logit of 0."""
   return scores.f1(logits_MC > 0, hot_MC, per_class=per_class)

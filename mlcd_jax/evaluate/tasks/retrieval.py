@@ -1,9 +1,11 @@
 """Retrieval: images by text, texts by image, and images by image.
 
-Correct is what has the query's class, or in data sets without classes what it
-was paired with, however many captions an image has (Flickr30k and COCO: five).
+In a data set with classes, every result of the query's class is correct. In one
+without classes, such as Flickr30k and COCO, the correct results of an image are
+its captions, and that of a caption is its image.
 
-Shapes: N images, M texts, Q queries, D features.
+Shapes: N images, M texts, Q queries, D features, E joint embedding. q is this
+device's part of the queries in a batch.
 """
 
 import functools
@@ -23,10 +25,12 @@ from mlcd_jax.evaluate import lit
 
 _RANKS = (1, 5, 10)
 
-# Captions of an image that count, as in Karpathy & Fei-Fei (2015).
+# The first captions of each image that are used, as in Karpathy & Fei-Fei
+# (2015).
 _CAPTIONS = 5
 
-_QUERIES_PER_DEVICE = 64  # That are ranked at a time.
+# Queries that a device ranks at a time; it holds [64, N] scores.
+_QUERIES_PER_DEVICE = 64
 
 
 def run(
@@ -34,9 +38,9 @@ def run(
 ) -> dict[str, float]:
   """Returns recalls and mean average precision on the test split.
 
-  image_to_text_recall1, 5, 10 and text_to_image_ the same, where there are
-  captions and a text tower; image_recall1 and image_map, where there are
-  classes.
+  With captions and a text tower the metrics are image_to_text_recall1, 5 and 10
+  and text_to_image_recall1, 5 and 10. With classes they are image_recall1 and
+  image_map. All have intervals.
   """
   values = {}
   if data.num_classes:
@@ -71,17 +75,18 @@ def recalls(
   *,
   mesh: Mesh,
 ) -> dict[str, np.ndarray]:
-  """Whether something of a query's group is among its nearest.
+  """Checks if the rows nearest to a query by cosine include one of its group.
 
   Args:
-    queries_QD: rows; normalised here, as is the gallery.
+    queries_QD: the rows of the queries, of any length.
     query_groups: int [Q].
-    gallery_MD: rows.
+    gallery_MD: the rows to search, of any length.
     gallery_groups: int [M].
-    mesh: of all devices.
+    mesh: the mesh of all devices.
 
   Returns:
-    'recall1', 'recall5' and 'recall10': 0 or 1 of every query, [Q].
+    Arrays [Q] of 0 and 1 under 'recall1', 'recall5' and 'recall10': 1 if one of
+    that many nearest rows is in the query's group.
   """
   most = min(max(_RANKS), len(gallery_MD))
   found, _ = kmeans.nearest_centers(queries_QD, gallery_MD, most, mesh=mesh)
@@ -94,16 +99,20 @@ def recalls(
 def images(
   rows_ND: np.ndarray, labels_N: np.ndarray, *, mesh: Mesh
 ) -> dict[str, np.ndarray]:
-  """Every image as a query for all others; of a class alone it is none.
+  """Uses each image as a query against all others.
+
+  Images without a class and images that are alone in their class are no
+  queries, but others may find them.
 
   Args:
-    rows_ND: features.
-    labels_N: classes.
-    mesh: of all devices.
+    rows_ND: the features of the images, of any length.
+    labels_N: the classes of the images; -1 for none.
+    mesh: the mesh of all devices.
 
   Returns:
-    'image_recall1', whether the nearest is of the class, and 'image_map',
-    average precision, [Q] each.
+    Arrays [Q]: under 'image_recall1' 1 if the nearest image has the query's
+    class, else 0, and under 'image_map' the average precision. Empty if there
+    are no queries.
   """
   _, place_N, counts = np.unique(
     labels_N, return_inverse=True, return_counts=True
@@ -111,6 +120,8 @@ def images(
   queries = np.flatnonzero((labels_N >= 0) & (counts[place_N] > 1))
   if not len(queries):
     return {}
+  # One of the two nearest is the query itself, unless other images are equal to
+  # it.
   two, _ = kmeans.nearest_centers(rows_ND[queries], rows_ND, 2, mesh=mesh)
   other = np.where(two[:, 0] == queries, two[:, 1], two[:, 0])
   first = labels_N[other] == labels_N[queries]
@@ -123,7 +134,14 @@ def images(
 def _average_precision(
   rows_ND: np.ndarray, labels_N: np.ndarray, queries: np.ndarray, mesh: Mesh
 ) -> np.ndarray:
-  """Average precision [Q] of the ranking of all other images."""
+  """Returns the average precision [Q] of each query's ranking of the others.
+
+  Args:
+    rows_ND: the features of the images, of any length.
+    labels_N: the classes of the images.
+    queries: int [Q], the indices of the images to query with.
+    mesh: the mesh of all devices.
+  """
   rows_ND = unit.unit_rows(rows_ND)
   put_whole = functools.partial(sharding.put, mesh, sharding.REPLICATED)
   gallery = put_whole(rows_ND), put_whole(labels_N.astype(np.int32))
@@ -131,6 +149,7 @@ def _average_precision(
   out = []
   for i in range(0, len(queries), size):
     part = queries[i : i + size]
+    # Padded to one shape, so that `_rank` is compiled once.
     padded = np.resize(part, size).astype(np.int32)
     padded = sharding.put(mesh, sharding.BATCH, padded)
     out.append(sharding.to_host(_rank(*gallery, padded))[: len(part)])
@@ -139,13 +158,14 @@ def _average_precision(
 
 @jax.jit
 def _rank(rows_ND, labels_N, queries_q):
-  """Average precision of some rows' rankings of all others."""
+  """Returns the average precision [q] of some queries' rankings."""
+  # In full float32: rounding would swap images of nearly equal scores.
   scores_qN = jnp.dot(
     rows_ND[queries_q], rows_ND.T, precision=jax.lax.Precision.HIGHEST
   )
   own = jnp.arange(len(rows_ND))[None] == queries_q[:, None]
   order_qN = jnp.argsort(jnp.where(own, jnp.inf, -scores_qN), axis=1)
-  # The query itself comes last, and is left out.
+  # The query itself has the key infinity; it comes last and is left out.
   right_qN = labels_N[order_qN[:, :-1]] == labels_N[queries_q][:, None]
   ranks_N = jnp.arange(1, right_qN.shape[1] + 1)
   precision_qN = jnp.cumsum(right_qN, axis=1) / ranks_N[None]
@@ -155,7 +175,14 @@ def _rank(rows_ND, labels_N, queries_q):
 def _texts(
   told: list[list[str]], groups: np.ndarray, *, by_class: bool
 ) -> tuple[list[str], np.ndarray]:
-  """The texts of the gallery and their groups; a class has each text once."""
+  """Returns the texts to search, and the group of each.
+
+  Args:
+    told: the captions of every image.
+    groups: int [N], the group of every image.
+    by_class: True if the groups are classes; then a text that several images of
+      a class share is taken once.
+  """
   pairs = [
     (text, int(group))
     for texts, group in zip(told, groups)

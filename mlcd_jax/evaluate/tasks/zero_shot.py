@@ -1,7 +1,9 @@
-"""Zero-shot classification: the class whose sentences are nearest.
+"""Zero-shot classification by the class with the nearest sentences.
 
-As CLIP (Radford et al. 2021, section 3.1.4): a class's sentences are embedded,
-and their mean is its weight.
+As in CLIP (Radford et al. 2021, section 3.1.4), the weight of a class is the
+mean of its embedded sentences.
+
+Shapes: C classes, E joint embedding.
 """
 
 import ml_collections
@@ -19,10 +21,11 @@ from mlcd_jax.evaluate import prompts
 def run(
   data: features_lib.Data, config: ml_collections.ConfigDict
 ) -> dict[str, float]:
-  """Returns test accuracy; nothing without `prompts` or a text tower.
+  """Returns the test accuracy with its interval.
 
-  Where the data set has `present_classes`, only classes with an image in the
-  test split can be predicted, as ImageNet-A and -R are scored.
+  It returns {} if the data set has no `prompts` or the encoder no text tower.
+  With `present_classes` only classes that have an image in the test split can
+  be predicted, as ImageNet-A and ImageNet-R are scored.
   """
   towers = data.config.get('prompts') and lit.towers(data, config)
   if not towers:
@@ -46,26 +49,32 @@ def check(
   num_classes: int,
   field: str,
 ) -> None:
-  """Raises UserError if the data set's prompts do not fit it.
+  """Raises UserError if a data set and its prompts do not fit each other.
 
   Args:
-    dataset: its fields.
-    source: its test split.
-    num_classes: of all splits.
-    field: the name of the fields.
+    dataset: the fields of the data set in the config.
+    source: the test split.
+    num_classes: the number of classes over all splits.
+    field: the name of the data set's section in the config, for errors.
   """
   if dataset.prompts:
     _sentences(dataset, source, num_classes, field)
 
 
 def _sentences(dataset, source, num_classes, field='evaluate.datasets'):
+  """Returns the sentences of every class; see `prompts.sentences`."""
   return prompts.sentences(
     dataset.prompts, source.class_names, num_classes, field=f'{field}.prompts'
   )
 
 
 def class_weights(towers: lit.Towers, sentences: list[list[str]]) -> np.ndarray:
-  """Unit rows [C, E]: the mean of each class's embedded sentences."""
+  """Returns the mean of each class's embedded sentences as unit rows [C, E].
+
+  Args:
+    towers: the towers, whose `texts` embeds the sentences.
+    sentences: the sentences of every class, the same number for each.
+  """
   rows = towers.texts([text for found in sentences for text in found])
   rows = rows.reshape(len(sentences), len(sentences[0]), -1)
   return unit.unit_rows(rows.mean(axis=1))
