@@ -29,8 +29,8 @@ from mlcd_jax.runtime import files
 from mlcd_jax.runtime import problems
 from mlcd_jax.runtime import storage
 
-# The first records in which a readable one is searched. A few records may be
-# damaged; if all of these are, the files hold something else.
+# The number of first records among which a readable one is searched. A few may
+# be damaged; if all of these are, the files hold something else.
 _LOOKED_AT = 100
 
 
@@ -158,7 +158,7 @@ def make(
     path = cache.local_copy(file, data.get('cache_dir', ''))
     try:
       rows = len(array_record_data_source.ArrayRecordDataSource([path]))
-    except RuntimeError:
+    except RuntimeError:  # Empty, truncated or of another format.
       found.add(file.path, 'unreadable shard' if file.size else 'empty shard')
       continue
     paths.append(path)

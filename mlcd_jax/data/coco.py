@@ -4,7 +4,7 @@
 `data.split` is train2014, val2014, train2017 or val2017. The labels of an image
 are the categories of its annotations, including crowds (`iscrowd`). Images
 without annotations are left out. Both rules are those of coco.py in ML-GCN
-(Chen et al. 2019), which defines the multi-label benchmark on the 2014 splits.
+(Chen et al. 2019), for the 2014 splits of the multi-label benchmark.
 """
 
 from collections.abc import Sequence

@@ -366,8 +366,8 @@ def num_threads(image_size: int, num_workers: int = 0) -> int:
 
   Decoding releases Python's lock, but about 45 us of work per row does not. At
   1,300 images a second per thread, more than 16 threads would wait for each
-  other. Digits of 28 pixels decode so fast that two threads do: they made 9,700
-  images per CPU-second with one thread, 7,900 with two and 7,400 with four.
+  other. For digits of 28 pixels even two threads do: the rate was 9,700 images
+  per CPU-second with one thread, 7,900 with two and 7,400 with four.
   """
   if image_size < _LARGE:
     return 1

@@ -40,8 +40,8 @@ from mlcd_jax.runtime import problems
 
 _log = logging.getLogger(__name__)
 
-# The module and function that open each kind. The modules are imported when
-# needed, because each imports a large library.
+# The module and function that open each kind. A module is imported only when
+# needed, because most import a library of their own.
 _MAKERS = {
   'embedded': ('tfds', 'make_embedded'),
   'tfds': ('tfds', 'make'),
@@ -52,7 +52,7 @@ _MAKERS = {
   'coco': ('coco', 'make'),
 }
 
-# Up to this many, class numbers stay as they are. Beyond it they are taken for
+# Class numbers below this stay as they are. Larger ones are taken for
 # identifiers if some numbers below the largest are unused. ImageNet-21k has
 # 21,843 classes and uses all its numbers.
 _MANY_CLASSES = 10_000
@@ -281,7 +281,7 @@ def read_bad_keys(path: str) -> np.ndarray:
       'python -m mlcd_jax.check_data'
     ) from e
   if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-    # PowerShell 5 writes UTF-16.
+    # Older versions of PowerShell write UTF-16.
     content = content.decode('utf-16', 'replace').encode()
   lines = content.removeprefix(codecs.BOM_UTF8).split(b'\n')
   lines = [line.removesuffix(b'\r') for line in lines]  # Windows ends in \r\n.

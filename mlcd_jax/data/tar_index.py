@@ -1,8 +1,8 @@
 """Indices of tars: the byte positions of the images, captions and labels.
 
 The headers of a tar are read once, and nothing is extracted to disk. A sample
-is a run of members with the same key. The key is the name up to the first dot
-of the base name: a/0001.jpg and a/0001.txt belong to the sample a/0001.
+is a run of consecutive members with the same key. The key is the name up to the
+first dot of the base name: a/0001.jpg and a/0001.txt are the sample a/0001.
 """
 
 import collections
@@ -73,7 +73,7 @@ class Index:
     numbers: int64 [5, n]; the rows are the offset and size of the image, the
       offset and size of the caption, and the label. A missing caption has the
       offset -1, and a missing label is -1.
-    problems: reason -> the names of the images that cannot be used.
+    problems: reason -> the names of unusable images, or of the tar itself.
     left_out: reason -> the number of other members that were not taken.
   """
 
@@ -218,7 +218,7 @@ class _Contents:
   def _place(
     self, member: tarfile.TarInfo
   ) -> tuple[tuple[int, int] | None, str]:
-    """Returns (offset, size) of a member's data and '', or why it has none."""
+    """Returns a member's (offset, size), and '' or why it cannot be used."""
     name = posixpath.normpath(member.name)
     place, reason = (member.offset_data, member.size), ''
     if member.issym() or member.islnk():
