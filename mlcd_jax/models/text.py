@@ -57,6 +57,7 @@ class TextTower(nn.Module):
     table_VD = self.param(
       'embedding', layers.normal, (self.vocab_size, self.width)
     )
+    # 0.01 is the standard deviation in CLIP's own code.
     positions_LD = self.param(
       'positions', nn.initializers.normal(0.01), (self.context, self.width)
     )

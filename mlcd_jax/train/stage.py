@@ -217,6 +217,7 @@ def _label_rows(
       'same keys'
     )
   if len(missing) or unused:
+    # Of label rows with the same key only the first finds its image.
     repeated = np.isin(label_keys[is_unused], label_keys[rows[rows >= 0]])
     _log.warning(
       'train: %d of %d images have no labels and weigh nothing; %d of %d '
@@ -243,6 +244,7 @@ def _keys(
   first = (step - 1) * config.train.batch_size
   places = range(first, first + config.train.batch_size)
   keys = source.keys()
+  # The order of records is a function of the seed, so the batch is not needed.
   return [
     keys[pipelines.record_at(place, len(source), config.seed)].decode(
       'utf-8', 'replace'

@@ -28,6 +28,7 @@ def parameters(program: step.Program) -> str:
     name = '/'.join(key.key for key in path[:_MAX_DEPTH])
     count, splits = rows.get(name, (0, {}))
     spec = ', '.join(map(str, x.sharding.spec)) or 'replicated'
+    # The keys of a dict keep the order of the shardings, unlike a set.
     rows[name] = count + math.prod(x.shape), splits | {spec: None}
   lines = [
     (name, f'{count:,}', '; '.join(splits))

@@ -115,6 +115,7 @@ def _card(
   code = _USE[layout]
   if layout == 'transformers':
     name = jsons['config.json']['architectures'][0]
+    # Only the class with a projection returns image_embeds.
     features = 'image_embeds' if 'Proj' in name else 'pooler_output'
     code = code.format(class_name=name, features=features)
   pooled = 'the class token\nafter the last norm, before the projection'

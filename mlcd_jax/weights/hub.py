@@ -15,7 +15,8 @@ _log = logging.getLogger(__name__)
 
 # ORG/NAME or ORG/NAME@REVISION.
 _NAME = re.compile(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$')
-_FILES = ('*.json', '*.safetensors')  # What to download of a repository.
+# The files to download from a repository. Pickled weights are never read.
+_FILES = ('*.json', '*.safetensors')
 
 # The kinds of folders with an encoder: of a run, of `convert import`, or as
 # transformers or OpenCLIP writes it.

@@ -95,6 +95,7 @@ def of_images(
   if family in _FUSED:
     return dict(_fused(_FUSED[family], model))
   table = dict(_dinov2(model) if family == 'dinov2' else _clip(family, model))
+  # transformers' MLCDVisionModel has no projection.
   if model.embedding_dim and family != 'mlcd':
     table['projection/kernel'] = (Part(PROJECTION, 'matrix'),)
   return table
@@ -243,6 +244,7 @@ def _dinov2(model: vit.ViT) -> Iterator[tuple[str, Any]]:
   if model.registers:
     yield 'registers', (Part('embeddings.register_tokens'),)
   yield from _norm('post_norm', 'layernorm')
+  # The layers of transformers' Dinov2SwiGLUFFN have other names.
   gated = model.activation == 'swiglu'
   mlp = ('weights_in', 'weights_out') if gated else ('fc1', 'fc2')
   for i in range(model.depth):

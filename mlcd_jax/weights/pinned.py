@@ -50,6 +50,7 @@ def check(pinned: dict[str, object], field: str) -> None:
     field: the name of the config field, for errors.
   """
   path = pinned['path']
+  # A subset: manifests keep further notes in the same dict.
   if not pin(path, field).items() <= pinned.items():
     raise errors.UserError(
       f'{field}={path}: the files are not those the embeddings were made '
@@ -82,6 +83,7 @@ def digest(params: Mapping[str, Any]) -> str:
   """Returns the SHA-256 of parameters and their names, in hexadecimal."""
   hasher = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    # With the names, so that two swapped parameters are noticed.
     hasher.update(jax.tree_util.keystr(path).encode())
     hasher.update(np.ascontiguousarray(leaf))
   return hasher.hexdigest()
@@ -99,6 +101,7 @@ def _digests(kind: str, folder: pathlib.Path) -> dict[str, str]:
   else:
     names = ('config.json', open_clip.NAME, preprocessing.NAME)
     paths = {folder / name for name in names} | {preprocessing.path_of(folder)}
+    # The weights that `huggingface.from_huggingface` would read.
     open_clips = configs.path_of(folder).name == open_clip.NAME
     paths |= set(tensors.safetensors_files(folder, open_clip=open_clips))
   return {p.name: files.sha256(p) for p in sorted(paths) if p.is_file()}
