@@ -55,6 +55,7 @@ class Split:
 
   @functools.cached_property
   def _hot(self) -> np.ndarray | None:
+    """Reads the attributes once; `hot` returns them."""
     if not getattr(self.source, 'num_attributes', 0):
       return None
     hot = np.zeros((len(self), self.source.num_attributes), np.int8)

@@ -116,6 +116,7 @@ def minimise(
 
 
 def _dot(a, b):
+  """Returns the inner product of two matrices."""
   return jnp.sum(a * b)
 
 

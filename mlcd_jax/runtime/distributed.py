@@ -168,6 +168,7 @@ def _check(
 
 
 def _check_seconds(flag: str, value: int) -> None:
+  """Raises a UserError if a flag for a time is below 1 second."""
   if value < 1:
     raise errors.UserError(f'--{flag}={value}: use at least 1 second')
 
