@@ -293,6 +293,6 @@ def check_sizes(
 
 
 def _asked(config: ml_collections.ConfigDict) -> list[str]:
-  """Returns the names in evaluate.named, with `paper` spelled out."""
+  """Returns the names in evaluate.named; `paper` stands for all of NAMED."""
   names = config_lib.split_names(config.evaluate.named)
   return list(NAMED) if names == ['paper'] else names

@@ -131,7 +131,14 @@ class _Solving(NamedTuple):
 
 
 def _direction(product, point, free_C, zero_sum, max_products):
-  """Solves Hessian @ direction = -gradient, up to _FORCING.
+  """Solves Hessian @ direction = -gradient roughly, by conjugate gradients.
+
+  Args:
+    product: a function direction [A, C] -> the Hessian times the direction.
+    point: the point of the gradient and of the preconditioner's Hessian.
+    free_C: bool; the direction is zero in the other columns.
+    zero_sum: True for a direction whose rows sum to zero.
+    max_products: the number of products after which it stops.
 
   Returns:
     The direction [A, C], the number of products, and False if the maximum of

@@ -68,7 +68,7 @@ def is_url(path: str) -> bool:
 
 
 class Unreadable(errors.RunError):
-  """An error of one file whose storage works.
+  """An error for a file that cannot be read although its storage works.
 
   Attributes:
     missing: True if the file does not exist.

@@ -96,7 +96,7 @@ class _Handler(logging.StreamHandler):
 
   @property
   def stream(self):
-    """The stream of the next line."""
+    """The present sys.stderr, to which the next line goes."""
     return sys.stderr
 
 

@@ -89,7 +89,7 @@ def layer_scales(params, depth: int, decay: float):
 
 
 def _train(data: features.Data, config: ml_collections.ConfigDict):
-  """Returns the parameters {'encoder', 'head'} after fine-tuning."""
+  """Fine-tunes the encoder with a new head; returns the parameters of both."""
   c, model = config.evaluate, data.encoder.model
   steps = max(
     1, round(c.finetune_epochs * len(data.train) / c.finetune_batch_size)
