@@ -35,7 +35,7 @@ class Named:
     metric: the metric of the linear probe, one of config.METRICS.
     tfds: the name in TFDS; '' if TFDS does not have the data set.
     source: how a data set that is not in TFDS is read, one of config.SOURCES.
-    url: the place to download it from; '' if TFDS downloads it.
+    url: the place to download it from by hand; '' if there is none.
     splits: the names of the splits for train, validation and test. An empty
       validation takes a part of train.
     keys: fields of the data set in the config that differ from the defaults,
