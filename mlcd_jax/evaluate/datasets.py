@@ -56,6 +56,7 @@ _PER_CLASS = 'mean_per_class'
 _WITH_VALIDATION = ('train', 'validation', 'test')
 
 NAMED = {
+  # The scored split of food101 and imagenet2012 is named validation in TFDS.
   'food101': Named(
     75_750, 25_250, tfds='food101', splits=('train', '', 'validation')
   ),
@@ -110,6 +111,7 @@ NAMED = {
     'facial-expression-recognition-challenge',
   ),
   'stl10': Named(1_000, 8_000, tfds='stl10'),
+  # TFDS has one split of eurosat and resisc45; the ranges have MLCD's sizes.
   'eurosat': Named(
     10_000,
     5_000,

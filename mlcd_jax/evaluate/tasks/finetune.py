@@ -140,6 +140,7 @@ def _program(model: Any, steps: int, learning_rate: float, decay: float):
     loss_B = optax.softmax_cross_entropy_with_integer_labels(
       logits_BC, jnp.maximum(label_B, 0)
     )
+    # Images that do not decode or have no class do not count.
     weight_B = batch['weight'] * (label_B >= 0)
     return jnp.sum(loss_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1)
 
