@@ -263,8 +263,9 @@ def _line_search(evaluate, point, direction_AC):
   slope = _dot(point.gradient_AC, direction_AC)
 
   def attempt(s):
-    # Try where the slope would be zero if it were linear from `low` to `high`.
-    # If the function overflows at `high`, the slope is not finite: try 0.1.
+    # Try where the slope would be zero if it were linear from `low` to `high`,
+    # but within 10 to 50 % of the way. If the function overflows at `high`, the
+    # slope is not finite: try 10 %.
     share = s.low_slope / (s.low_slope - s.high_slope)
     share = jnp.where(jnp.isfinite(share), jnp.clip(share, 0.1, 0.5), 0.1)
     size = jnp.where(s.tried == 0, 1, s.low + share * (s.high - s.low))
