@@ -250,7 +250,7 @@ class _Searching(NamedTuple):
 
 
 def _line_search(evaluate, point, direction_AC):
-  """Takes the full step, or shortens it if the function rises at its end.
+  """Takes the full step, or shortens it if the function rises steeply there.
 
   Args:
     evaluate: a function x [A, C] -> Point.
