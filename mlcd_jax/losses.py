@@ -203,7 +203,7 @@ def _add(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _finite(peak: jax.Array) -> jax.Array:
-  """Replaces -inf, the peak of an empty set, by 0 and keeps NaN visible."""
+  """Replaces -inf, the peak of an empty set, by 0; NaN stays NaN."""
   return jnp.where(peak == -jnp.inf, 0, peak)
 
 

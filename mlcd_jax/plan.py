@@ -358,6 +358,7 @@ def table(plan: dict[str, Any]) -> str:
 
 
 def _gigabytes(size: float | None) -> str:
+  """Returns a number of bytes in GiB as text."""
   if size is None or math.isnan(size):
     return 'unknown'
   return f'{size / 2**30:.2f} GiB'

@@ -35,7 +35,7 @@ class Named:
     metric: the metric of the linear probe, one of config.METRICS.
     tfds: the name in TFDS; '' if TFDS does not have the data set.
     source: how a data set that is not in TFDS is read, one of config.SOURCES.
-    url: the place to download it from; '' if TFDS downloads it.
+    url: the place to download it from by hand; '' if there is none.
     splits: the names of the splits for train, validation and test. An empty
       validation takes a part of train.
     keys: fields of the data set in the config that differ from the defaults,
@@ -56,6 +56,7 @@ _PER_CLASS = 'mean_per_class'
 _WITH_VALIDATION = ('train', 'validation', 'test')
 
 NAMED = {
+  # The scored split of food101 and imagenet2012 is named validation in TFDS.
   'food101': Named(
     75_750, 25_250, tfds='food101', splits=('train', '', 'validation')
   ),
@@ -110,6 +111,7 @@ NAMED = {
     'facial-expression-recognition-challenge',
   ),
   'stl10': Named(1_000, 8_000, tfds='stl10'),
+  # TFDS has one split of eurosat and resisc45; the ranges have MLCD's sizes.
   'eurosat': Named(
     10_000,
     5_000,
@@ -293,6 +295,6 @@ def check_sizes(
 
 
 def _asked(config: ml_collections.ConfigDict) -> list[str]:
-  """Returns the names in evaluate.named, with `paper` spelled out."""
+  """Returns the names in evaluate.named; `paper` stands for all of NAMED."""
   names = config_lib.split_names(config.evaluate.named)
   return list(NAMED) if names == ['paper'] else names

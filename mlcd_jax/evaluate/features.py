@@ -55,6 +55,7 @@ class Split:
 
   @functools.cached_property
   def _hot(self) -> np.ndarray | None:
+    """Reads the attributes once; `hot` returns them."""
     if not getattr(self.source, 'num_attributes', 0):
       return None
     hot = np.zeros((len(self), self.source.num_attributes), np.int8)
@@ -169,6 +170,7 @@ class Extractor:
     rows, values = [], []
     for batch in self._batches(source):
       rows.append(self.encoder.encode(batch['image']))
+      # One batch is enough to tell if the encoder is still the same.
       if path and len(rows) == 1:
         kept = _kept(path, keys, rows[0])
         if kept:
@@ -183,6 +185,7 @@ class Extractor:
       )
       progress.update(min(len(source), len(rows) * self.batch_size))
     labels, good = np.concatenate(values).T
+    # The weight is 0 for images that do not decode and for padding.
     good = good > 0
     found = {
       'features': np.concatenate(rows)[good],
@@ -210,6 +213,7 @@ class Extractor:
     """Returns the path of the cached file; None if nothing is cached."""
     if self.folder is None:
       return None
+    # Names may have characters that file names must not have.
     stem = re.sub(r'[^\w.-]+', '_', f'{self.name} {name}').strip('_')
     return self.folder / f'{stem}.npz'
 

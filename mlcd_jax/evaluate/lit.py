@@ -109,7 +109,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def captions(split: features_lib.Split) -> list[list[str]]:
   """Returns the captions of every image.
 
-  A source gives the captions of an image as lines of one string.
+  A source gives all captions of an image in one string, one on each line.
   """
   return [
     [line.strip() for line in found.splitlines() if line.strip()]

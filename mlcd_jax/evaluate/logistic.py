@@ -385,9 +385,9 @@ def _blocks(x_TA, curvature_TC):
 
 
 def _begin(start_AC, along_AC, free_C, loss):
-  """Returns the first point of a fit, taken from the last of another fit.
+  """Returns the point to begin at: the end `along_AC` of an earlier fit.
 
-  Outputs that one of the two leaves out begin at `start_AC`.
+  Outputs that either of the fits leaves out begin with the bias of `start_AC`.
   """
   known_C = free_C & (jnp.abs(along_AC[0]) < -_NEVER)
   weight_AC = jnp.where(known_C[None], along_AC, 0)

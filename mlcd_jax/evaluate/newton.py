@@ -116,6 +116,7 @@ def minimise(
 
 
 def _dot(a, b):
+  """Returns the inner product of two matrices."""
   return jnp.sum(a * b)
 
 
@@ -130,7 +131,14 @@ class _Solving(NamedTuple):
 
 
 def _direction(product, point, free_C, zero_sum, max_products):
-  """Solves Hessian @ direction = -gradient, up to _FORCING.
+  """Solves Hessian @ direction = -gradient roughly, by conjugate gradients.
+
+  Args:
+    product: a function direction [A, C] -> the Hessian times the direction.
+    point: the point of the gradient and of the preconditioner's Hessian.
+    free_C: bool; the direction is zero in the other columns.
+    zero_sum: True for a direction whose rows sum to zero.
+    max_products: the number of products after which it stops.
 
   Returns:
     The direction [A, C], the number of products, and False if the maximum of
@@ -242,7 +250,7 @@ class _Searching(NamedTuple):
 
 
 def _line_search(evaluate, point, direction_AC):
-  """Takes the full step, or shortens it if the function rises at its end.
+  """Takes the full step, or shortens it if the function rises steeply there.
 
   Args:
     evaluate: a function x [A, C] -> Point.
@@ -255,8 +263,9 @@ def _line_search(evaluate, point, direction_AC):
   slope = _dot(point.gradient_AC, direction_AC)
 
   def attempt(s):
-    # Try where the slope would be zero if it were linear from `low` to `high`.
-    # If the function overflows at `high`, the slope is not finite: try 0.1.
+    # Try where the slope would be zero if it were linear from `low` to `high`,
+    # but within 10 to 50 % of the way. If the function overflows at `high`, the
+    # slope is not finite: try 10 %.
     share = s.low_slope / (s.low_slope - s.high_slope)
     share = jnp.where(jnp.isfinite(share), jnp.clip(share, 0.1, 0.5), 0.1)
     size = jnp.where(s.tried == 0, 1, s.low + share * (s.high - s.low))

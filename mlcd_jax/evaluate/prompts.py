@@ -56,6 +56,7 @@ def _content(path: str) -> dict[str, dict[str, list[str]]]:
 
 def _entry(name: str, field: str) -> dict[str, list[str]]:
   """Returns the `classes` and `templates` of an entry; see `sentences`."""
+  # The last colon separates, since the path of the file may have others.
   path, _, own = name.rpartition(':')
   try:
     content = _content(path)

@@ -60,6 +60,7 @@ def run(
   path = workdir / 'results.json'
   if distributed.is_main():
     files.write_json(path, results)
+  # All processes read the file for its digest.
   distributed.barrier('results')
   manifest.finish(sha256={path.name: files.sha256(path)})
 
@@ -109,6 +110,7 @@ def score(
         continue
       given = labelled.keep(task, data, dataset)
       for metric, value in tasks_lib.RUN[task](given, config).items():
+        # JSON has no NaN; an undefined value becomes null.
         defined = value is not None and math.isfinite(value)
         results[f'{dataset}/{task}/{metric}'] = value if defined else None
   return results
@@ -171,6 +173,7 @@ def open_sources(config: ml_collections.ConfigDict) -> Datasets:
       opened[name],
       field=field,
       label_key=dataset.label_key,
+      # Prompts are listed by class number, so the numbers must stay.
       keep=bool(dataset.prompts),
     )
     datasets.check_sizes(

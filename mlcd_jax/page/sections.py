@@ -143,6 +143,7 @@ def bad_data(
   for shard in range(len(made.get('shard_rows', ())) if made.get('bad') else 0):
     notes = shards.read_notes(embedded, shard)
     examples += notes['examples']
+    # A run may have thousands of shards; the first few examples are enough.
     if len(examples) >= _MAX_SHOWN:
       break
   for reason, count in made.get('bad', {}).items():

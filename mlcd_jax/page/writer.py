@@ -65,7 +65,10 @@ class Page:
     self._kept = workdir / _FOLDER
     self._running = ''
     self._failed = ''
+    # The functions of parts that failed once. They would fail again at every
+    # refresh and fill the log.
     self._left_out = set()
+    # Infinitely old, so that the first refresh writes.
     self._written = -float('inf')
     if distributed.is_main():
       files.remove_leftovers(workdir, f'.{NAME}.*.tmp')
@@ -205,6 +208,7 @@ class Page:
       state = 'done' if found.get('complete') else 'begun' if found else ''
       if name == self._running:
         state = 'running'
+      # With cluster.path the first stages are those of another run.
       if folder.parent != self._workdir:
         state = f'{state}, in {folder.parent}'
       out.append({'name': name, 'state': state, 'seconds': seconds.get(name)})

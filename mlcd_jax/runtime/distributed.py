@@ -168,6 +168,7 @@ def _check(
 
 
 def _check_seconds(flag: str, value: int) -> None:
+  """Raises a UserError if a flag for a time is below 1 second."""
   if value < 1:
     raise errors.UserError(f'--{flag}={value}: use at least 1 second')
 
@@ -323,7 +324,7 @@ def check_same(name: str, value: Callable[[], Any], what: str) -> None:
 
 
 def _look_up(store: Any, key: str) -> str:
-  """Waits for a key of the store, without a time limit, and returns it."""
+  """Waits for a key of the store without a time limit; returns its value."""
   while True:
     try:
       return store.blocking_key_value_get(key, _LOOK_MILLISECONDS)

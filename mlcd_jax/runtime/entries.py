@@ -82,9 +82,10 @@ def walk(root: str, unlisted: Callable[[str, OSError], None]) -> list[str]:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
+  """Returns whether an entry is a folder or a link to one."""
   try:
     return entry.is_dir()
-  except OSError:  # A link that cannot be followed.
+  except OSError:  # The link cannot be followed, for example if it is a loop.
     return False
 
 

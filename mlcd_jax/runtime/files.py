@@ -238,6 +238,7 @@ def _opening(path: pathlib.Path) -> Iterator[None]:
 
 
 def _content(path: pathlib.Path) -> bytes:
+  """Returns the bytes of a file; raises UserError if it cannot be read."""
   with _opening(path):
     return path.read_bytes()
 

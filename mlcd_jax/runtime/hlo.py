@@ -14,6 +14,9 @@ KINDS = (
   'collective-permute',
 )
 
+# The patterns match lines of HLO text, such as
+#   %body.12 (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+#     %x = f32[8,16]{1,0} all-reduce(%y), channel_id=1, to_apply=%add.3
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _COLLECTIVE = re.compile(r' = (.*?) (' + '|'.join(KINDS) + r')(-start)?\(')
 _ARRAY = re.compile(r'(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
@@ -90,5 +93,12 @@ def _parse(text: str) -> tuple[Mapping, Mapping, str]:
 
 
 def _bytes(kind: str, bits: str | None, dims: str) -> float:
+  """Returns the size of an array from the groups of _ARRAY.
+
+  Args:
+    kind: the type, such as f32; pred is a bool and takes a whole byte.
+    bits: the digits of the type, such as 32; None for pred.
+    dims: the dimensions, joined with commas.
+  """
   count = np.prod([int(d) for d in dims.split(',') if d], initial=1.0)
   return float(count) * (1 if kind == 'pred' else int(bits) / 8)

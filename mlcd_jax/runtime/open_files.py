@@ -90,6 +90,7 @@ def changed(path: str) -> errors.RunError:
 
 
 def _read(file: io.FileIO, offset: int, size: int) -> bytes:
+  """Reads `size` bytes, or fewer if the file ends earlier."""
   content = os.pread(file.fileno(), size, offset)
   while len(content) < size:  # Linux reads at most 2 GiB in one call.
     more = os.pread(file.fileno(), size - len(content), offset + len(content))
@@ -101,5 +102,6 @@ def _read(file: io.FileIO, offset: int, size: int) -> bytes:
 
 @kept
 def _open(path: str, of: tuple[int, str]) -> io.FileIO:
+  """Opens a file without a buffer, since `_read` reads at any position."""
   del of  # It is part of the cache's key: a changed file is opened anew.
   return open(path, 'rb', buffering=0)

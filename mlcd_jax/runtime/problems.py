@@ -110,4 +110,5 @@ class Problems:
 
 
 def _reasons(counts: collections.Counter) -> str:
+  """Returns counts as text, the most frequent reason first."""
   return ', '.join(f'{n} {r}' for r, n in counts.most_common())

@@ -65,6 +65,7 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _handled_by(handle) -> Iterator[None]:
+  """Handles the signals with a function for the duration of the block."""
   before = {s: signal.signal(s, handle) for s in _SIGNALS}
   try:
     yield
@@ -74,5 +75,6 @@ def _handled_by(handle) -> Iterator[None]:
 
 
 def _restore_defaults() -> None:
+  """Lets the next signal end the process at once."""
   for number in _SIGNALS:
     signal.signal(number, signal.SIG_DFL)

@@ -68,7 +68,7 @@ def is_url(path: str) -> bool:
 
 
 class Unreadable(errors.RunError):
-  """An error of one file whose storage works.
+  """An error for a file that cannot be read although its storage works.
 
   Attributes:
     missing: True if the file does not exist.
@@ -123,7 +123,7 @@ def walk(
 ) -> list[str]:
   """Returns the sorted paths of all files below a folder, relative to it.
 
-  Hidden and system entries are left out. Links: see `entries.walk`.
+  Hidden and system entries are left out. `entries.walk` follows local links.
 
   Args:
     root: a local folder or a URL.
@@ -381,15 +381,18 @@ def stat(path: str, field: str = 'data.path') -> File | None:
 
 
 def _stat_all(names: Sequence[str]) -> list[File | None]:
+  """Returns `stat` of each path; 16 at a time, since storage may be remote."""
   with futures.ThreadPoolExecutor(16) as pool:
     return list(pool.map(stat, names))
 
 
 def _remote_file(filesystem, name: str, info: dict[str, Any]) -> File:
+  """Makes a `File` from what fsspec lists; storages name the time variously."""
   stamp = next((str(info[k]) for k in _MODIFIED if info.get(k)), '')
   return File(filesystem.unstrip_protocol(name), info['size'] or 0, stamp)
 
 
 @functools.lru_cache(4_096)
 def _filesystem(path: str):
+  """Returns the fsspec file system of a URL and the path in it."""
   return fsspec.core.url_to_fs(path)

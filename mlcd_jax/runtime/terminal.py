@@ -96,6 +96,7 @@ class _Handler(logging.StreamHandler):
 
   @property
   def stream(self):
+    """The present sys.stderr, to which the next line goes."""
     return sys.stderr
 
 
@@ -107,6 +108,7 @@ class _Once(logging.Filter):
     self._seen = set()
 
   def filter(self, record: logging.LogRecord) -> bool:
+    """Returns whether to log a record."""
     message = record.getMessage()
     if record.levelno != logging.WARNING:
       return True

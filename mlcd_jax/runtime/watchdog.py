@@ -126,6 +126,7 @@ class _Watch:
       pass  # The store is gone, so no process can read the notice.
 
   def _wait_for_others(self) -> None:
+    """Waits until all processes gave notice, but not more than 3 intervals."""
     deadline = time.monotonic() + 3 * self.interval
     while time.monotonic() < deadline:
       if len(self._client.key_value_dir_get(_NOTICES)) == self._count:
@@ -133,6 +134,7 @@ class _Watch:
       time.sleep(self.interval / 10)
 
   def _run(self) -> None:
+    """Runs the thread: one step per interval until the run ends."""
     while not self.stopped.wait(self.interval):
       if self._ending:
         return
@@ -144,6 +146,7 @@ class _Watch:
         continue
 
   def _step(self) -> None:
+    """Sends a heartbeat, and ends this process if there is a verdict."""
     self._beat += 1
     self._set(f'{_BEATS}{self._index}', self._beat)
     if self._index == 0:
@@ -172,6 +175,7 @@ class _Watch:
         self._conclude(_lost(i))
 
   def _conclude(self, verdict: dict[str, Any]) -> None:
+    """Publishes the verdict, waits for the others and ends process 0."""
     if self._ending:
       return
     self._ending = True
@@ -191,6 +195,7 @@ class _Watch:
     _exit(code, f'process {verdict["process"]}: {verdict["says"]}')
 
   def _set(self, key: str, value: Any) -> None:
+    """Writes a JSON value to the store of jax.distributed."""
     self._client.key_value_set(key, json.dumps(value), allow_overwrite=True)
 
   def _abort(self, number: int) -> None:
@@ -204,6 +209,7 @@ class _Watch:
 
 
 def _lost(process: int) -> dict[str, Any]:
+  """Returns the verdict for a process that is lost."""
   return {
     'process': process,
     'code': errors.RunError.exit_code,
@@ -213,6 +219,7 @@ def _lost(process: int) -> dict[str, Any]:
 
 
 def _exit(code: int, line: str) -> None:
+  """Prints an error line and ends the process from any thread."""
   os.write(2, terminal.eraser() + f'error: {line}\n'.encode())
   os._exit(code)
 

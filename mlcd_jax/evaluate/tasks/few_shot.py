@@ -21,6 +21,7 @@ def run(
   Every draw takes 20 training images of each class, or all if a class has
   fewer, and fits a linear probe on them.
   """
+  # The seed is the same for all encoders, so that they get the same images.
   rng = np.random.default_rng(config.seed)
   accuracies = []
   for _ in range(_DRAWS):

@@ -89,7 +89,7 @@ def layer_scales(params, depth: int, decay: float):
 
 
 def _train(data: features.Data, config: ml_collections.ConfigDict):
-  """Returns the parameters {'encoder', 'head'} after fine-tuning."""
+  """Fine-tunes the encoder with a new head; returns the parameters of both."""
   c, model = config.evaluate, data.encoder.model
   steps = max(
     1, round(c.finetune_epochs * len(data.train) / c.finetune_batch_size)
@@ -140,6 +140,7 @@ def _program(model: Any, steps: int, learning_rate: float, decay: float):
     loss_B = optax.softmax_cross_entropy_with_integer_labels(
       logits_BC, jnp.maximum(label_B, 0)
     )
+    # Images that do not decode or have no class do not count.
     weight_B = batch['weight'] * (label_B >= 0)
     return jnp.sum(loss_B * weight_B) / jnp.maximum(jnp.sum(weight_B), 1)
 

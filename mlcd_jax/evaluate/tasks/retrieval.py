@@ -78,9 +78,9 @@ def recalls(
   """Checks if the rows nearest to a query by cosine include one of its group.
 
   Args:
-    queries_QD: the rows of the queries, of any length.
+    queries_QD: the rows of the queries; they need not be unit rows.
     query_groups: int [Q].
-    gallery_MD: the rows to search, of any length.
+    gallery_MD: the rows to search; they need not be unit rows.
     gallery_groups: int [M].
     mesh: the mesh of all devices.
 
@@ -105,7 +105,7 @@ def images(
   queries, but others may find them.
 
   Args:
-    rows_ND: the features of the images, of any length.
+    rows_ND: the features of the images; they need not be unit rows.
     labels_N: the classes of the images; -1 for none.
     mesh: the mesh of all devices.
 
@@ -137,7 +137,7 @@ def _average_precision(
   """Returns the average precision [Q] of each query's ranking of the others.
 
   Args:
-    rows_ND: the features of the images, of any length.
+    rows_ND: the features of the images; they need not be unit rows.
     labels_N: the classes of the images.
     queries: int [Q], the indices of the images to query with.
     mesh: the mesh of all devices.

@@ -76,5 +76,6 @@ def class_weights(towers: lit.Towers, sentences: list[list[str]]) -> np.ndarray:
     sentences: the sentences of every class, the same number for each.
   """
   rows = towers.texts([text for found in sentences for text in found])
+  # Every class has the same number of sentences.
   rows = rows.reshape(len(sentences), len(sentences[0]), -1)
   return unit.unit_rows(rows.mean(axis=1))
