@@ -5,6 +5,7 @@ import importlib.util
 import ml_collections
 
 from mlcd_jax import config as config_lib
+from mlcd_jax.config import choices
 from mlcd_jax.config import fields
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import paths
@@ -79,10 +80,11 @@ _EMBED_PATHS = {
 
 def _check_data(c: ml_collections.ConfigDict) -> None:
   """Checks the source of the images and their crops."""
-  if c.data.source == 'embedded' and c.data.path not in ('', 'digits'):
+  if c.data.source == 'embedded' and c.data.path not in ('', *choices.EMBEDDED):
     raise errors.UserError(
-      f'data.path={c.data.path}: data.source=embedded has only digits; name '
-      'the source of your files with --config.data.source'
+      f'data.path={c.data.path}: data.source=embedded has '
+      + ', '.join(choices.EMBEDDED)
+      + '; name the source of your files with --config.data.source'
     )
   area = tuple(c.data.crop_area)
   if (

@@ -9,6 +9,13 @@ SOURCES = (
   'parquet',
   'coco',
 )
+# The values of data.path where data.source=embedded; '' is digits.
+EMBEDDED = (
+  'digits',
+  'scenes',
+  'scenes/quadrants',
+  'scenes/crowded',
+)
 EMBEDDERS = ('hog', 'huggingface', 'precomputed', 'checkpoint')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 # In the order of the printed table. evaluate/stage.py maps each to a function.

