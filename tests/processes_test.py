@@ -218,6 +218,7 @@ def test_a_signal_before_training_ends_both(tmp_path):
     assert last_line(err).startswith(says)
 
 
+@pytest.mark.slow
 def test_an_absent_process_is_named(tmp_path):
   for (code, _, err), says in zip(
     finish(start(tmp_path, '--init_timeout=12', indices=(0, 2), count=4)),

@@ -320,6 +320,7 @@ def test_retrained_encoder_is_scored_anew(copy, tiny_config):
   }
 
 
+@pytest.mark.slow
 def test_lost_results_are_scored_again(copy, tiny_config):
   before = (copy / 'results.json').read_bytes()
   (copy / 'results.json').unlink()

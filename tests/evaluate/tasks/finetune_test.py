@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from mlcd_jax import models
 from mlcd_jax import sharding
@@ -30,6 +31,7 @@ def test_layers_decay():
     assert found['encoder'][name] == 0.125
 
 
+@pytest.mark.slow
 def test_learns_more_than_the_head_alone(tiny_config):
   tiny_config.evaluate.finetune_epochs = 30.0
   tiny_config.evaluate.finetune_learning_rate = 3e-3

@@ -23,6 +23,8 @@ def make_groups(num_rows, dim, num_groups, *, noise, seed=0):
   return rows.astype(np.float32)
 
 
+SLOW_AUTO = pytest.param('auto', marks=pytest.mark.slow)
+
 TIGHT = make_groups(2_600, 256, 600, noise=0.4)
 LOOSE = make_groups(2_600, 256, 600, noise=1.5)
 
@@ -125,6 +127,7 @@ def wrong_labels(x, saved):
   return np.sum(labels_of(saved[-1]) != best[:, 0])
 
 
+@pytest.mark.slow
 def test_rows_with_stale_candidates_are_searched_again():
   # So that all dimensions are scored, and no check repairs what is missed.
   options = dict(width_loss=1e-12, pass_loss=1.0, stale_share=1.0)
@@ -141,6 +144,7 @@ def test_rows_with_stale_candidates_are_searched_again():
   assert wrong[0] > 0 and wrong[1] == 0
 
 
+@pytest.mark.slow
 def test_a_pass_that_lost_too_much_lengthens_the_reach():
   wrong = []
   for limit in (1.0, 0.0):
@@ -192,7 +196,7 @@ def test_another_method_does_not_use_the_state():
   assert again.counts.sum() == len(TIGHT)
 
 
-@pytest.mark.parametrize('method', ['exact', 'auto'])
+@pytest.mark.parametrize('method', ['exact', SLOW_AUTO])
 def test_goes_on_on_another_mesh_without_losing_rows(method):
   options = dict(iterations=4, method=method)
   saved = list(kmeans.iterate(TIGHT, 520, mesh=make_mesh(1, 1), **options))
@@ -202,6 +206,7 @@ def test_goes_on_on_another_mesh_without_losing_rows(method):
     np.testing.assert_allclose(found.objective, saved[-1].objective, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_read_anew_or_held_gives_the_same_bits():
   held, streamed = (
     fits.states(
@@ -213,7 +218,10 @@ def test_read_anew_or_held_gives_the_same_bits():
   fits.assert_same(streamed, held)
 
 
-@pytest.mark.parametrize('method, rtol', [('exact', 1e-6), ('auto', 1e-4)])
+@pytest.mark.parametrize(
+  'method, rtol',
+  [('exact', 1e-6), pytest.param('auto', 1e-4, marks=pytest.mark.slow)],
+)
 def test_meshes_agree(method, rtol):
   # Screened, the last bits of centers choose among equally good dimensions.
   one, four = (
