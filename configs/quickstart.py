@@ -22,6 +22,8 @@ def get_config(arg=None):
     )
   config = config_lib.default()
   presets.digits(config)
+  # The centers are at rest after three or four passes.
+  config.cluster.tolerance = 1e-6
   config.model.variant = 'Nano/7'
   config.model.image_size = 28
   config.model.embedding_dim = 128

@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import time
 from typing import Any
 from typing import NamedTuple
 
@@ -162,6 +163,7 @@ def _iterate(
     flops=2 * num_centers * dim,
     peak_flops=chips.peak_flops(mesh.devices.flat),
   )
+  started = time.monotonic()
   for fit in kmeans.iterate(
     training,
     num_centers,
@@ -180,11 +182,27 @@ def _iterate(
         relabelled=[*state.relabelled, float(np.mean(labels != before))],
       )
     _write_state(path, state)
-    values = {'objective': fit.objective[-1], 'reseeded': fit.reseeded[-1]}
-    if state.relabelled:
-      values['relabelled'] = state.relabelled[-1]
-    progress.update(len(fit.objective) * num_points, **values)
+    _log_pass(state, iterations, time.monotonic() - started)
+    progress.update(len(fit.objective) * num_points)
+    started = time.monotonic()
   return state
+
+
+def _log_pass(state: _State, iterations: int, seconds: float) -> None:
+  """Logs one line for the last pass."""
+  fit = state.fit
+  parts = [f'objective {fit.objective[-1]:.5f}']
+  if state.relabelled:
+    parts.append(f'{state.relabelled[-1]:.1%} relabelled')
+  if fit.reseeded[-1]:
+    parts.append(f'{fit.reseeded[-1]} empty clusters reseeded')
+  parts.append(f'{seconds:.2f} s')
+  _log.info(
+    'cluster: pass %d of %d: %s',
+    len(fit.objective),
+    iterations,
+    ', '.join(parts),
+  )
 
 
 def _measure(
