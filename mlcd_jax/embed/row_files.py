@@ -199,15 +199,20 @@ class Sharded:
     rows = self._shards[shard].read(start, stop)
     return rows.astype(self._dtype, copy=False)
 
-  def take(self, rows: np.ndarray) -> np.ndarray:
-    """Returns single rows [len(rows), D], read in the order of the files."""
+  def take(self, rows: np.ndarray, at_once: int = _TAKEN_AT_ONCE) -> np.ndarray:
+    """Returns single rows [len(rows), D], read in the order of the files.
+
+    Args:
+      rows: the numbers of the rows.
+      at_once: one read spans at most so many rows.
+    """
     out = np.zeros((len(rows), self.shape[1]), self._dtype)
     order = np.argsort(rows, kind='stable')
     start = 0
     while start < len(order):
       first = rows[order[start]]
-      near = rows[order[start : start + _TAKEN_AT_ONCE]]
-      gaps = (np.diff(near) > self._near) | (near[1:] - first >= _TAKEN_AT_ONCE)
+      near = rows[order[start : start + at_once]]
+      gaps = (np.diff(near) > self._near) | (near[1:] - first >= at_once)
       count = int(gaps.argmax()) + 1 if gaps.any() else len(near)
       span = self[int(first) : int(near[count - 1]) + 1]
       out[order[start : start + count]] = span[near[:count] - first]

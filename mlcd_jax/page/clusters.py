@@ -186,33 +186,41 @@ def _nearest(found: np.ndarray, count: int | None) -> np.ndarray:
 
 
 def near_duplicates(
-  centers: np.ndarray, *, count: int, seed: int
+  centers: np.ndarray,
+  *,
+  count: int,
+  seed: int,
+  max_compared: int = _MAX_COMPARED,
+  chunk: int = _CHUNK,
 ) -> list[tuple[int, int, float]]:
   """Returns pairs of centers with high cosines.
 
-  Each center is paired with the one nearest to it. With more than 4,096 centers
-  it does this for a random sample, so it may miss the closest pairs.
+  Each center is paired with the one nearest to it. With more than
+  `max_compared` centers it does this for a random sample, so it may miss the
+  closest pairs.
 
   Args:
     centers: [C, D] unit rows.
     count: the most pairs to return.
     seed: the seed of the sample.
+    max_compared: the size of the sample.
+    chunk: the centers whose cosines are computed at a time.
 
   Returns:
     Tuples (center, center, cosine), the closest pair first.
   """
   total = len(centers)
   among = np.arange(total)
-  if total > _MAX_COMPARED:
+  if total > max_compared:
     among = np.random.default_rng(seed).choice(
-      total, _MAX_COMPARED, replace=False
+      total, max_compared, replace=False
     )
   rows = np.asarray(centers[np.sort(among)], np.float32)
   among = np.sort(among)
   best = np.full(len(among), -np.inf)
   other = np.zeros(len(among), np.int64)
-  for start in range(0, total, _CHUNK):
-    cosine = rows @ np.asarray(centers[start : start + _CHUNK], np.float32).T
+  for start in range(0, total, chunk):
+    cosine = rows @ np.asarray(centers[start : start + chunk], np.float32).T
     own = among - start
     inside = np.flatnonzero((own >= 0) & (own < cosine.shape[1]))
     cosine[inside, own[inside]] = -np.inf

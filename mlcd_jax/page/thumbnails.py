@@ -24,7 +24,11 @@ _CHUNK = 1_000_000  # Keys that are converted to Python objects at a time.
 
 
 def find(
-  source: sources.Source, keys: Sequence[str], root: str = ''
+  source: sources.Source,
+  keys: Sequence[str],
+  root: str = '',
+  *,
+  chunk: int = _CHUNK,
 ) -> dict[str, int]:
   """Returns the index of the record of each key, without the unknown keys.
 
@@ -32,14 +36,15 @@ def find(
     source: the source of the records.
     keys: the keys of embeddings.
     root: the folder of the records; see `matching.root_of`.
+    chunk: the keys of the source that are converted at a time.
   """
   wanted = {key.encode() for key in keys}
   found = {}
   all_keys = source.keys()
-  for start in range(0, len(all_keys), _CHUNK):
-    chunk = all_keys[start : start + _CHUNK].tolist()
-    if wanted.intersection(chunk):
-      for i, key in enumerate(chunk):
+  for start in range(0, len(all_keys), chunk):
+    part = all_keys[start : start + chunk].tolist()
+    if wanted.intersection(part):
+      for i, key in enumerate(part):
         if key in wanted:
           found.setdefault(keys_lib.text(key), start + i)
   # With fewer than half found, the embeddings have paths instead of keys.

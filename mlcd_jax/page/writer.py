@@ -97,9 +97,9 @@ class Page:
       self._add_seconds(name, time.monotonic() - start)
       self.write()
 
-  def refresh(self) -> None:
-    """Writes the page if the last one is more than a minute old."""
-    if time.monotonic() - self._written > _EVERY_SECONDS:
+  def refresh(self, every_seconds: float = _EVERY_SECONDS) -> None:
+    """Writes the page if the last one is older than `every_seconds`."""
+    if time.monotonic() - self._written > every_seconds:
       self.write()
 
   def show_patches(

@@ -9,14 +9,13 @@ from tests import row_shards
 
 
 @pytest.mark.parametrize('at_once', [1, 7, 10_000])
-def test_single_rows_are_read_in_few_spans(tmp_path, monkeypatch, at_once):
-  monkeypatch.setattr(row_files, '_TAKEN_AT_ONCE', at_once)
+def test_single_rows_are_read_in_few_spans(tmp_path, at_once):
   x = row_shards.make_rows(500)
   rows = row_shards.write(tmp_path / 'x', x, (100, 100, 333))
   rng = np.random.default_rng(0)
   for count in (0, 1, 40, 500):
     wanted = rng.choice(500, count)
-    np.testing.assert_array_equal(rows.take(wanted), x[wanted])
+    np.testing.assert_array_equal(rows.take(wanted, at_once), x[wanted])
 
 
 def test_files_of_two_types_are_read_as_the_wider(tmp_path):

@@ -116,21 +116,22 @@ def test_chosen_of_one_cluster():
   assert all(c.tolist() == [0] for c in clusters.choose(found, 0).values())
 
 
-def test_near_duplicates(monkeypatch):
+def test_near_duplicates():
   rng = np.random.default_rng(0)
   centers = rng.normal(size=(50, 8)).astype(np.float32)
   centers[31] = centers[4] + 0.01 * centers[5]
   centers[49] = centers[48]
   centers /= np.linalg.norm(centers, axis=1, keepdims=True)
-  monkeypatch.setattr(clusters, '_CHUNK', 7)
-  found = clusters.near_duplicates(centers, count=3, seed=0)
+  options = dict(count=3, seed=0, chunk=7)
+  found = clusters.near_duplicates(centers, **options)
   assert [pair[:2] for pair in found[:2]] == [(48, 49), (4, 31)]
   cosines = centers @ centers.T - 2 * np.eye(50)
   assert found[0][2] == pytest.approx(1)
   assert found[2][2] == pytest.approx(np.sort(np.triu(cosines).ravel())[-3])
 
-  monkeypatch.setattr(clusters, '_MAX_COMPARED', 5)
-  for a, b, cosine in clusters.near_duplicates(centers, count=3, seed=0):
+  sampled = clusters.near_duplicates(centers, max_compared=5, **options)
+  assert sampled
+  for a, b, cosine in sampled:
     assert a < b and cosine == pytest.approx(cosines[a, b], abs=1e-6)
 
 

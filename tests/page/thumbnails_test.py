@@ -31,12 +31,13 @@ def png(pixels):
   return out.getvalue()
 
 
-def test_records_by_key(monkeypatch):
-  monkeypatch.setattr(thumbnails, '_CHUNK', 2)
+def test_records_by_key():
   source = Source(['a', 'bär', 'c', 'd', 'e'])
-  assert thumbnails.find(source, ['e', 'bär', 'nobody']) == {'bär': 1, 'e': 4}
+  found = thumbnails.find(source, ['e', 'bär', 'nobody'], chunk=2)
+  assert found == {'bär': 1, 'e': 4}
   paths = ['/x/e.jpg', '/x/bär.jpg', '/x/nobody.jpg']
-  assert thumbnails.find(source, paths) == {'/x/bär.jpg': 1, '/x/e.jpg': 4}
+  found = thumbnails.find(source, paths, chunk=2)
+  assert found == {'/x/bär.jpg': 1, '/x/e.jpg': 4}
 
 
 def test_small_images_keep_every_pixel():

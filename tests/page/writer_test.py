@@ -70,14 +70,13 @@ def test_seconds_of_a_stage_add_up(page, tmp_path):
   assert data(tmp_path)['stages'][0]['seconds'] >= 100
 
 
-def test_refreshed_once_a_minute(page, tmp_path, monkeypatch):
+def test_refreshed_once_a_minute(page, tmp_path):
   page.write()
   path = tmp_path / 'run/report.html'
   path.unlink()
   page.refresh()
   assert not path.exists()
-  monkeypatch.setattr(writer, '_EVERY_SECONDS', 0)
-  page.refresh()
+  page.refresh(every_seconds=0)
   assert path.exists()
 
 
