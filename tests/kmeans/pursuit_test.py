@@ -8,6 +8,7 @@ import pytest
 from mlcd_jax import kmeans
 from mlcd_jax import sharding
 from mlcd_jax import unit
+from mlcd_jax.kmeans import tiles
 
 # With tiles of 1,024 or more centers each of 8 devices holds real centers, and
 # the last one padding beside them.
@@ -134,15 +135,29 @@ def test_names_the_parts_of_a_sum_and_stops(dtype):
   ], atol=3e-3 if dtype == jnp.bfloat16 else 5e-4)  # fmt: skip
 
 
-def test_a_center_is_named_once():
-  # After center 1 is subtracted, the product with center 0 is 0.288 again.
-  centers = np.array([[1, 0, 0], [-0.8, 0.6, 0], [0, 0, 1]], np.float32)
+@pytest.mark.parametrize('shape', [(1, 1), (1, 2), (1, 4), (2, 2)])
+def test_a_center_is_named_once(shape):
+  mesh = make_mesh(*shape)
+  t = tiles.tile_shape(mesh, CENTERS)[1]
+  # In other tiles, on other devices. The last is where the first would be if
+  # its number were taken from the end of the tile before.
+  places = [2 * t + 5, 7, 3 * t + 5]
+  centers = np.zeros((4 * t, 3), np.float32)
+  # After the second is subtracted, the product with the first is 0.288 again.
+  centers[places] = [[1, 0, 0], [-0.8, 0.6, 0], [0, 0, 1]]
   x = np.array([[0.8, 0.6, 0.1]], np.float32)
-  labels, scores = kmeans.pursue(x, centers, 3)
-  np.testing.assert_array_equal(labels, [[0, 1, 2]])
+  labels, scores = kmeans.pursue(x, centers, 4, mesh=mesh)
+  np.testing.assert_array_equal(labels, [[*places, -1]])
   np.testing.assert_allclose(
-    scores * np.linalg.norm(x), [[0.8, 0.36, 0.1]], atol=1e-6
+    scores * np.linalg.norm(x), [[0.8, 0.36, 0.1, 0]], atol=1e-6
   )
+
+
+def test_a_center_that_points_away_is_not_named():
+  centers = abs(make_rows(256))  # No padding, whose products are 0.
+  labels, scores = kmeans.pursue(-centers[:50], centers, 3)
+  np.testing.assert_array_equal(labels, -1)
+  np.testing.assert_array_equal(scores, 0)
 
 
 def test_min_gain():
@@ -177,10 +192,12 @@ def test_unusable_rows_and_centers_are_not_named():
   x, centers = make_rows(60), make_rows(20, seed=1)
   x[3], x[5, 2], x[7, 0] = 0, np.nan, np.inf
   centers[0] = 0
-  labels, scores = kmeans.pursue(x, centers, 3)
+  labels, scores = kmeans.pursue(x, centers, 3, min_gain=0)
   np.testing.assert_array_equal(labels[[3, 5, 7]], -1)
   np.testing.assert_array_equal(scores[[3, 5, 7]], 0)
-  assert_expected((labels, scores), x, centers, 3)
+  usable = np.delete(np.arange(60), [3, 5, 7])
+  found = labels[usable], scores[usable]
+  assert_expected(found, x[usable], centers, 3, min_gain=0)
   assert (labels != 0).all()
 
 
