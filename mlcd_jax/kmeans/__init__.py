@@ -1,4 +1,4 @@
-"""Spherical k-means on a mesh, and the exact nearest centers of every row.
+"""Spherical k-means on a mesh, and the exact labels of every row.
 
 Others import this package and no file in it.
 
@@ -17,7 +17,8 @@ labels on every mesh.
   chunks     rows onto the devices, from memory or disk
   tiles      shapes of score tiles, padding, type of the scores
   search     the best center of every row of a tile
-  nearest    the exact top labels of every row
+  nearest    the exact nearest centers of every row
+  pursuit    the centers that add up to each row, by matching pursuit
   two_level  coarse centers first, then each coarse cell by itself
   fast/      approximate passes for CPUs
 """
@@ -29,6 +30,7 @@ from mlcd_jax.kmeans.lloyd import fit
 from mlcd_jax.kmeans.lloyd import iterate
 from mlcd_jax.kmeans.nearest import nearest_centers
 from mlcd_jax.kmeans.passes import abstract_pass
+from mlcd_jax.kmeans.pursuit import pursue
 
 __all__ = [
   'Fit',
@@ -37,5 +39,6 @@ __all__ = [
   'held_bytes',
   'iterate',
   'nearest_centers',
+  'pursue',
   'two_level',
 ]

@@ -73,12 +73,6 @@ def nearest_centers(
       in dimensions.
   """
   mesh = mesh or sharding.make_mesh()
-  if num_labels > len(centers):
-    raise ValueError(f'{num_labels} labels from {len(centers)} centers')
-  if centers.shape[1] != embeddings.shape[1]:
-    raise ValueError(
-      f'rows have {embeddings.shape[1]} dimensions, centers {centers.shape[1]}'
-    )
   look_up = make_lookup(mesh, len(centers), num_labels)
   return look_up_all(look_up, embeddings, centers, num_labels, mesh=mesh)
 
@@ -91,7 +85,29 @@ def look_up_all(
   *,
   mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Does `nearest_centers` with a program that `make_lookup` made."""
+  """Looks up the labels of all rows, a chunk at a time.
+
+  Args:
+    look_up: takes centers and a chunk [n, D], returns scores and labels, both
+      [n, L].
+    embeddings: [N, D].
+    centers: [K, D].
+    num_labels: L.
+    mesh: of all devices.
+
+  Returns:
+    Labels int32 and scores float32, both [N, L].
+
+  Raises:
+    ValueError: there are fewer centers than labels, or rows and centers differ
+      in dimensions.
+  """
+  if num_labels > len(centers):
+    raise ValueError(f'{num_labels} labels from {len(centers)} centers')
+  if centers.shape[1] != embeddings.shape[1]:
+    raise ValueError(
+      f'rows have {embeddings.shape[1]} dimensions, centers {centers.shape[1]}'
+    )
   c_KD = tiles.put_centers(unit.unit_rows(np.asarray(centers)), mesh)
   tile = tiles.tile_shape(mesh, len(centers))[0]
   chunks = chunks_lib.Chunks(embeddings, mesh, tile=tile, hold=False)

@@ -56,32 +56,49 @@ def real_centers(c_kD: jax.Array, num_centers: int) -> jax.Array:
 
 
 def best_center(
-  c_kD: jax.Array, x_nD: jax.Array, *, tile: tuple[int, int]
+  c_kD: jax.Array,
+  x_nD: jax.Array,
+  *,
+  tile: tuple[int, int],
+  precision: lax.Precision | None = None,
+  left_out_nL: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Finds the best of this device's centers for every row.
 
   Args:
-    c_kD: centers without padding.
+    c_kD: centers. Padding counts as centers.
     x_nD: rows.
     tile: numbers of rows and of centers that are scored at once.
+    precision: of the products.
+    left_out_nL: places in `c_kD` that a row may not get; numbers that are no
+      place are ignored.
 
   Returns:
     Best scores [n], and the first center that has each.
   """
   tile_rows, tile_centers = tile
   k, dim = c_kD.shape
-  rows = x_nD.reshape(-1, tile_rows, dim)
+  rows = (x_nD,) if left_out_nL is None else (x_nD, left_out_nL)
 
-  def best_of_tile(c_tD):
-    score, place = lax.map(lambda x_TD: first_max(scores(c_tD, x_TD)), rows)
-    return score.reshape(-1), place.reshape(-1)
+  def best_of_tile(start, c_tD):
+    def best_of_rows(x_TD, left_out_TL=None):
+      s_tT = scores(c_tD, x_TD, precision)
+      if left_out_TL is not None:
+        place_TL = left_out_TL - start
+        # Negative numbers would count from the end.
+        place_TL = jnp.where(place_TL < 0, len(s_tT), place_TL)
+        row_T1 = jnp.arange(len(x_TD), dtype=jnp.int32)[:, None]
+        s_tT = s_tT.at[place_TL, row_T1].set(-jnp.inf, mode='drop')
+      return first_max(s_tT)
+
+    return map_tiles(best_of_rows, tile_rows, *rows)
 
   if k == tile_centers:
-    return best_of_tile(c_kD)
+    return best_of_tile(0, c_kD)
 
   def merge_tile(best, start_and_tile):
     start, c_tD = start_and_tile
-    score, place = best_of_tile(c_tD)
+    score, place = best_of_tile(start, c_tD)
     better = score > best[0]
     return (
       jnp.where(better, score, best[0]),
