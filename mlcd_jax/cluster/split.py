@@ -95,7 +95,8 @@ def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
   """Returns a hash of every row.
 
   It is the hash of the row's key or, without keys, of the file's name and the
-  row's place in the file.
+  row's place in the file. Rows of one image have the same key, and their
+  numbers are hashed too.
 
   Args:
     rows: the N rows.
@@ -113,6 +114,12 @@ def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
       place = np.arange(1, count + 1, dtype=np.uint64)[:, None]
       words = _words(keys_lib.spell([name])).repeat(count, axis=0)
       words = np.concatenate([words, place], axis=1)
+    if rows.rows_per_image > 1:
+      # From 1 on, as a word of zeros is skipped.
+      number = 1 + np.arange(count, dtype=np.uint64)[:, None] % np.uint64(
+        rows.rows_per_image
+      )
+      words = np.concatenate([words, number], axis=1)
     h = np.full(count, seed, np.uint64)
     # A word of zeros is padding. Skipping it makes the hash independent of the
     # longest key of the file.
