@@ -72,13 +72,20 @@ def choose(
 ) -> Chosen:
   """Returns the rows of the first centers, with spare ones, and the held-out.
 
-  No row is held out if the others are fewer than the centers.
+  The views of an image are held out together, as they overlap. No row is held
+  out if the others are fewer than the centers.
   """
   num_rows, num_centers = rows.shape[0], config.cluster.num_centers
   hashes = row_hashes(rows, config.seed)
   held_out = min(num_rows // _HELD_OUT_EVERY, _MAX_HELD_OUT)
+  held_out -= held_out % rows.rows_per_image
   if num_centers > num_rows - held_out:
     held_out = 0
+  if held_out and rows.rows_per_image > 1:
+    images = hashes.reshape(-1, rows.rows_per_image)
+    count = held_out // rows.rows_per_image
+    last = np.argpartition(images[:, 0], -count)[-count:]
+    images[last] = np.iinfo(np.uint64).max
   wanted = int(_SPARE * num_centers) + _HELD_OUT_EVERY
   if config.cluster.levels:
     wanted = max(wanted, _SAMPLE * config.cluster.levels[0])
