@@ -109,10 +109,31 @@ def _check_embed(c: ml_collections.ConfigDict) -> None:
       f'embed.text_weight={c.embed.text_weight}: embed.embedder='
       f'{c.embed.embedder} embeds images only; use precomputed, or 0'
     )
+  views = tuple(c.embed.views)
+  if len(set(views)) < len(views) or not all(
+    isinstance(grid, int) and grid > 0 for grid in views
+  ):
+    raise errors.UserError(
+      f'embed.views={views}: needs different sizes of grids such as (2, 3), or '
+      '() for none'
+    )
+  if views and c.embed.embedder == 'precomputed':
+    raise errors.UserError(
+      f'embed.views={views}: embed.embedder=precomputed sees no images; use '
+      'another embedder, or ()'
+    )
 
 
 def _check_cluster(c: ml_collections.ConfigDict) -> None:
   """Checks that the numbers of centers, labels and levels fit each other."""
+  for field in ('cluster.fit_on', 'cluster.rule'):
+    # With cluster.path the views were embedded in another run, if at all.
+    if fields.get(c, field) == 'views' and not (
+      c.embed.views or c.cluster.path
+    ):
+      raise errors.UserError(
+        f'{field}=views needs the views of embed.views, such as (2, 3)'
+      )
   if c.loss.num_positives > c.cluster.num_labels:
     raise errors.UserError(
       f'loss.num_positives={c.loss.num_positives} is more than '

@@ -17,6 +17,9 @@ EMBEDDED = (
   'scenes/crowded',
 )
 EMBEDDERS = ('hog', 'huggingface', 'precomputed', 'checkpoint')
+FIT_ON = ('images', 'views')
+# cluster/rules.py maps each to a function.
+RULES = ('nearest', 'views')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 # In the order of the printed table. evaluate/stage.py maps each to a function.
 TASKS = (

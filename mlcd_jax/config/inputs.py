@@ -148,6 +148,13 @@ FIELDS = (
     high=MOST,
     stages=(EMBED,),
   ),
+  Field(
+    'embed.views',
+    (),
+    'Grids of overlapping crops that are embedded too: (2, 3) = 4 + 9 '
+    'crops of each image. () = none.',
+    stages=(EMBED,),
+  ),
   # The cluster stage.
   Field(
     'cluster.num_centers',
@@ -199,9 +206,24 @@ FIELDS = (
     stages=(CLUSTER,),
   ),
   Field(
+    'cluster.fit_on',
+    'images',
+    'What the centers are fitted on: images, or the crops of embed.views.',
+    choices=choices.FIT_ON,
+    stages=(CLUSTER,),
+  ),
+  Field(
+    'cluster.rule',
+    'nearest',
+    'Which centers become the labels of an image. nearest: those nearest to '
+    'it. views: the nearest one of each of its views.',
+    choices=choices.RULES,
+    stages=(CLUSTER,),
+  ),
+  Field(
     'cluster.num_labels',
     10,
-    'Nearest centers stored for every image.',
+    'The most labels that are stored for an image.',
     low=1,
     high=1024,
     stages=(CLUSTER,),

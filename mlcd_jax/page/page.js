@@ -193,6 +193,12 @@ function imageDetail(image) {
   ];
 }
 
+/** Returns which centers are an image's labels. */
+function ruleText(rule, count) {
+  if (rule === 'views') return `the nearest centers of its views as labels, ${count} at most`;
+  return `its ${count} nearest center${count > 1 ? 's' : ''} as label${count > 1 ? 's' : ''}`;
+}
+
 function images() {
   const c = DATA.clusters;
   if (!c) return;
@@ -218,8 +224,8 @@ function images() {
   };
   search.addEventListener('input', draw);
   section('images', 'Images and their labels',
-    el('p', {}, `An image is trained with its ${c.num_labels} nearest center${c.num_labels > 1 ? 's' : ''} as `
-      + `label${c.num_labels > 1 ? 's' : ''}. Each cluster is shown by its own nearest images, nearest cluster first.`),
+    el('p', {}, `An image is trained with ${ruleText(c.rule, c.num_labels)}. `
+      + 'Each cluster is shown by its own nearest images, nearest cluster first.'),
     el('div', {class: 'controls'}, labelled('Search images', search), count), picker, detail);
   draw();
 }
