@@ -19,6 +19,7 @@ from mlcd_jax import config as config_lib
 from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax import sharding
+from mlcd_jax.cluster import coverage
 from mlcd_jax.cluster import labels
 from mlcd_jax.cluster import stage as cluster_lib
 from mlcd_jax.config import check as config_check
@@ -202,7 +203,8 @@ class _Run:
       return
     made = self._done('embed')
     manifest = self._open('cluster', {'embeddings': made.fingerprint()})
-    if not manifest.complete:
+    # Finished labels can still be measured by attributes that are named later.
+    if not manifest.complete or coverage.is_due(self._config, manifest.folder):
       with self._page.stage('cluster'):
         cluster_lib.run(
           self._config,

@@ -9,6 +9,7 @@ import tensorflow_datasets as tfds
 from mlcd_jax import sharding
 from mlcd_jax.data import sources
 from mlcd_jax.data import tfds as tfds_source
+from mlcd_jax.data import tfds_features
 from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
@@ -115,7 +116,7 @@ def test_tfds_has_the_features_of_the_preset(tmp_path):
   )
   for field in ('attributes_key', 'ignored_key'):
     key = preset.keys[field]
-    assert tfds_source._num_attributes(builder, key, field) == 20
+    assert tfds_features.num_attributes(builder, key, field) == 20
 
 
 def test_the_probe_of_a_class_does_not_see_what_it_ignores(monkeypatch):
