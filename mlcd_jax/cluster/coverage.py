@@ -69,6 +69,8 @@ def run(
   config: ml_collections.ConfigDict,
   folder: pathlib.Path,
   rows: row_files.Sharded,
+  *,
+  max_images: int = _MAX_IMAGES,
 ) -> None:
   """Adds the measures to clustering.json if the config names attributes.
 
@@ -76,6 +78,7 @@ def run(
     config: the config of the run.
     folder: the folder of the cluster stage, whose labels are complete.
     rows: the embeddings, whose keys the labels have.
+    max_images: the most images to measure.
 
   Raises:
     UserError: the attributes do not exist, or the rows have no keys.
@@ -84,7 +87,9 @@ def run(
   def write() -> bool:
     path = folder / 'clustering.json'
     content = files.read_json(path)
-    content[KEY] = _of_files(config, folder, rows, content['num_centers'])
+    content[KEY] = _of_files(
+      config, folder, rows, content['num_centers'], max_images
+    )
     files.write_json(path, content)
     return True
 
@@ -97,6 +102,7 @@ def _of_files(
   folder: pathlib.Path,
   rows: row_files.Sharded,
   num_centers: int,
+  max_images: int,
 ) -> dict[str, Any]:
   """Returns the measures of the labels in a folder; see `run`."""
   key = config.data.attributes_key
@@ -104,9 +110,9 @@ def _of_files(
   root = matching.root_of(config.data.path)
   row_N = matching.join(source.keys(), rows.keys(), root)
   images = np.flatnonzero(row_N >= 0)
-  if len(images) > _MAX_IMAGES:
+  if len(images) > max_images:
     rng = np.random.default_rng(config.seed)
-    images = np.sort(rng.choice(images, _MAX_IMAGES, replace=False))
+    images = np.sort(rng.choice(images, max_images, replace=False))
   labels_NL = _read(
     folder, rows.shard_rows, row_N[images], config.cluster.num_labels
   )
@@ -170,7 +176,7 @@ def measure(
 
   Returns:
     The number of `images`, and how many others are `unlabelled` or `unknown`.
-    `labels` has the values of `_Centers.score` by l, as text, each the mean of
+    `labels` has the values of `Centers.score` by l, as text, each the mean of
     the two halves. Beside those of _BY_CHANCE stand, with _chance behind their
     names, the values if the labels are permuted among the scored images. A
     value is None if there is nothing to measure.
@@ -187,7 +193,7 @@ def measure(
     labels = labels_NL[:, :count]
     values = []
     for named, scored, other in zip(halves[::-1], halves, others):
-      centers = _Centers(labels[named], hot_NC[named], num_centers)
+      centers = Centers(labels[named], hot_NC[named], num_centers)
       own = centers.score(labels[scored], hot_NC[scored])
       chance = centers.score(labels[other], hot_NC[scored])
       values.append(own | {f'{k}_chance': chance[k] for k in _BY_CHANCE})
@@ -202,7 +208,7 @@ def measure(
   }
 
 
-class _Centers:
+class Centers:
   """What the centers stand for, by the images that they label."""
 
   def __init__(
@@ -274,6 +280,8 @@ class _Centers:
       part = slice(start, start + _CHUNK)
       scores = (mean_NK @ self._sums_KC[:, part]).toarray()
       scores += prior_N[:, None] * self._base_C[None, part]
+      # Means that are equal but for the rounding of their sums rank equally.
+      scores = np.round(scores, 9)
       for score, hot in zip(scores.T, hot_NC[:, part].T):
         known = hot >= 0
         if np.any(hot > 0):
