@@ -151,11 +151,7 @@ class _Run:
     self._check_made()
     self._folders = {stage: self._folder(stage) for stage in STAGES}
     self._page = writer.Page(
-      config,
-      workdir,
-      folders=self._folders,
-      mesh=mesh,
-      preset=preset,
+      config, workdir, folders=self._folders, mesh=mesh, preset=preset
     )
 
   def check_order(self, stages: Sequence[str]) -> None:
@@ -288,10 +284,7 @@ class _Run:
   def _open(self, stage: str, inputs: dict[str, Any]) -> manifests.Manifest:
     """Returns the checked manifest of a stage, or a new one."""
     manifest = manifests.open_for(
-      stage,
-      self._folder(stage),
-      config=self._fields(stage),
-      inputs=inputs,
+      stage, self._folder(stage), config=self._fields(stage), inputs=inputs
     )
     _log.info(
       '%s: %s',

@@ -179,8 +179,9 @@ def scenes(config: ml_collections.ConfigDict) -> None:
   # leave 10 for an object, hardly more than a cell.
   config.embed.image_size = 56
   config.embed.shard_rows = 1_000
-  # 15 images a center on average. In a first look at 2,000 scenes the labels
-  # of whole canvases knew as much at 400 as at other sizes.
+  # 15 images a center on average. Their 8 nearest labels name 58 % of a scene's
+  # objects, those of another scene 52 %. With 100 centers it is 55 and 50 %,
+  # with 1,500, of 4 images each, 59 and 52 % (one seed).
   config.cluster.num_centers = 400
   config.loss.scale = 16.0  # These two are the digits'; not tuned here.
   config.loss.sample_rate = 1.0
