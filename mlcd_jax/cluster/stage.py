@@ -6,6 +6,7 @@ import numpy as np
 
 from mlcd_jax import manifests
 from mlcd_jax.cluster import centers as centers_lib
+from mlcd_jax.cluster import coverage
 from mlcd_jax.cluster import labels as labels_lib
 from mlcd_jax.cluster import rules
 from mlcd_jax.embed import row_files
@@ -70,6 +71,7 @@ def run(
       distributed.barrier(f'labels {shard}')
     start += count
     progress.update(start)
+  coverage.run(config, folder, rows)
   manifest.finish(
     num_centers=config.cluster.num_centers,
     num_labels=config.cluster.num_labels,

@@ -86,6 +86,7 @@ def _check_data(c: ml_collections.ConfigDict) -> None:
       + ', '.join(choices.EMBEDDED)
       + '; name the source of your files with --config.data.source'
     )
+  _check_objects(c.data, 'data')
   area = tuple(c.data.crop_area)
   if (
     len(area) != 2
@@ -95,6 +96,25 @@ def _check_data(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'data.crop_area={area}: needs (low, high) with 0 < low <= high <= 1'
     )
+
+
+def _check_objects(data: ml_collections.ConfigDict, section: str) -> None:
+  """Checks that the source has what the keys of objects name.
+
+  Args:
+    data: the fields of a data set.
+    section: their section, for errors.
+  """
+  for field, known in (
+    ('attributes_key', choices.WITH_ATTRIBUTES),
+    ('boxes_key', choices.WITH_BOXES),
+  ):
+    key = data.get(field, '')
+    if key and data.source not in known:
+      raise errors.UserError(
+        f'{section}.{field}={key}: {section}.source={data.source} has none; '
+        f"set it to '', or use one of: " + ', '.join(known)
+      )
 
 
 def _check_embed(c: ml_collections.ConfigDict) -> None:
@@ -214,6 +234,7 @@ def _check_evaluate(c: ml_collections.ConfigDict) -> None:
         f'evaluate.datasets.{name}.source={dataset.source!r} is unknown; '
         'use one of: ' + ', '.join(config_lib.SOURCES)
       )
+    _check_objects(dataset, f'evaluate.datasets.{name}')
     metric = dataset.get('metric', 'accuracy')
     if metric not in config_lib.METRICS:
       raise errors.UserError(

@@ -9,6 +9,9 @@ SOURCES = (
   'parquet',
   'coco',
 )
+# The sources with several labels an image, and those with boxes.
+WITH_ATTRIBUTES = ('embedded', 'tfds', 'coco')
+WITH_BOXES = ('embedded', 'tfds')
 # The values of data.path where data.source=embedded; '' is digits.
 EMBEDDED = (
   'digits',

@@ -56,6 +56,18 @@ FIELDS = (
     stages=(EMBED, EVALUATE),
   ),
   Field(
+    'data.attributes_key',
+    '',
+    'tfds: the feature with several labels an image, such as objects/label. '
+    'The labels of the clusters are measured by them; nothing is trained on '
+    'them.',
+  ),
+  Field(
+    'data.boxes_key',
+    '',
+    'tfds: the feature with the boxes of the objects, such as objects/bbox.',
+  ),
+  Field(
     'data.bad_keys',
     '',
     "A file with keys to leave out; '' = bad_keys.txt in the workdir.",

@@ -70,6 +70,35 @@ def test_views_need_an_embedder_that_sees_images(tiny_config, tmp_path):
   config_check.check(tiny_config)
 
 
+@pytest.mark.parametrize('section', ['data', 'evaluate.datasets.digits'])
+@pytest.mark.parametrize(
+  ('source', 'key'),
+  [
+    ('folder', 'attributes_key'),
+    ('webdataset', 'attributes_key'),
+    ('folder', 'boxes_key'),
+    ('coco', 'boxes_key'),
+  ],
+)
+def test_keys_of_objects_need_a_source_that_has_them(
+  tiny_config, section, source, key
+):
+  data = tiny_config
+  for part in section.split('.'):
+    data = data[part]
+  data.attributes_key = ''
+  data.source = source
+  config_check.check(tiny_config)
+  data[key] = 'objects/x'
+  with pytest.raises(errors.UserError) as e:
+    config_check.check(tiny_config)
+  assert str(e.value).startswith(
+    f'{section}.{key}=objects/x: {section}.source={source} has none; '
+  )
+  data.source = 'embedded'
+  config_check.check(tiny_config)
+
+
 @pytest.mark.parametrize(
   ('field', 'value', 'says'),
   [

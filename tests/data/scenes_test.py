@@ -114,6 +114,27 @@ def test_splits_and_records(glyphs):
     assert colour in scenes.COLOURS and digit in digits.WORDS
 
 
+def test_records_have_the_boxes_of_the_objects():
+  data = config_lib.default().data
+  data.path = 'scenes'
+  data.attributes_key = 'objects/label'
+  data.boxes_key = 'objects/bbox'
+  source = sources.make(data, 'validation')
+  assert source.num_attributes == 10
+  records = {}
+  for i in range(len(source)):
+    record = source[i]
+    records[transforms.decode(record['image']).tobytes()] = record
+  pixels, labels, rows = digits.read()
+  glyphs = [scenes.cut(p) for p in pixels[rows['validation']]]
+  for i in range(5):
+    scene = compose((glyphs, labels[rows['validation']]), (1, i))
+    record = records[scene.pixels.tobytes()]
+    np.testing.assert_array_equal(record['box_labels'], scene.labels)
+    np.testing.assert_array_equal(record['attributes'], np.unique(scene.labels))
+    np.testing.assert_allclose(record['boxes'], scene.boxes, atol=1e-4)
+
+
 def test_no_digit_is_in_two_splits():
   _, _, rows = digits.read()
   assert sum(map(len, rows.values())) == 5_000
