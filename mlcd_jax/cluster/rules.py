@@ -67,6 +67,40 @@ def views(
   return unite(labels.reshape(shape), scores.reshape(shape), num_labels)
 
 
+def pursuit(
+  images: Images, centers: np.ndarray, num_labels: int, *, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+  """Gives an image the centers that add up to it; see `kmeans.pursue`.
+
+  With views it takes the mean of their unit rows instead of the image's own
+  row. That mean is nearly a sum of the image's parts, which pursuit needs.
+
+  Returns:
+    Labels int32 [N, L] in the order in which they were taken, then -1; and
+    their coefficients float32 [N, L].
+  """
+  rows = images.rows
+  if images.views is not None:
+    rows = _MeanOfViews(images.views, images.num_views)
+  return kmeans.pursue(rows, centers, num_labels, mesh=mesh)
+
+
+class _MeanOfViews:
+  """The mean of each image's views as rows [N, D], read by slices."""
+
+  def __init__(self, views: unit.Rows, num_views: int):
+    self._views = views
+    self._each = num_views
+    self.shape = (views.shape[0] // num_views, views.shape[1])
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    start, stop, _ = rows.indices(self.shape[0])
+    views = self._views[self._each * start : self._each * stop]
+    # A view that is zero or not finite adds nothing.
+    views = unit.unit_rows(views)
+    return views.reshape(-1, self._each, self.shape[1]).mean(axis=1)
+
+
 def unite(
   labels: np.ndarray, scores: np.ndarray, num_labels: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -107,4 +141,5 @@ def _sorted(labels, scores, keys) -> tuple[np.ndarray, np.ndarray]:
 RULES: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
   'nearest': nearest,
   'views': views,
+  'pursuit': pursuit,
 }

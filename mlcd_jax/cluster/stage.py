@@ -37,7 +37,11 @@ def run(
   """
   files.check_sha256(embedded.folder, embedded.result['sha256'])
   rows, views = shards.open_made(embedded), None
-  if 'views' in (config.cluster.fit_on, config.cluster.rule):
+  wanted = config.cluster.fit_on, config.cluster.rule
+  # Pursuit uses views where there are some.
+  if 'views' in wanted or (
+    'pursuit' in wanted and embedded.result.get('views')
+  ):
     views = shards.open_views(embedded)
   folder = manifest.folder
   centers_path = folder / 'centers.npy'

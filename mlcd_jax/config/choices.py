@@ -22,7 +22,7 @@ EMBEDDED = (
 EMBEDDERS = ('hog', 'huggingface', 'precomputed', 'checkpoint')
 FIT_ON = ('images', 'views')
 # cluster/rules.py maps each to a function.
-RULES = ('nearest', 'views')
+RULES = ('nearest', 'views', 'pursuit')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 # In the order of the printed table. evaluate/stage.py maps each to a function.
 TASKS = (

@@ -228,7 +228,8 @@ FIELDS = (
     'cluster.rule',
     'nearest',
     'Which centers become the labels of an image. nearest: those nearest to '
-    'it. views: the nearest one of each of its views.',
+    'it. views: the nearest one of each of its views. pursuit: those that '
+    'add up to it, or to the mean of its views, by matching pursuit.',
     choices=choices.RULES,
     stages=(CLUSTER,),
   ),

@@ -65,6 +65,35 @@ def test_views_on_every_mesh(shape, num_labels):
   assert counts.max() == min(num_labels, 4) and len(set(counts)) > 2
 
 
+@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
+def test_pursuit_takes_the_mean_of_the_views(shape):
+  views, centers = make()
+  mesh = sharding.make_mesh(*shape)
+  images = rules.Images(views[:, 0], views.reshape(-1, DIM), NUM_VIEWS)
+  labels, scores = rules.RULES['pursuit'](images, centers, 3, mesh=mesh)
+  norm = np.linalg.norm(views.astype(np.float64), axis=-1, keepdims=True)
+  good = np.isfinite(norm) & (norm > 0)
+  rows = np.where(good, views / np.where(good, norm, 1), 0).mean(1)
+  for i, row in enumerate(rows):
+    if not row.any():
+      assert (labels[i] == -1).all()
+      continue
+    residual = row / np.linalg.norm(row)
+    for label, score in zip(labels[i], scores[i]):
+      products = centers @ residual
+      products[labels[i][: list(labels[i]).index(label)]] = -1
+      assert label == products.argmax()
+      assert score == pytest.approx(products[label], abs=1e-5)
+      residual = residual - products[label] * centers[label]
+  alone = rules.RULES['pursuit'](
+    rules.Images(views[:, 1]), centers, 3, mesh=mesh
+  )[0]
+  first = rules.RULES['nearest'](
+    rules.Images(views[:, 1]), centers, 1, mesh=mesh
+  )[0]
+  np.testing.assert_array_equal(alone[:, :1], first)
+
+
 def test_the_best_stay_and_ties_go_to_the_lower_center():
   labels = np.int32([[7, 2, 5, 2], [4, 3, 9, 1], [0, 0, 0, 0]])
   scores = np.float32(
