@@ -9,12 +9,12 @@ of the pass before) and the candidates are compared by their cosines on all
 dimensions, and the best of them becomes the row's new center.
 
 A quick search compares a row with its own center and its candidates only, and
-it leaves out most rows. Two quantities of a row say what has to be done:
+only if its center may have changed. Two quantities of a row decide that:
 
   The lead is the row's cosine to its own center minus the best cosine to
   another candidate. Each update of the centers can shrink it, the more the
-  farther these centers move. While the lead is positive, no candidate can have
-  overtaken the row's center and the row is left out.
+  farther these centers move. While the lead stays positive, no candidate is
+  taken to have overtaken the row's own center, and the row is left out.
 
   The floor says how good the other centers can be. At the row's last full
   search their cosines were below that of the worst candidate. With each update
