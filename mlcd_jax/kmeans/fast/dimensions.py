@@ -2,11 +2,11 @@
 
 The sample answers three questions:
 
-  How many leading dimensions are enough? A full search scores centers on a few
-  leading dimensions, which costs less than on all, but misses some centers.
-  How much can the cosine of a row to a center grow in an update? That decides
-  which rows have stale candidates; `candidates.py` explains it.
-  How much did a pass lose, compared with the best centers?
+  1. How many leading dimensions are enough? A full search scores the centers on
+     these only. Fewer cost less but miss more of the best centers.
+  2. How much has the cosine of a row to a center grown in an update? This
+     decides which rows have stale candidates, as `candidates.py` explains.
+  3. How much of the objective did a pass lose by its approximations?
 
 The leading dimensions are the principal directions of the centers, since a
 score has to tell centers apart. They must not be fitted to the sample. They
@@ -88,7 +88,7 @@ class Limits(NamedTuple):
 
 
 class Tuner:
-  """What measures a screened clustering on a sample and tunes it.
+  """A tuner of a screened clustering, which measures it on a sample.
 
   Attributes:
     sample: the sample of the rows.
