@@ -87,7 +87,10 @@ class Assigner(Protocol):
     """
 
   def state(self) -> dict[str, np.ndarray]:
-    """Copies to the host what the next pass needs besides the centers."""
+    """Returns the arrays that the next pass needs besides the centers.
+
+    They are copied to the host, so that they can be saved.
+    """
 
 
 class Plain:
@@ -125,20 +128,20 @@ class Plain:
     self._add = passes.make_add(mesh, num_centers, dtype)
 
   def begin(self, centers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `Assigner`."""
+    """Prepares a pass; see `Assigner`."""
     self._centers = centers
     return passes.make_zeros(self._mesh, *centers.shape)()
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
-    """See `Assigner`."""
+    """Assigns the rows of a chunk; see `Assigner`."""
     return self._add(self._centers, self._mean, sums, counts, x_nD)
 
   def finish(self, sums, counts, shift, restarted, centers) -> None:
-    """See `Assigner`."""
+    """Forgets the centers of the pass; see `Assigner`."""
     self._centers = None  # The update has taken over their memory.
 
   def state(self) -> dict[str, np.ndarray]:
-    """See `Assigner`."""
+    """Returns an empty state; see `Assigner`."""
     return {}
 
 

@@ -253,7 +253,12 @@ class Chunks:
 
 
 def chunk_rows(mesh: Mesh, tile: int) -> int:
-  """Returns the most rows of a chunk, a multiple of `tile` on each device."""
+  """Returns how many rows a chunk has at most, on all devices together.
+
+  Args:
+    mesh: the mesh of all devices.
+    tile: the number of rows of a score tile. Each device's rows are a multiple.
+  """
   shards = mesh.shape['data']
   if sharding.on_cpu(mesh):
     return shards * tiles.round_up(max(1, _CPU_CHUNK // shards), tile)

@@ -136,7 +136,10 @@ class Tuner:
   def choose_width(
     self, c_KD: jax.Array, basis_DP: np.ndarray, labels_S: np.ndarray
   ) -> int:
-    """Returns the smallest width that loses little enough on the sample.
+    """Returns the fewest leading dimensions that are enough for the sample.
+
+    They are enough if a full search on them lowers the mean cosine by less than
+    Limits.width_loss.
 
     Args:
       c_KD: all centers.
@@ -175,7 +178,7 @@ class Tuner:
     *,
     is_first: bool,
   ) -> tuple[float, float]:
-    """Estimates how stale an update made the candidates.
+    """Estimates how much an update raised cosines and made candidates stale.
 
     Args:
       before: the centers before the update, with the reach so far.
@@ -184,9 +187,9 @@ class Tuner:
       is_first: whether the update was the first of the run.
 
     Returns:
-      How much the cosine of a row to a center has grown at most in this update,
-      which the caller adds to the reach; and the share of the sample whose
-      candidates are stale then.
+      Two numbers. The first is an estimate of how much the cosine of a row to a
+      center has grown at most in this update; the caller adds it to the reach.
+      The second is the share of rows whose candidates are stale after that.
     """
     rows, ids_SC = self.sample.rows[self._choice], labels.ids_nC[self._choice]
     change_SC, best_S = map(

@@ -151,7 +151,7 @@ class Screened:
     return bool(np.isfinite(self._drift).all())
 
   def state(self) -> dict[str, np.ndarray]:
-    """See `Assigner`."""
+    """Copies the arrays that the class lists to the host; see `Assigner`."""
     labels = dict(zip(candidates.Labels._fields, zip(*self._labels)))
     state = {name: self._chunks.get(parts) for name, parts in labels.items()}
     state |= {
@@ -168,7 +168,7 @@ class Screened:
     return state
 
   def begin(self, centers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `Assigner`."""
+    """Prepares a pass; see `Assigner`."""
     c_KD = self._gather(centers)
     if self._basis is None:
       self._basis = self._tuner.leading_dimensions(c_KD)
@@ -186,7 +186,7 @@ class Screened:
     return sums
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
-    """See `Assigner`."""
+    """Assigns the rows of a chunk; see `Assigner`."""
     add = self._add_quick if self.is_quick else self._add_full
     return add(sums, counts, chunk, x_nD)
 
@@ -219,7 +219,7 @@ class Screened:
     restarted: np.ndarray,
     centers: jax.Array,
   ) -> None:
-    """See `Assigner`."""
+    """Measures the pass and decides whether the next one is full or quick."""
     self._iteration += 1
     sampled, before = self._sampled(), self._centers
     if self.is_quick:
