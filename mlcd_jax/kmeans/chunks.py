@@ -237,10 +237,10 @@ class Chunks:
   def _read(self, first: int, last: int, stop: int) -> np.ndarray:
     """Reads rows `first` to `last` as they are stored.
 
-    Rows from `stop` on are padding, and zero.
+    Rows from `stop` on are padding: they are zero.
 
     Returns:
-      float16 rows if they are stored as that, else float32 [last - first, D].
+      Rows [last - first, D], float16 if they are stored as such, else float32.
     """
     rows = np.asarray(self.rows[first : max(first, min(last, stop))])
     # float16 halves the transfer; the devices convert it.

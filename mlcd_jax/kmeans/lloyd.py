@@ -228,8 +228,8 @@ class Lloyd:
     self._mesh = chunks.mesh
     self._num_centers = len(start.centers)
     self._centers = tiles.put_centers(start.centers, self._mesh)
-    # The results of the iterations so far. Centers and the assigner's state
-    # stay on the devices until `state` copies them.
+    # The results of the iterations so far. Centers and the assigner's state are
+    # not kept up to date here; `state` adds the current ones.
     self._done = start._replace(assigner=assigner.name, assigner_state={})
 
   def is_due(self, iterations: int, tolerance: float) -> bool:

@@ -2,10 +2,10 @@
 
 CPUs with fast products of bfloat16 score all centers in bfloat16 first. The
 centers with the best scores are the row's candidates, and these are scored
-again in float32. How much the rounding to bfloat16 can change a score has a
-bound. By this bound the search knows the few rows for which a center outside
-the candidates could be nearer, and scores these rows against all centers in
-float32. On other devices all scores are float32.
+again in float32. A bound on the rounding errors of bfloat16 then tells for
+which rows a center outside the candidates could still be nearer. These few rows
+are scored against all centers in float32. On other devices all scores are
+float32.
 
 Shapes: N rows, K centers, D dimensions, n rows of a chunk, T rows and t centers
 of a tile, L labels and M candidates of a row, B buckets of centers, R centers
@@ -141,7 +141,7 @@ def make_lookup(
 
 
 def _on_mesh(look_up: Callable, mesh: Mesh) -> Callable:
-  """Compiles a search of one device's centers and rows."""
+  """Compiles a function that takes one device's centers and rows."""
   centers, rows = sharding.CENTERS, sharding.POINTS
   return passes.on_mesh(look_up, mesh, (centers, rows), (rows, rows))
 

@@ -182,7 +182,8 @@ def redo(
 ) -> tuple[jax.Array, ...]:
   """Computes the results of the flagged rows anew.
 
-  The time grows with the number of flagged rows, not with n.
+  The function is not called for the other rows, so a few flagged rows cost
+  little time.
 
   Args:
     function: the function; it takes the numbers of some rows [T] and a tuple of

@@ -57,9 +57,10 @@ _FIELDS = {
 
 
 def pays(num_rows: int, dim: int, num_centers: int) -> bool:
-  """Returns whether a clustering is large enough to be faster by screening.
+  """Returns whether screening makes the passes of a clustering faster.
 
-  It is False too if the candidates of all rows would take too much memory.
+  The answer is no for small clusterings, and for so many rows that their
+  candidates would take too much memory.
   """
   return (
     _MIN_ROWS <= num_rows <= _MAX_ROWS
@@ -147,7 +148,7 @@ class Screened:
 
   @property
   def is_quick(self) -> bool:
-    """Returns whether the current pass is quick, or between passes the next."""
+    """Returns whether the current pass is quick; between passes, the next."""
     return bool(np.isfinite(self._drift).all())
 
   def state(self) -> dict[str, np.ndarray]:
@@ -243,7 +244,7 @@ class Screened:
       self._sums = carried_sums.merge(sums, counts)
 
   def _gather(self, centers: jax.Array) -> jax.Array:
-    """Returns all centers [K, D] on every device."""
+    """Copies all centers [K, D] to every device."""
     return candidates.make_gather(self._mesh, self._num_centers)(centers)
 
   def _sampled(self) -> candidates.Labels:
