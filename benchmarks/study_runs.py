@@ -125,9 +125,10 @@ class Runs:
       with _claimed(embedded, wait=True):
         stages.run(config, embedded, ('embed',))
       clustered.mkdir(exist_ok=True)
-      link = clustered / 'embeddings'
-      if not link.exists():
-        link.symlink_to(embedded.resolve() / 'embeddings')
+      for name in ('embeddings', 'views'):
+        link, folder = clustered / name, embedded.resolve() / name
+        if folder.exists() and not link.exists():
+          link.symlink_to(folder)
       stages.run(config, clustered, ('cluster',))
     return clustered
 

@@ -127,6 +127,7 @@ def _embed(config, devices, utilisation) -> dict[str, Any]:
   """Plans a batch of the embedder; {} if its architecture is unknown."""
   from mlcd_jax import models
   from mlcd_jax.config import presets
+  from mlcd_jax.data import views
   from mlcd_jax.embed import encoder
   from mlcd_jax.weights import huggingface
 
@@ -142,8 +143,10 @@ def _embed(config, devices, utilisation) -> dict[str, Any]:
   )
   flops = batch_size * flops_lib.encoder_flops(fields)
   out |= _bounds(out, flops, _chip(devices), utilisation)
-  num_images = presets.num_images(config)
-  steps = num_images and -(-num_images // (batch_size * len(devices)))
+  num_rows = presets.num_images(config)
+  if num_rows:
+    num_rows *= 1 + views.count(config.embed.views)
+  steps = num_rows and -(-num_rows // (batch_size * len(devices)))
   return {
     'embed': out
     | {
@@ -159,19 +162,22 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   """Plans a pass of k-means; {} if the width or number of rows is unknown."""
   from mlcd_jax import kmeans
   from mlcd_jax.config import presets
+  from mlcd_jax.data import views
 
-  fields, num_images = presets.embedder(config), presets.num_images(config)
-  if fields is None or not num_images:
+  fields, num_rows = presets.embedder(config), presets.num_images(config)
+  if fields is None or not num_rows:
     return {}
+  if config.cluster.fit_on == 'views':
+    num_rows *= views.count(config.embed.views)
   dim = fields.embedding_dim
   mesh = mesh_lib.from_config(config, devices=devices)
   num_centers = config.cluster.num_centers
   out = _compile('kmeans', *kmeans.abstract_pass(mesh, num_centers, dim))
   chip = _chip(devices)
   # The program takes one chunk of points; the devices hold more beside it.
-  held = kmeans.held_bytes(num_images, dim, mesh, chip.memory)
+  held = kmeans.held_bytes(num_rows, dim, mesh, chip.memory)
   out['bytes_per_chip'] += held
-  flops = 2 * num_images * num_centers * dim / len(devices)
+  flops = 2 * num_rows * num_centers * dim / len(devices)
   out |= _bounds(out | {'bytes_moved': None}, flops, chip, utilisation)
   return {
     'kmeans': out

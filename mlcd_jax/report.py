@@ -16,11 +16,14 @@ _HEADINGS = {
   'linear': 'linear probe',
   'knn': 'kNN (k = 10)',
   'few_shot': 'few-shot (20 a class)',
+  'multi_label': 'multi-label mAP',
 }
+# The shown metric of the tasks that do not score accuracy.
+_METRICS = {'multi_label': 'mAP'}
 
 
 def table(workdirs: Sequence[pathlib.Path]) -> str:
-  """Returns a table of accuracies in percent with their 95% intervals.
+  """Returns a table of scores in percent with their 95% intervals.
 
   Only the baselines of the first run are shown, since runs on the same data
   have the same baselines.
@@ -55,7 +58,7 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
             i,
             shown,
             dataset,
-            {t: _cell(results, f'{encoder}/{dataset}/{t}') for t in _HEADINGS},
+            {t: _cell(results, f'{encoder}/{dataset}', t) for t in _HEADINGS},
           )
         )
   # Trained encoders stand above the baselines.
@@ -69,13 +72,14 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
   return evaluate_table.align(lines)
 
 
-def _cell(results: dict[str, float], prefix: str) -> str:
-  """Returns an accuracy as '93.3 (92.0-94.5)'; '' if the task was not run."""
-  accuracy = results.get(f'{prefix}/accuracy')
-  if accuracy is None:
+def _cell(results: dict[str, float], prefix: str, task: str) -> str:
+  """Returns a score as '93.3 (92.0-94.5)'; '' if the task was not run."""
+  name = f'{prefix}/{task}/{_METRICS.get(task, "accuracy")}'
+  value = results.get(name)
+  if value is None:
     return ''
-  low, high = (results[f'{prefix}/accuracy_{end}'] for end in ('low', 'high'))
-  return f'{100 * accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})'
+  low, high = (results[f'{name}_{end}'] for end in ('low', 'high'))
+  return f'{100 * value:.1f} ({100 * low:.1f}-{100 * high:.1f})'
 
 
 def main(workdirs: Sequence[str]) -> None:

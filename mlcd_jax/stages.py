@@ -19,6 +19,7 @@ from mlcd_jax import config as config_lib
 from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax import sharding
+from mlcd_jax.cluster import coverage
 from mlcd_jax.cluster import labels
 from mlcd_jax.cluster import stage as cluster_lib
 from mlcd_jax.config import check as config_check
@@ -150,11 +151,7 @@ class _Run:
     self._check_made()
     self._folders = {stage: self._folder(stage) for stage in STAGES}
     self._page = writer.Page(
-      config,
-      workdir,
-      folders=self._folders,
-      mesh=mesh,
-      preset=preset,
+      config, workdir, folders=self._folders, mesh=mesh, preset=preset
     )
 
   def check_order(self, stages: Sequence[str]) -> None:
@@ -202,7 +199,8 @@ class _Run:
       return
     made = self._done('embed')
     manifest = self._open('cluster', {'embeddings': made.fingerprint()})
-    if not manifest.complete:
+    # Finished labels can still be measured by attributes that are named later.
+    if not manifest.complete or coverage.is_due(self._config, manifest.folder):
       with self._page.stage('cluster'):
         cluster_lib.run(
           self._config,
@@ -286,10 +284,7 @@ class _Run:
   def _open(self, stage: str, inputs: dict[str, Any]) -> manifests.Manifest:
     """Returns the checked manifest of a stage, or a new one."""
     manifest = manifests.open_for(
-      stage,
-      self._folder(stage),
-      config=self._fields(stage),
-      inputs=inputs,
+      stage, self._folder(stage), config=self._fields(stage), inputs=inputs
     )
     _log.info(
       '%s: %s',

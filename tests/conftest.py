@@ -68,5 +68,6 @@ def tiny_config():
   config.train.log_every_steps = 1
   config.evaluate.batch_size = 64
   config.evaluate.datasets.digits.train_split = 'train[:300]'
+  config.evaluate.datasets.digits.validation_split = 'validation[:60]'
   config.evaluate.datasets.digits.test_split = 'test[:100]'
   return config

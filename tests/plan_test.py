@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from mlcd_jax import config as config_lib
@@ -89,6 +90,29 @@ def test_chips_by_name():
   assert chips.find('TPU v5').flops == 459e12
   assert chips.find('cpu') is None
   assert chips.find('TPU7x', devices_per_chip=2).memory == 96 * 2**30
+
+
+def test_views_are_embedded_and_clustered_too(monkeypatch):
+  monkeypatch.setattr(plan, '_chip', lambda _: chips.find('TPU v5 lite'))
+  sizes = {'fits': True, 'bytes_per_chip': 0, 'bytes_moved': 0}
+  monkeypatch.setattr(plan, '_compile', lambda *_: dict(sizes))
+  config = presets.make('laion400m', variant='B/16', embedding_dim=512)
+  config.embed.batch_size = 1
+  config.cluster.num_centers = 800
+  devices = jax.devices()
+
+  def planned(views, fit_on):
+    config.embed.views, config.cluster.fit_on = views, fit_on
+    return (
+      plan._embed(config, devices, 0.5)['embed']['steps'],
+      plan._kmeans(config, devices, 0.5)['kmeans']['flops'],
+    )
+
+  images = 389_737_314
+  flops = 2 * images * 800 * 768 / 8
+  assert planned((), 'images') == (-(-images // 8), flops)
+  assert planned((2, 3), 'images') == (-(-14 * images // 8), flops)
+  assert planned((2, 3), 'views')[1] == 13 * flops
 
 
 class _Full:

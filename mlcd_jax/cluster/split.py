@@ -74,14 +74,21 @@ def choose(
 
   The rows with the lowest hashes are for the first centers, and the rows with
   the highest are held out. There are more rows than first centers, since some
-  may be zero, and with two levels k-means++ chooses among them. No row is held
-  out if fewer rows than centers would be left.
+  may be zero, and with two levels k-means++ chooses among them. The views of an
+  image are held out together, as they overlap. No row is held out if fewer rows
+  than centers would be left.
   """
   num_rows, num_centers = rows.shape[0], config.cluster.num_centers
   hashes = row_hashes(rows, config.seed)
   held_out = min(num_rows // _HELD_OUT_EVERY, _MAX_HELD_OUT)
+  held_out -= held_out % rows.rows_per_image
   if num_centers > num_rows - held_out:
     held_out = 0
+  if held_out and rows.rows_per_image > 1:
+    images = hashes.reshape(-1, rows.rows_per_image)
+    count = held_out // rows.rows_per_image
+    last = np.argpartition(images[:, 0], -count)[-count:]
+    images[last] = np.iinfo(np.uint64).max
   wanted = int(_SPARE * num_centers) + _HELD_OUT_EVERY
   if config.cluster.levels:
     wanted = max(wanted, _SAMPLE * config.cluster.levels[0])
@@ -98,7 +105,8 @@ def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
   """Returns a hash of every row.
 
   It is the hash of the row's key or, without keys, of the file's name and the
-  row's place in the file.
+  row's place in the file. Rows of one image have the same key, and their
+  numbers are hashed too.
 
   Args:
     rows: the N rows.
@@ -116,6 +124,12 @@ def row_hashes(rows: row_files.Sharded, seed: int) -> np.ndarray:
       place = np.arange(1, count + 1, dtype=np.uint64)[:, None]
       words = _words(keys_lib.spell([name])).repeat(count, axis=0)
       words = np.concatenate([words, place], axis=1)
+    if rows.rows_per_image > 1:
+      # From 1 on, as a word of zeros is skipped.
+      number = 1 + np.arange(count, dtype=np.uint64)[:, None] % np.uint64(
+        rows.rows_per_image
+      )
+      words = np.concatenate([words, number], axis=1)
     h = np.full(count, seed, np.uint64)
     # A word of zeros is padding. Skipping it makes the hash independent of the
     # longest key of the file.

@@ -4,10 +4,11 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
-from mlcd_jax import kmeans
 from mlcd_jax import manifests
 from mlcd_jax.cluster import centers as centers_lib
+from mlcd_jax.cluster import coverage
 from mlcd_jax.cluster import labels as labels_lib
+from mlcd_jax.cluster import rules
 from mlcd_jax.embed import row_files
 from mlcd_jax.embed import shards
 from mlcd_jax.runtime import distributed
@@ -22,7 +23,7 @@ def run(
   embedded: manifests.Manifest,
   mesh: Mesh,
 ) -> None:
-  """Clusters the embeddings and writes every row's nearest centers.
+  """Clusters images or views and writes the labels of every image.
 
   Args:
     config: the config of the run.
@@ -31,14 +32,22 @@ def run(
     mesh: the mesh of all devices.
 
   Raises:
-    UserError: the embeddings have changed, or there are too few.
+    UserError: the embeddings have changed, there are too few, or the config
+      needs views and there are none.
   """
   files.check_sha256(embedded.folder, embedded.result['sha256'])
-  rows = shards.open_made(embedded)
+  rows, views = shards.open_made(embedded), None
+  wanted = config.cluster.fit_on, config.cluster.rule
+  # Pursuit uses views where there are some.
+  if 'views' in wanted or (
+    'pursuit' in wanted and embedded.result.get('views')
+  ):
+    views = shards.open_views(embedded)
   folder = manifest.folder
   centers_path = folder / 'centers.npy'
   if not distributed.decide('centers', centers_path.exists):
-    centers_lib.run(config, rows, folder, mesh)
+    fitted = views if config.cluster.fit_on == 'views' else rows
+    centers_lib.run(config, fitted, folder, mesh)
   centers = files.read_npy(centers_path)
   todo = distributed.decide(
     'labels',
@@ -52,14 +61,12 @@ def run(
   start = 0
   for shard, count in enumerate(rows.shard_rows):
     if shard in todo:
-      labels, scores = kmeans.nearest_centers(
-        _Part(rows, start, start + count),
+      labels, scores = rules.RULES[config.cluster.rule](
+        _images(rows, views, start, start + count),
         centers,
         config.cluster.num_labels,
         mesh=mesh,
       )
-      # A row that is zero or not finite has the cosine 0 to every center.
-      labels[scores[:, 0] == 0] = -1
       if distributed.is_main():
         files.write_npy(
           labels_lib.score_path(folder, shard), scores.astype(np.float16)
@@ -68,6 +75,7 @@ def run(
       distributed.barrier(f'labels {shard}')
     start += count
     progress.update(start)
+  coverage.run(config, folder, rows)
   manifest.finish(
     num_centers=config.cluster.num_centers,
     num_labels=config.cluster.num_labels,
@@ -75,6 +83,20 @@ def run(
       path.name: files.sha256(path) for path in sorted(folder.glob('*.npy'))
     },
   )
+
+
+def _images(
+  rows: row_files.Sharded,
+  views: row_files.Sharded | None,
+  start: int,
+  stop: int,
+) -> rules.Images:
+  """Returns a range of the images, with their views if there are any."""
+  part = _Part(rows, start, stop)
+  if views is None:
+    return rules.Images(part)
+  each = views.rows_per_image
+  return rules.Images(part, _Part(views, each * start, each * stop), each)
 
 
 class _Part:

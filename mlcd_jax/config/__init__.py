@@ -36,6 +36,7 @@ def add_dataset(
   metric: str = 'accuracy',
   attributes_key: str = '',
   ignored_key: str = '',
+  boxes_key: str = '',
   prompts: str = '',
   present_classes: bool = False,
   **data: Any,
@@ -55,6 +56,9 @@ def add_dataset(
       objects/label.
     ignored_key: a TFDS feature with the labels of attributes_key and more. An
       image is left out of the classes that only this feature names.
+    boxes_key: the TFDS feature with the boxes of the objects that
+      attributes_key labels, such as objects/bbox. With it multi_label scores
+      the objects by their size and number.
     prompts: the prompts of zero_shot: an entry of assets/prompts.json, or
       FILE:NAME.
     present_classes: True to let zero_shot choose only among the classes of the
@@ -72,6 +76,7 @@ def add_dataset(
       metric=metric,
       attributes_key=attributes_key,
       ignored_key=ignored_key,
+      boxes_key=boxes_key,
       prompts=prompts,
       present_classes=present_classes,
     )

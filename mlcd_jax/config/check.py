@@ -86,6 +86,7 @@ def _check_data(c: ml_collections.ConfigDict) -> None:
       + ', '.join(choices.EMBEDDED)
       + '; name the source of your files with --config.data.source'
     )
+  _check_objects(c.data, 'data')
   area = tuple(c.data.crop_area)
   if (
     len(area) != 2
@@ -95,6 +96,25 @@ def _check_data(c: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f'data.crop_area={area}: needs (low, high) with 0 < low <= high <= 1'
     )
+
+
+def _check_objects(data: ml_collections.ConfigDict, section: str) -> None:
+  """Checks that the source has what the keys of objects name.
+
+  Args:
+    data: the fields of a data set.
+    section: their section, for errors.
+  """
+  for field, known in (
+    ('attributes_key', choices.WITH_ATTRIBUTES),
+    ('boxes_key', choices.WITH_BOXES),
+  ):
+    key = data.get(field, '')
+    if key and data.source not in known:
+      raise errors.UserError(
+        f'{section}.{field}={key}: {section}.source={data.source} has none; '
+        f"set it to '', or use one of: " + ', '.join(known)
+      )
 
 
 def _check_embed(c: ml_collections.ConfigDict) -> None:
@@ -109,10 +129,31 @@ def _check_embed(c: ml_collections.ConfigDict) -> None:
       f'embed.text_weight={c.embed.text_weight}: embed.embedder='
       f'{c.embed.embedder} embeds images only; use precomputed, or 0'
     )
+  views = tuple(c.embed.views)
+  if len(set(views)) < len(views) or not all(
+    isinstance(grid, int) and grid > 0 for grid in views
+  ):
+    raise errors.UserError(
+      f'embed.views={views}: needs different sizes of grids such as (2, 3), or '
+      '() for none'
+    )
+  if views and c.embed.embedder == 'precomputed':
+    raise errors.UserError(
+      f'embed.views={views}: embed.embedder=precomputed sees no images; use '
+      'another embedder, or ()'
+    )
 
 
 def _check_cluster(c: ml_collections.ConfigDict) -> None:
   """Checks that the numbers of centers, labels and levels fit each other."""
+  for field in ('cluster.fit_on', 'cluster.rule'):
+    # With cluster.path the views were embedded in another run, if at all.
+    if fields.get(c, field) == 'views' and not (
+      c.embed.views or c.cluster.path
+    ):
+      raise errors.UserError(
+        f'{field}=views needs the views of embed.views, such as (2, 3)'
+      )
   if c.loss.num_positives > c.cluster.num_labels:
     raise errors.UserError(
       f'loss.num_positives={c.loss.num_positives} is more than '
@@ -193,6 +234,7 @@ def _check_evaluate(c: ml_collections.ConfigDict) -> None:
         f'evaluate.datasets.{name}.source={dataset.source!r} is unknown; '
         'use one of: ' + ', '.join(config_lib.SOURCES)
       )
+    _check_objects(dataset, f'evaluate.datasets.{name}')
     metric = dataset.get('metric', 'accuracy')
     if metric not in config_lib.METRICS:
       raise errors.UserError(

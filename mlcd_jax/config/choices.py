@@ -9,6 +9,9 @@ SOURCES = (
   'parquet',
   'coco',
 )
+# The sources with several labels an image, and those with boxes.
+WITH_ATTRIBUTES = ('embedded', 'tfds', 'coco')
+WITH_BOXES = ('embedded', 'tfds')
 # The values of data.path where data.source=embedded; '' is digits.
 EMBEDDED = (
   'digits',
@@ -17,6 +20,9 @@ EMBEDDED = (
   'scenes/crowded',
 )
 EMBEDDERS = ('hog', 'huggingface', 'precomputed', 'checkpoint')
+FIT_ON = ('images', 'views')
+# cluster/rules.py maps each to a function.
+RULES = ('nearest', 'views', 'pursuit')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
 # In the order of the printed table. evaluate/stage.py maps each to a function.
 TASKS = (

@@ -56,6 +56,18 @@ FIELDS = (
     stages=(EMBED, EVALUATE),
   ),
   Field(
+    'data.attributes_key',
+    '',
+    'tfds: the feature with several labels an image, such as objects/label. '
+    'The labels of the clusters are measured by them; nothing is trained on '
+    'them.',
+  ),
+  Field(
+    'data.boxes_key',
+    '',
+    'tfds: the feature with the boxes of the objects, such as objects/bbox.',
+  ),
+  Field(
     'data.bad_keys',
     '',
     "A file with keys to leave out; '' = bad_keys.txt in the workdir.",
@@ -148,6 +160,13 @@ FIELDS = (
     high=MOST,
     stages=(EMBED,),
   ),
+  Field(
+    'embed.views',
+    (),
+    'Grids of overlapping crops that are embedded too: (2, 3) = 4 + 9 '
+    'crops of each image. () = none.',
+    stages=(EMBED,),
+  ),
   # The cluster stage.
   Field(
     'cluster.num_centers',
@@ -199,9 +218,25 @@ FIELDS = (
     stages=(CLUSTER,),
   ),
   Field(
+    'cluster.fit_on',
+    'images',
+    'What the centers are fitted on: images, or the crops of embed.views.',
+    choices=choices.FIT_ON,
+    stages=(CLUSTER,),
+  ),
+  Field(
+    'cluster.rule',
+    'nearest',
+    'Which centers become the labels of an image. nearest: those nearest to '
+    'it. views: the nearest one of each of its views. pursuit: those that '
+    'add up to it, or to the mean of its views, by matching pursuit.',
+    choices=choices.RULES,
+    stages=(CLUSTER,),
+  ),
+  Field(
     'cluster.num_labels',
     10,
-    'Nearest centers stored for every image.',
+    'The most labels that are stored for an image.',
     low=1,
     high=1024,
     stages=(CLUSTER,),

@@ -48,8 +48,8 @@ class ScenesConfig(tfds.core.BuilderConfig):
   Attributes:
     canvas: pixels of a side.
     num_objects: the smallest and the largest number of objects.
-    size: the smallest and the largest height of a digit, as a share of the
-      canvas. Its box is narrower than high.
+    size: the smallest and the largest longer side of a digit's box, as a share
+      of the canvas.
     overlap: pixels by which two boxes may overlap in both directions.
     clutter: fragments of other digits.
     noise: standard deviation of the background, of 255.
@@ -161,10 +161,9 @@ def _draw_glyph(labels, taken, rng) -> int:
 def _place(config, shape, number, boxes, rng) -> tuple[int, ...] | None:
   """Draws a box (left, top, right, bottom); None if there is no room."""
   side = config.canvas
-  height = rng.uniform(*config.size) * side
-  while height >= config.size[0] * side * _SHRINK:
-    high = round(height)
-    wide = min(side, max(1, round(height * shape[1] / shape[0])))
+  size = rng.uniform(*config.size) * side
+  while size >= config.size[0] * side * _SHRINK:
+    high, wide = (max(1, round(size * n / max(shape))) for n in shape)
     for _ in range(_TRIES):
       if config.quadrants:
         # As if the digit's 28 pixels were moved by up to two each way.
@@ -176,7 +175,7 @@ def _place(config, shape, number, boxes, rng) -> tuple[int, ...] | None:
       box = int(left), int(top), int(left) + wide, int(top) + high
       if all(_overlap(box, other) <= config.overlap for other in boxes):
         return box
-    height *= _SHRINK
+    size *= _SHRINK
   return None
 
 
@@ -209,7 +208,7 @@ def _draw_fragment(canvas, glyph, rng) -> None:
 
 def _resize(glyph, width, height) -> np.ndarray:
   """Returns the digit as opacities float [height, width]."""
-  shrinks = height < glyph.shape[0]
+  shrinks = max(height, width) < max(glyph.shape)
   how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
   return cv2.resize(glyph, (width, height), interpolation=how) / 255.0
 
@@ -217,7 +216,7 @@ def _resize(glyph, width, height) -> np.ndarray:
 class MlcdScenes(tfds.core.GeneratorBasedBuilder):
   """Scenes of digits with the class, the colour and the box of each object."""
 
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.1.0')
   BUILDER_CONFIGS = list(CONFIGS)
 
   def _info(self) -> tfds.core.DatasetInfo:

@@ -16,6 +16,12 @@ Some sources have more members than the protocol `Source`:
   num_attributes: the number of labels of a multi-label data set. Its records
     also have `attributes`, the numbers of all labels of the image, and may have
     `ignored`, the numbers of labels that are neither present nor absent.
+
+With `data.boxes_key` a record also has the objects of the image:
+  boxes: float32 [n, 4], the left, top, right and bottom of each object in
+    pixels of the decoded image. A bad image has none.
+  box_labels: int64 [n], the label of each object in the same order, if
+    `data.attributes_key` names labels.
 """
 
 import codecs
@@ -286,6 +292,33 @@ def read_bad_keys(path: str) -> np.ndarray:
   lines = content.removeprefix(codecs.BOM_UTF8).split(b'\n')
   lines = [line.removesuffix(b'\r') for line in lines]  # Windows ends in \r\n.
   return keys_lib.spell([line for line in lines if line])
+
+
+def multi_hot(source: Source, rows: np.ndarray) -> np.ndarray | None:
+  """Reads the attributes of some records.
+
+  Args:
+    source: the source.
+    rows: int [n], the indices of the records.
+
+  Returns:
+    int8 [n, num_attributes]: 1 if the image has the attribute, 0 if it does
+    not, and -1 if that is not known. None if the source has no attributes.
+  """
+  if not getattr(source, 'num_attributes', 0):
+    return None
+  hot = np.zeros((len(rows), source.num_attributes), np.int8)
+  for row, number in zip(hot, rows):
+    record = source[int(number)]
+    labels = record['attributes']
+    # Only negative labels mean an image that nobody annotated. No labels at all
+    # mean an annotated image without any of the attributes.
+    if len(labels) and np.all(labels < 0):
+      row[:] = -1
+    # Attributes that may or may not count, such as VOC's difficult objects.
+    row[record.get('ignored', [])] = -1
+    row[labels[labels >= 0]] = 1
+  return hot
 
 
 def check_same(source: Source, field: str) -> None:

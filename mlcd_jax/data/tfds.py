@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import records
+from mlcd_jax.data import tfds_features
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import files
 from mlcd_jax.runtime import paths
@@ -45,6 +46,8 @@ class TfdsSource:
     ignored_key: the path of a feature with the same labels and more. Those that
       only it has are neither present nor absent, such as difficult objects in
       VOC. '' if there is none.
+    boxes_key: the path of the feature with the objects' boxes; '' if there is
+      none.
   """
 
   data: Any
@@ -57,6 +60,7 @@ class TfdsSource:
   attributes_key: str = ''
   num_attributes: int = 0
   ignored_key: str = ''
+  boxes_key: str = ''
 
   @property
   def num_classes(self) -> int:
@@ -68,16 +72,25 @@ class TfdsSource:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     record = self.data[int(index)]
-    attributes = _labels(record, self.attributes_key)
-    ignored = np.setdiff1d(_labels(record, self.ignored_key), attributes)
-    return {
+    objects = tfds_features.labels(record, self.attributes_key)
+    attributes = np.unique(objects)
+    ignored = tfds_features.labels(record, self.ignored_key)
+    ignored = np.setdiff1d(ignored, attributes)
+    found = {
       'key': f'{self.split}-{index:09d}',  # As in `keys`.
       'image': record[self.image_key],
       'label': int(record.get(self.label_key, -1)),
-      'caption': _caption(record.get(self.caption_key, b'')),
+      'caption': tfds_features.caption(record.get(self.caption_key, b'')),
       'attributes': attributes,
       'ignored': ignored[ignored >= 0],
     }
+    if self.boxes_key:
+      boxes = tfds_features.boxes(record, self.boxes_key, found['image'])
+      found['boxes'] = boxes
+      if self.attributes_key:
+        # A bad image has no boxes, as its size is not known.
+        found['box_labels'] = objects[: len(boxes)]
+    return found
 
   def keys(self) -> np.ndarray:
     """Returns the spelled keys, bytes [N]; see `sources.Source`."""
@@ -180,13 +193,18 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
   if not isinstance(features[image_key], tfds.features.Image):
     raise errors.UserError(
       f'data.image_key={image_key}: {builder.name} has '
-      f'{_describe(features[image_key])} there; name a feature with one image'
+      f'{tfds_features.describe(features[image_key])} there; name a feature '
+      'with one image'
     )
-  label_problem = _label_problem(features, data.label_key)
+  label_problem = tfds_features.label_problem(features, data.label_key)
   attributes_key = data.get('attributes_key', '')
   ignored_key = data.get('ignored_key', '')
-  num_attributes = _num_attributes(builder, attributes_key, 'attributes_key')
-  if ignored_key and num_attributes != _num_attributes(
+  boxes_key = data.get('boxes_key', '')
+  num_attributes = tfds_features.num_attributes(
+    builder, attributes_key, 'data.attributes_key'
+  )
+  tfds_features.check_boxes(builder, boxes_key, attributes_key)
+  if ignored_key and num_attributes != tfds_features.num_attributes(
     builder, ignored_key, 'ignored_key'
   ):
     raise errors.UserError(
@@ -201,10 +219,11 @@ def _from_builder(builder, data: ml_collections.ConfigDict, split: str):
     label_key='' if label_problem else data.label_key,
     label_problem=label_problem,
     caption_key=data.get('caption_key', ''),
-    class_names=_class_names(features, data.label_key),
+    class_names=tfds_features.class_names(features, data.label_key),
     attributes_key=attributes_key,
     num_attributes=num_attributes,
     ignored_key=ignored_key,
+    boxes_key=boxes_key,
   )
 
 
@@ -219,102 +238,6 @@ def _open(builder, split: str, decoders: dict[str, Any]):
     ]
   )
   return data
-
-
-def _class_names(features, label_key: str) -> Sequence[str]:
-  """Returns the names of the classes; numbers as text if they have no names.
-
-  It is empty if the feature is missing or not a ClassLabel.
-  """
-  feature = features[label_key] if label_key in features else None
-  is_class = isinstance(feature, tfds.features.ClassLabel)
-  if not is_class or not feature.num_classes:
-    return ()
-  return feature.names or [str(i) for i in range(feature.num_classes)]
-
-
-def _label_problem(features, label_key: str) -> str:
-  """Describes a label feature that holds no class numbers; see `sources`.
-
-  Returns:
-    The description, or '' if the feature is missing or holds class numbers.
-  """
-  feature = features[label_key] if label_key in features else None
-  if feature is None or isinstance(feature, tfds.features.ClassLabel):
-    return ''
-  if getattr(feature, 'shape', None) == () and np.issubdtype(
-    feature.np_dtype, np.integer
-  ):
-    return ''
-  return _describe(feature)
-
-
-def _describe(feature) -> str:
-  """Returns the kind of a feature for an error message."""
-  if isinstance(feature, tfds.features.Text):
-    return 'text'
-  if isinstance(feature, (tfds.features.Sequence, tfds.features.Dataset)):
-    return 'a list'
-  if isinstance(feature, tfds.features.FeaturesDict):
-    return 'a group of features'
-  return f'of type {type(feature).__name__}'
-
-
-def _caption(found: Any) -> str:
-  """Returns a caption feature as text, with one line for each caption.
-
-  Args:
-    found: bytes, a list, or a dict with captions under 'text', which is the
-      form of COCO's captions. Other values give ''.
-  """
-  if isinstance(found, dict):
-    found = found.get('text', b'')
-  if isinstance(found, bytes):
-    return found.decode('utf-8', 'replace')
-  if not isinstance(found, (list, tuple, np.ndarray)):
-    return ''
-  return '\n'.join(filter(None, map(_caption, found)))
-
-
-def _labels(record: dict[str, Any], key: str) -> np.ndarray:
-  """Returns the distinct label numbers of a record, ascending.
-
-  Args:
-    record: the record.
-    key: the path of the feature, with '/' between names; '' gives no labels.
-  """
-  found = record if key else []
-  for part in filter(None, key.split('/')):
-    found = found[part]
-  return np.unique(np.asarray(found, np.int64))
-
-
-def _num_attributes(builder, key: str, field: str) -> int:
-  """Returns the number of labels of a feature with several labels.
-
-  Args:
-    builder: the builder of the data set.
-    key: the path of the feature, with '/' between names; '' gives 0.
-    field: the config field that an error names.
-
-  Raises:
-    UserError: there is no such feature.
-  """
-  if not key:
-    return 0
-  features = builder.info.features
-  for part in key.split('/'):
-    # A Sequence has the features of its elements in `feature`.
-    features = getattr(features, 'feature', features)
-    try:
-      features = features[part]
-    except (KeyError, TypeError) as e:
-      raise errors.UserError(
-        f'{field}={key}: {builder.name} has '
-        + ', '.join(sorted(builder.info.features))
-      ) from e
-  features = getattr(features, 'feature', features)
-  return getattr(features, 'num_classes', None) or 0
 
 
 @contextlib.contextmanager

@@ -143,14 +143,22 @@ class Sharded:
     shape: (N, D).
     paths: the paths of the files.
     shard_rows: the number of rows of each file.
+    rows_per_image: the number of consecutive rows with the same key.
   """
 
-  def __init__(self, shards: Sequence[RowFile], metadata: Sequence[str | None]):
+  def __init__(
+    self,
+    shards: Sequence[RowFile],
+    metadata: Sequence[str | None],
+    *,
+    rows_per_image: int = 1,
+  ):
     """Concatenates files.
 
     Args:
       shards: the files, at least one.
       metadata: for each file the Parquet file with its keys, or None.
+      rows_per_image: see the class.
 
     Raises:
       UserError: there are no rows, or the files differ in width.
@@ -177,6 +185,7 @@ class Sharded:
     self._dtype = np.dtype(np.float16 if half else np.float32)
     self.paths = [shard.path for shard in shards]
     self.shard_rows = [shard.shape[0] for shard in shards]
+    self.rows_per_image = rows_per_image
     self._starts = np.concatenate([[0], np.cumsum(self.shard_rows)]).tolist()
     self.shape = (self._starts[-1], dim)
 

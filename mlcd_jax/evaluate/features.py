@@ -56,20 +56,9 @@ class Split:
   @functools.cached_property
   def _hot(self) -> np.ndarray | None:
     """Reads the attributes once; `hot` returns them."""
-    if not getattr(self.source, 'num_attributes', 0):
+    if self.source is None:
       return None
-    hot = np.zeros((len(self), self.source.num_attributes), np.int8)
-    for row, number in zip(hot, self.records):
-      record = self.source[int(number)]
-      labels = record['attributes']
-      # Only negative labels mean an image that nobody annotated. No labels at
-      # all mean an annotated image without any of the attributes.
-      if len(labels) and np.all(labels < 0):
-        row[:] = -1
-      # Attributes that may or may not count, such as VOC's difficult objects.
-      row[record.get('ignored', [])] = -1
-      row[labels[labels >= 0]] = 1
-    return hot
+    return sources.multi_hot(self.source, self.records)
 
   def values(self, name: str) -> list[Any]:
     """Returns one value of every record, such as its `caption`."""

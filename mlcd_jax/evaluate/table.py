@@ -16,6 +16,9 @@ ENCODERS = {
 _PARTS = ('_low', '_high', '_count')
 # The values in results.json that describe the fit of a probe; tables omit them.
 OF_FITS = ('penalty', 'objective', 'iterations', 'converged')
+# The recall of objects by size and number. Only results.json and the page have
+# it; its seven lines an encoder would hide the others.
+_OF_OBJECTS = 'recall_'
 
 
 def table(results: Mapping[str, float | None]) -> str:
@@ -33,6 +36,8 @@ def table(results: Mapping[str, float | None]) -> str:
   for name, value in results.items():
     encoder, dataset, task, metric = name.split('/')
     if name.endswith(_PARTS) or metric in OF_FITS:
+      continue
+    if metric.startswith(_OF_OBJECTS):
       continue
     low, high, count = (results.get(name + end) for end in _PARTS)
     interval = '' if low is None else f'{low:.4f} to {high:.4f}'

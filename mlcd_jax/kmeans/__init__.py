@@ -1,4 +1,4 @@
-"""Spherical k-means on a mesh, and the exact nearest centers of every row.
+"""Spherical k-means on a mesh, and the exact labels of every row.
 
 Code outside this package imports the package, not the files in it.
 
@@ -19,6 +19,7 @@ labels on every mesh.
   tiles      the shape of score tiles, padding, the type of scores
   search     the search for the best center of each row
   nearest    the exact nearest centers of each row
+  pursuit    the centers that add up to each row, by matching pursuit
   two_level  coarse centers first, then each coarse cell by itself
   fast/      approximate passes for CPUs
 """
@@ -30,6 +31,7 @@ from mlcd_jax.kmeans.lloyd import fit
 from mlcd_jax.kmeans.lloyd import iterate
 from mlcd_jax.kmeans.nearest import nearest_centers
 from mlcd_jax.kmeans.passes import abstract_pass
+from mlcd_jax.kmeans.pursuit import pursue
 
 __all__ = [
   'Fit',
@@ -38,5 +40,6 @@ __all__ = [
   'held_bytes',
   'iterate',
   'nearest_centers',
+  'pursue',
   'two_level',
 ]

@@ -77,12 +77,6 @@ def nearest_centers(
       in dimensions.
   """
   mesh = mesh or sharding.make_mesh()
-  if num_labels > len(centers):
-    raise ValueError(f'{num_labels} labels from {len(centers)} centers')
-  if centers.shape[1] != embeddings.shape[1]:
-    raise ValueError(
-      f'rows have {embeddings.shape[1]} dimensions, centers {centers.shape[1]}'
-    )
   look_up = make_lookup(mesh, len(centers), num_labels)
   return look_up_all(look_up, embeddings, centers, num_labels, mesh=mesh)
 
@@ -95,7 +89,29 @@ def look_up_all(
   *,
   mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Does what `nearest_centers` does, with a program of `make_lookup`."""
+  """Finds the labels of all rows, one chunk after the other.
+
+  Args:
+    look_up: a program that takes padded centers [K, D] and a chunk [n, D], and
+      returns scores and labels, both [n, L].
+    embeddings: the rows [N, D]; they need not be unit rows.
+    centers: the centers [K, D]; they need not be unit rows.
+    num_labels: L.
+    mesh: the mesh of all devices.
+
+  Returns:
+    The labels, int32 [N, L], and the scores, float32 [N, L].
+
+  Raises:
+    ValueError: there are fewer centers than labels, or rows and centers differ
+      in dimensions.
+  """
+  if num_labels > len(centers):
+    raise ValueError(f'{num_labels} labels from {len(centers)} centers')
+  if centers.shape[1] != embeddings.shape[1]:
+    raise ValueError(
+      f'rows have {embeddings.shape[1]} dimensions, centers {centers.shape[1]}'
+    )
   c_KD = tiles.put_centers(unit.unit_rows(np.asarray(centers)), mesh)
   tile = tiles.tile_shape(mesh, len(centers))[0]
   chunks = chunks_lib.Chunks(embeddings, mesh, tile=tile, hold=False)

@@ -59,15 +59,23 @@ def real_centers(c_kD: jax.Array, num_centers: int) -> jax.Array:
 
 
 def best_center(
-  c_kD: jax.Array, x_nD: jax.Array, *, tile: tuple[int, int]
+  c_kD: jax.Array,
+  x_nD: jax.Array,
+  *,
+  tile: tuple[int, int],
+  precision: lax.Precision | None = None,
+  left_out_nL: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Finds the best of this device's centers for each row.
 
   Args:
-    c_kD: this device's centers, with padding replaced as in `real_centers`. k
-      is a multiple of the centers of a tile.
+    c_kD: this device's centers. Padding counts as centers; `real_centers` makes
+      it harmless. k is a multiple of the centers of a tile.
     x_nD: the rows; n is a multiple of the rows of a tile.
     tile: how many rows and how many centers are scored at once.
+    precision: the precision of the products.
+    left_out_nL: for each row, places in `c_kD` that it may not get. Numbers
+      that are no place in `c_kD` are ignored.
 
   Returns:
     The best score of each row [n], and the place of its center among this
@@ -75,18 +83,27 @@ def best_center(
   """
   tile_rows, tile_centers = tile
   k, dim = c_kD.shape
-  rows = x_nD.reshape(-1, tile_rows, dim)
+  rows = (x_nD,) if left_out_nL is None else (x_nD, left_out_nL)
 
-  def best_of_tile(c_tD):
-    score, place = lax.map(lambda x_TD: first_max(scores(c_tD, x_TD)), rows)
-    return score.reshape(-1), place.reshape(-1)
+  def best_of_tile(start, c_tD):
+    def best_of_rows(x_TD, left_out_TL=None):
+      s_tT = scores(c_tD, x_TD, precision)
+      if left_out_TL is not None:
+        place_TL = left_out_TL - start
+        # A negative index would count from the end; this one is dropped.
+        place_TL = jnp.where(place_TL < 0, len(s_tT), place_TL)
+        row_T1 = jnp.arange(len(x_TD), dtype=jnp.int32)[:, None]
+        s_tT = s_tT.at[place_TL, row_T1].set(-jnp.inf, mode='drop')
+      return first_max(s_tT)
+
+    return map_tiles(best_of_rows, tile_rows, *rows)
 
   if k == tile_centers:
-    return best_of_tile(c_kD)
+    return best_of_tile(0, c_kD)
 
   def merge_tile(best, start_and_tile):
     start, c_tD = start_and_tile
-    score, place = best_of_tile(c_tD)
+    score, place = best_of_tile(start, c_tD)
     # Not >=, since among equals the center of the earlier tile stays.
     better = score > best[0]
     return (

@@ -43,6 +43,7 @@ class Inputs:
     num_labels: the number of labels that an image is trained with.
     seed: the seed of the samples.
     root: the folder of the images; see `matching.root_of`.
+    rule: the cluster.rule that gave the labels.
   """
 
   source: sources.Source
@@ -52,6 +53,7 @@ class Inputs:
   num_labels: int
   seed: int
   root: str = ''
+  rule: str = 'nearest'
 
 
 def gather(inputs: Inputs) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def gather(inputs: Inputs) -> dict[str, Any]:
   has_label = labels[:, 0] >= 0
   images, labels, cosines = (x[has_label] for x in (images, labels, cosines))
   labels, cosines = labels[:, :_NUM_LABELS], cosines[:, :_NUM_LABELS]
-  chosen = _union(*groups.values(), [p[:2] for p in pairs], labels)
+  chosen = _union(*groups.values(), [p[:2] for p in pairs], labels[labels >= 0])
   nearest = clusters_lib.members(shards, chosen, total, count=_MEMBERS)
   rows = _union(images, *(r for r, _ in nearest.values()))
   records = _Records(inputs, rows)
@@ -100,14 +102,16 @@ def gather(inputs: Inputs) -> dict[str, Any]:
       | {
         'row': int(row),
         'large': records.thumbnail(row, thumbnails.LARGE),
-        'clusters': image_labels.tolist(),
-        'cosines': _rounded(image_cosines),
+        # A rule may give an image fewer labels than are stored.
+        'clusters': image_labels[image_labels >= 0].tolist(),
+        'cosines': _rounded(image_cosines[image_labels >= 0]),
       }
       for row, image_labels, image_cosines in zip(images, labels, cosines)
     ],
     'thumbnails': records.thumbnails(shown),
     'quality': _quality(inputs, found, images),
     'num_labels': inputs.num_labels,
+    'rule': inputs.rule,
   }
 
 

@@ -119,6 +119,25 @@ function distributions() {
   return el('div', {class: 'charts'}, charts);
 }
 
+/** Returns the table of what the labels know of the attributes. */
+function coverage() {
+  const q = DATA.clustering?.label_quality;
+  if (!q) return [];
+  const pair = (v, name) => [percent(v[name]), percent(v[`${name}_chance`])];
+  const left = [[q.unlabelled, 'without a label'], [q.unknown, 'without known attributes']]
+    .filter(([n]) => n).map(([n, why]) => `${format(n)} ${why}`);
+  return [
+    el('h3', {}, `What the labels know of ${q.attributes_key}`),
+    table(['labels', 'attributes named', 'chance', 'labels that name one', 'chance', 'presence mAP', 'chance'],
+      Object.entries(q.labels).sort((a, b) => a[0] - b[0]).map(([count, v]) => [count,
+        ...pair(v, 'coverage'), ...pair(v, 'precision'), ...pair(v, 'presence_map')]), [0, 1, 2, 3, 4, 5, 6]),
+    el('p', {class: 'soft'}, `Over ${format(q.images)} images${left.length ? ` (${left.join(', ')} left out)` : ''}: the share of an image’s `
+      + 'attributes that one of its labels names, the share of its labels that name one of them, and the mean average precision of the '
+      + 'attributes if images are ranked by what their labels stand for. A label names the attribute that most of its images in the other '
+      + 'half of the data have. Chance: the labels of another image.'),
+  ];
+}
+
 function clusters() {
   const c = DATA.clusters;
   if (!c) return;
@@ -152,7 +171,7 @@ function clusters() {
     el('p', {}, `${format(c.num_images)} images in ${format(c.num_clusters)} clusters, ${format(c.num_empty)} of them empty. `
       + 'Each is shown by the images nearest to its center'
       + (all.some((id) => c.cards[id].name) ? ', and named by the words of their captions that set it apart.' : '.')),
-    distributions(),
+    distributions(), coverage(),
     el('div', {class: 'controls'}, labelled('Search clusters', search), labelled('Kind', kind),
       labelled('Order', order), count),
     grid, el('p', {}, more));
@@ -193,6 +212,12 @@ function imageDetail(image) {
   ];
 }
 
+/** Returns which centers are an image's labels. */
+function ruleText(rule, count) {
+  if (rule === 'views') return `the nearest centers of its views as labels, ${count} at most`;
+  return `its ${count} nearest center${count > 1 ? 's' : ''} as label${count > 1 ? 's' : ''}`;
+}
+
 function images() {
   const c = DATA.clusters;
   if (!c) return;
@@ -218,8 +243,8 @@ function images() {
   };
   search.addEventListener('input', draw);
   section('images', 'Images and their labels',
-    el('p', {}, `An image is trained with its ${c.num_labels} nearest center${c.num_labels > 1 ? 's' : ''} as `
-      + `label${c.num_labels > 1 ? 's' : ''}. Each cluster is shown by its own nearest images, nearest cluster first.`),
+    el('p', {}, `An image is trained with ${ruleText(c.rule, c.num_labels)}. `
+      + 'Each cluster is shown by its own nearest images, nearest cluster first.'),
     el('div', {class: 'controls'}, labelled('Search images', search), count), picker, detail);
   draw();
 }
@@ -249,11 +274,16 @@ function quality() {
 function results() {
   const found = Object.entries(DATA.results);
   if (!found.length) return;
-  const groups = new Map();
+  const groups = new Map(), objects = new Map();
   for (const [key, value] of found) {
     const [encoder, dataset, task, metric] = key.split('/');
     // Only scores have an interval; penalty, count and the like do not.
     if (!(`${key}_low` in DATA.results)) continue;
+    if (task === 'multi_label' && metric.startsWith('recall_')) {
+      if (!objects.has(dataset)) objects.set(dataset, {});
+      (objects.get(dataset)[encoder] ??= {})[metric.slice(7)] = value;
+      continue;
+    }
     const name = `${dataset} / ${task} / ${metric}`;
     if (!groups.has(name)) groups.set(name, []);
     groups.get(name).push([encoder, value, DATA.results[`${key}_low`], DATA.results[`${key}_high`]]);
@@ -268,8 +298,21 @@ function results() {
         DATA.encoders[encoder] ?? encoder, percent(v), a === null ? '–' : `${(100 * a).toFixed(1)}–${(100 * b).toFixed(1)}`,
         v === null || a === null ? '' : interval(a, v, b, low, high)]), [1, 2]));
   });
+  tables.push(...[...objects].map(([dataset, rows]) => recall(dataset, rows, order)));
   section('results', 'Evaluation', el('p', {}, 'In percent, with 95 % intervals, the baselines beside the trained encoder.'),
     el('div', {class: 'charts wide'}, tables));
+}
+
+/** Returns the figure with the recall of objects by size and number. */
+function recall(dataset, rows, order) {
+  const sizes = ['small', 'medium', 'large', 'of_1', 'of_2', 'of_3_to_4', 'of_5_up']
+    .filter((size) => Object.values(rows).some((row) => size in row));
+  return el('figure', {}, el('figcaption', {}, el('b', {}, `${dataset} / multi label / recall of objects`)),
+    table(['features', ...sizes.map((size) => size.replaceAll('_', ' '))],
+      Object.entries(rows).sort((a, b) => order.indexOf(a[0]) - order.indexOf(b[0])).map(([encoder, row]) => [
+        DATA.encoders[encoder] ?? encoder, ...sizes.map((size) => percent(row[size]))]),
+      sizes.map((_, i) => i + 1)),
+    el('p', {class: 'soft'}, 'Small, medium and large are thirds of the objects by their share of the image; “of 2” is in images with two objects.'));
 }
 
 function patches() {

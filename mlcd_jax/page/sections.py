@@ -76,6 +76,7 @@ def browsers(
       num_labels=config.loss.num_positives,
       seed=config.seed,
       root=matching.root_of(config.data.path),
+      rule=done['config'].get('cluster.rule', 'nearest'),
     )
   )
   files.write_json(cache, {'made_from': made_from, 'browsers': found})

@@ -243,12 +243,18 @@ def _content(path: pathlib.Path) -> bytes:
     return path.read_bytes()
 
 
-def check_sha256(folder: pathlib.Path, made: Mapping[str, str]) -> None:
+def check_sha256(
+  folder: pathlib.Path,
+  made: Mapping[str, str],
+  delete: pathlib.Path | None = None,
+) -> None:
   """Checks that files have the digests that were recorded for them.
 
   Args:
     folder: the folder of the files.
     made: the hex digest of each file, by its name relative to the folder.
+    delete: the path that an error tells the user to delete; defaults to
+      `folder`.
 
   Raises:
     UserError: a file is missing or has another digest.
@@ -257,7 +263,7 @@ def check_sha256(folder: pathlib.Path, made: Mapping[str, str]) -> None:
     if not unchanged(folder, {name: digest}):
       raise errors.UserError(
         f'{folder / name}: missing or changed since it was made; delete '
-        f'{folder} to make that stage again'
+        f'{delete or folder} to make that stage again'
       )
 
 

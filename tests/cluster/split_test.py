@@ -47,6 +47,32 @@ def test_without_keys_the_files_names_and_places_choose(tmp_path):
   np.testing.assert_array_equal(*first)
 
 
+def test_the_views_of_an_image_are_held_out_together(tmp_path):
+  x = row_shards.make_rows(3_000)
+  keys = np.array([f'image {i // 5}' for i in range(3_000)])
+  config, chosen = make_config(), []
+  for name, order in (('a', None), ('b', [2, 0, 1])):
+    rows = row_shards.write(tmp_path / name, x, (500, 1_200), keys, order)
+    rows.rows_per_image = 5
+    assert len(set(split.row_hashes(rows, 0))) == 3_000
+    found = split.choose(rows, config)
+    assert not set(found.held_out) & set(found.first)
+    # A hundredth of the rows, the five of each of six images.
+    starts = found.held_out[::5]
+    assert len(starts) == 6 and (starts % 5 == 0).all()
+    np.testing.assert_array_equal(
+      found.held_out, (starts[:, None] + np.arange(5)).ravel()
+    )
+    # The first centers are rows of different images.
+    first = rows.keys()[found.first]
+    assert len(set(first[:20])) > 15
+    numbers = found.first % 5
+    assert len(set(numbers[:20])) == 5
+    chosen.append((first, numbers, set(rows.keys()[found.held_out])))
+  for a, b in zip(*chosen):
+    np.testing.assert_array_equal(a, b)
+
+
 def test_row_numbers_are_spread_evenly(tmp_path):
   keys = np.array([f'{i:09d}' for i in range(20_000)] + ['a' * 30, 'é'])
   rows = row_shards.write(

@@ -28,6 +28,12 @@ from mlcd_jax.runtime import errors
     ('train.epochs', 1.0, 'set one of them'),
     ('train.batch_size', 0, 'train.batch_size'),
     ('optimizer.learning_rate', -1.0, 'optimizer.learning_rate'),
+    ('embed.views', (2, 0), 'embed.views.*such as'),
+    ('embed.views', (2, 2), 'embed.views.*different'),
+    ('embed.views', (2.5,), 'embed.views'),
+    ('cluster.fit_on', 'views', 'cluster.fit_on=views.*embed.views'),
+    ('cluster.rule', 'views', 'cluster.rule=views.*embed.views'),
+    ('cluster.rule', 'farthest', 'cluster.rule.*nearest'),
     ('data.crop_area', (0.0, 1.0), 'data.crop_area'),
     ('data.crop_area', (0.9, 0.5), 'data.crop_area'),
     ('data.crop_area', (1,), 'data.crop_area'),
@@ -48,6 +54,49 @@ def test_refused(tiny_config, field, value, says):
   setattr(tiny_config[section] if section else tiny_config, name, value)
   with pytest.raises(errors.UserError, match=says):
     config_check.check(tiny_config)
+
+
+def test_views_need_an_embedder_that_sees_images(tiny_config, tmp_path):
+  tiny_config.embed.views = [3, 1]
+  tiny_config.cluster.fit_on = tiny_config.cluster.rule = 'views'
+  config_check.check(tiny_config)
+  tiny_config.embed.embedder = 'precomputed'
+  tiny_config.embed.path = str(tmp_path)
+  with pytest.raises(errors.UserError, match='embed.views.*precomputed'):
+    config_check.check(tiny_config)
+  # The clusters of another run have what they need.
+  tiny_config.embed.views = ()
+  tiny_config.cluster.path = str(tmp_path)
+  config_check.check(tiny_config)
+
+
+@pytest.mark.parametrize('section', ['data', 'evaluate.datasets.digits'])
+@pytest.mark.parametrize(
+  ('source', 'key'),
+  [
+    ('folder', 'attributes_key'),
+    ('webdataset', 'attributes_key'),
+    ('folder', 'boxes_key'),
+    ('coco', 'boxes_key'),
+  ],
+)
+def test_keys_of_objects_need_a_source_that_has_them(
+  tiny_config, section, source, key
+):
+  data = tiny_config
+  for part in section.split('.'):
+    data = data[part]
+  data.attributes_key = ''
+  data.source = source
+  config_check.check(tiny_config)
+  data[key] = 'objects/x'
+  with pytest.raises(errors.UserError) as e:
+    config_check.check(tiny_config)
+  assert str(e.value).startswith(
+    f'{section}.{key}=objects/x: {section}.source={source} has none; '
+  )
+  data.source = 'embedded'
+  config_check.check(tiny_config)
 
 
 @pytest.mark.parametrize(

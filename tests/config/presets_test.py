@@ -97,3 +97,15 @@ def test_shifted_imagenets():
   assert set(make('imagenet_r').evaluate.datasets) == {'imagenet_r'}
   with pytest.raises(errors.UserError, match="'imagenet_x' is unknown"):
     make('imagenet_x')
+
+
+@pytest.mark.parametrize('preset', ['digits', 'scenes'])
+def test_embedded_data_have_validation_splits(preset):
+  config = config_lib.default()
+  getattr(presets, preset)(config)
+  config.train.steps = 1
+  config_check.check(config)
+  (dataset,) = config.evaluate.datasets.values()
+  assert [dataset[f'{s}_split'] for s in ('train', 'validation', 'test')] == [
+    'train', 'validation', 'test'
+  ]  # fmt: skip

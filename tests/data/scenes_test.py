@@ -72,9 +72,9 @@ def test_objects_overlap_little_and_are_as_many_as_asked(
 
 
 def test_quadrants_have_four_different_digits_one_in_each(glyphs):
-  for seed in range(20):
+  for seed in range(300):
     scene = compose(glyphs, seed, 'quadrants')
-    assert len(set(scene.labels)) == 4
+    assert len(scene.boxes) == len(set(scene.labels)) == 4
     middles = (scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2 > 28
     np.testing.assert_array_equal(middles, [[0, 0], [1, 0], [0, 1], [1, 1]])
     assert (scene.pixels == scene.pixels[..., :1]).all()
@@ -112,6 +112,27 @@ def test_splits_and_records(glyphs):
   for word in words:
     _, colour, digit = word.split()
     assert colour in scenes.COLOURS and digit in digits.WORDS
+
+
+def test_records_have_the_boxes_of_the_objects():
+  data = config_lib.default().data
+  data.path = 'scenes'
+  data.attributes_key = 'objects/label'
+  data.boxes_key = 'objects/bbox'
+  source = sources.make(data, 'validation')
+  assert source.num_attributes == 10
+  records = {}
+  for i in range(len(source)):
+    record = source[i]
+    records[transforms.decode(record['image']).tobytes()] = record
+  pixels, labels, rows = digits.read()
+  glyphs = [scenes.cut(p) for p in pixels[rows['validation']]]
+  for i in range(5):
+    scene = compose((glyphs, labels[rows['validation']]), (1, i))
+    record = records[scene.pixels.tobytes()]
+    np.testing.assert_array_equal(record['box_labels'], scene.labels)
+    np.testing.assert_array_equal(record['attributes'], np.unique(scene.labels))
+    np.testing.assert_allclose(record['boxes'], scene.boxes, atol=1e-4)
 
 
 def test_no_digit_is_in_two_splits():

@@ -358,15 +358,15 @@ def test_several_captions_are_lines(root, tmp_path):
 
 
 def test_captions_of_tfds_features():
-  from mlcd_jax.data import tfds
+  from mlcd_jax.data import tfds_features
 
   for found in (
     np.array([b'one', b'two words'], object),
     {'text': [b'one', b'two words'], 'id': [1, 2]},
     [b'one', b'two words'],
   ):
-    assert tfds._caption(found) == 'one\ntwo words'
-  assert tfds._caption(b'one') == 'one'
+    assert tfds_features.caption(found) == 'one\ntwo words'
+  assert tfds_features.caption(b'one') == 'one'
 
 
 def test_classes_have_names_where_they_are_known(root):

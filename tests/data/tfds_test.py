@@ -1,5 +1,6 @@
 """Features that are no class, no image and no caption."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -24,7 +25,19 @@ _FEATURES = {
   'number': tfds.features.Scalar(dtype=np.int64),
   'score': tfds.features.Scalar(dtype=np.float32),
   'scores': tfds.features.Tensor(shape=(2,), dtype=np.float32),
+  'objects': tfds.features.Sequence(
+    {
+      'bbox': tfds.features.BBoxFeature(),
+      'pixels': tfds.features.BBoxFeature(bbox_format='YXYX'),
+      'label': _CLASS,
+    }
+  ),
 }
+
+
+def _object(*shares, label):
+  box = tfds.features.BBox(*shares)
+  return {'bbox': box, 'pixels': box, 'label': label}
 
 
 class MlcdTestFeatures(tfds.core.GeneratorBasedBuilder):
@@ -54,6 +67,12 @@ class MlcdTestFeatures(tfds.core.GeneratorBasedBuilder):
           'number': 7308324466020115 + i,
           'score': 0.5,
           'scores': [0.5, 1.5],
+          'objects': [
+            # The image has 32 rows and 40 columns.
+            _object(0.25, 0.5, 0.5, 0.75, label=3),
+            _object(0.0, 0.0, 1.0, 1.0, label=1),
+            _object(0.5, 0.1, 1.0, 0.2, label=3),
+          ][:i],
         },
       )
 
@@ -145,3 +164,67 @@ def test_text_is_a_caption(folder):
   source = _opened(folder, caption_key='text')
   captions = {source[i]['caption'] for i in range(4)}
   assert captions == {f'person {i}' for i in range(4)}
+
+
+def _objects(folder, **keys):
+  """The records in the order of their images."""
+  source = _opened(folder, label_key='class', **keys)
+  return sorted((source[i] for i in range(4)), key=lambda r: r['label'])
+
+
+def test_boxes_are_in_pixels_and_in_the_order_of_their_labels(folder):
+  found = _objects(
+    folder, attributes_key='objects/label', boxes_key='objects/bbox'
+  )
+  for i, record in enumerate(found):
+    assert record['boxes'].dtype == np.float32
+    assert record['boxes'].shape == (i, 4)
+    assert record['box_labels'].tolist() == [3, 1, 3][:i]
+    assert record['attributes'].tolist() == [[], [3], [1, 3], [1, 3]][i]
+  np.testing.assert_allclose(
+    found[3]['boxes'],
+    [[20, 8, 30, 16], [0, 0, 40, 32], [4, 16, 8, 32]],
+    atol=1e-4,
+  )
+
+
+def test_boxes_are_there_only_where_the_keys_are(folder):
+  (record, *_) = _objects(folder, attributes_key='objects/label')
+  assert 'boxes' not in record and 'box_labels' not in record
+  (record, *_) = _objects(folder, boxes_key='objects/bbox')
+  assert 'boxes' in record and 'box_labels' not in record
+
+
+@pytest.mark.parametrize('image', [b'', b'no image', shards.jpeg(0)[:20]])
+def test_a_bad_image_has_no_boxes(folder, image):
+  record = {
+    'image': image,
+    'objects': {'bbox': [[0, 0, 1, 1]], 'label': [2]},
+  }
+  source = dataclasses.replace(
+    _opened(folder, attributes_key='objects/label', boxes_key='objects/bbox'),
+    data=[record],
+  )
+  assert source[0]['boxes'].shape == (0, 4)
+  assert source[0]['box_labels'].shape == (0,)
+  assert source[0]['attributes'].tolist() == [2]
+
+
+@pytest.mark.parametrize(
+  ('keys', 'says'),
+  [
+    (dict(boxes_key='x'), r'data.boxes_key=x: .* has .*objects'),
+    (dict(boxes_key='objects/box'), 'data.boxes_key=objects/box'),
+    (dict(boxes_key='scores'), 'type Tensor there; name a feature with boxes'),
+    (dict(boxes_key='objects/pixels'), 'as YXYX; only REL_YXYX'),
+    (
+      dict(boxes_key='objects/bbox', attributes_key='several'),
+      'not those of the labels of data.attributes_key=several; .* objects/',
+    ),
+    (dict(attributes_key='x'), r'data.attributes_key=x: .* has .*objects'),
+    (dict(attributes_key='number'), 'data.attributes_key=number: .* classes'),
+  ],
+)
+def test_what_is_no_object_is_refused(folder, keys, says):
+  with pytest.raises(errors.UserError, match=says):
+    _opened(folder, **keys)

@@ -10,6 +10,7 @@ import pytest
 
 from mlcd_jax import manifests
 from mlcd_jax.data import sources
+from mlcd_jax.data import transforms
 from mlcd_jax.embed import embedders
 from mlcd_jax.embed import encoder
 from mlcd_jax.embed import shards
@@ -23,6 +24,11 @@ def new_manifest(folder, **fields):
   config = {'embedder': 'hog', 'image_size': 0, 'batch_size': 64} | fields
   config = {f'embed.{k}': v for k, v in config.items()}
   return manifests.open_for('embed', folder, config=config, inputs={})
+
+
+def images_of(embedder, source):
+  decoded = [transforms.decode(source[i]['image']) for i in range(300)]
+  return np.stack([embedder.prepare(pixels) for pixels in decoded])
 
 
 def read_all(folder):
@@ -51,9 +57,7 @@ def test_rows_are_unit_and_centered_on_the_mean(made, tiny_config):
   source = sources.make(tiny_config.data)
   np.testing.assert_array_equal(rows.keys().astype('S'), source.keys())
   assert rows.metadata(np.array([3]))[1] == [source[3]['caption']]
-  features = embedders.Hog(28).features(
-    np.stack([embed._image(embedders.Hog(28), source[i]) for i in range(300)])
-  )
+  features = embedders.Hog(28).features(images_of(embedders.Hog(28), source))
   np.testing.assert_allclose(
     manifest.notes['mean'], features.mean(0), atol=1e-5
   )
@@ -152,7 +156,7 @@ def test_huggingface_rows_are_the_projected_features(clip_config, tmp_path):
   embedder = make_clip()
   assert (embedder.image_size, embedder.batch_rows) == (21, 32)
   source = sources.make(clip_config.data)
-  images = np.stack([embed._image(embedder, source[i]) for i in range(300)])
+  images = images_of(embedder, source)
   assert images.shape == (300, 21, 21, 3)
   np.testing.assert_array_equal(rows[:], embedder(images).astype(np.float16))
   golden = np.load(CLIP / 'golden.npz')

@@ -147,3 +147,53 @@ def test_ignored_items_are_left_out_of_their_class_alone(seed):
   assert scores.f1(found > 2, hot, per_class=True) == pytest.approx(
     2 * p * r / (p + r)
   )
+
+
+def test_highest_are_as_many_as_the_labels():
+  found = np.array([[3, 1, 2, 0], [1, 1, 1, 1], [9, 2, 8, 1], [1, 2, 3, 4.0]])
+  hot = np.array([[1, 0, 1, 0], [0, 0, 1, 1], [-1, 1, -1, 0], [0, 0, 0, 0]])
+  np.testing.assert_array_equal(
+    scores.highest(found, hot),
+    # Of equal scores the lower class ranks first, and -1 is not ranked.
+    [[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]],
+  )
+  np.testing.assert_array_equal(scores.exact_set(found, hot), [1, 0, 1, np.nan])
+
+
+def test_exact_set_of_perfect_and_of_random_scores():
+  rng = np.random.default_rng(0)
+  hot = np.argsort(rng.random((4_000, 5)), 1) < 2
+  assert scores.exact_set(hot.astype(float), hot).mean() == 1
+  # One of the 10 pairs.
+  found = scores.exact_set(rng.random(hot.shape), hot).mean()
+  assert found == pytest.approx(0.1, abs=0.02)
+
+
+def test_ratio():
+  assert scores.ratio(np.array([1, 0, 2]), np.array([2, 1, 2])) == 0.6
+  assert np.isnan(scores.ratio(np.zeros(2), np.zeros(2)))
+
+
+def test_thirds_of_the_sizes():
+  rng = np.random.default_rng(0)
+  area = rng.permutation(np.arange(300) / 300)
+  groups = scores.by_size(area)
+  assert list(groups) == ['small', 'medium', 'large']
+  assert [g.sum() for g in groups.values()] == [100, 100, 100]
+  assert area[groups['small']].max() < area[groups['medium']].min()
+  assert area[groups['medium']].max() < area[groups['large']].min()
+  # Objects of the same size stay together.
+  alike = scores.by_size(np.full(5, 0.1))
+  assert [g.sum() for g in alike.values()] == [5, 0, 0]
+
+
+def test_every_number_of_objects_is_in_one_group():
+  number = np.arange(1, 8)
+  groups = scores.by_number(number)
+  np.testing.assert_array_equal(sum(g.astype(int) for g in groups.values()), 1)
+  assert {k: number[g].tolist() for k, g in groups.items()} == {
+    'of_1': [1],
+    'of_2': [2],
+    'of_3_to_4': [3, 4],
+    'of_5_up': [5, 6, 7],
+  }

@@ -1,4 +1,6 @@
-"""Several labels an image, from the digits' attributes."""
+"""Several labels an image: the digits' attributes, the objects of scenes."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -6,9 +8,12 @@ from sklearn import linear_model
 from sklearn import metrics
 import tensorflow_datasets as tfds
 
+from mlcd_jax import config as config_lib
 from mlcd_jax import sharding
+from mlcd_jax.config import presets
 from mlcd_jax.data import sources
 from mlcd_jax.data import tfds as tfds_source
+from mlcd_jax.data import tfds_features
 from mlcd_jax.evaluate import datasets
 from mlcd_jax.evaluate import encoders
 from mlcd_jax.evaluate import features
@@ -115,7 +120,7 @@ def test_tfds_has_the_features_of_the_preset(tmp_path):
   )
   for field in ('attributes_key', 'ignored_key'):
     key = preset.keys[field]
-    assert tfds_source._num_attributes(builder, key, field) == 20
+    assert tfds_features.num_attributes(builder, key, field) == 20
 
 
 def test_the_probe_of_a_class_does_not_see_what_it_ignores(monkeypatch):
@@ -135,3 +140,93 @@ def test_the_probe_of_a_class_does_not_see_what_it_ignores(monkeypatch):
     np.testing.assert_allclose(
       found[:, c], theirs.decision_function(x), atol=2e-3
     )
+
+
+@pytest.fixture(scope='module', name='scenes')
+def fixture_scenes():
+  """Scenes with features that know the objects, the small ones less well."""
+  config = config_lib.default()
+  presets.scenes(config)
+  dataset = config.evaluate.datasets.scenes
+  rng = np.random.default_rng(0)
+  splits = {}
+  for split, count in (('train', 150), ('validation', 50), ('test', 120)):
+    source = sources.make(dataset, f'{split}[:{count}]')
+    x = rng.normal(0, 0.3, (count, 10))
+    for row, i in zip(x, range(count)):
+      left, top, right, bottom = source[i]['boxes'].T
+      area = (right - left) * (bottom - top) / 64**2
+      np.add.at(row, source[i]['box_labels'], 10 * area)
+    splits[split] = features.Split(
+      x.astype(np.float32), np.full(count, -1), np.arange(count), source
+    )
+  data = features.Data(
+    **splits, num_classes=0, mesh=sharding.make_mesh(), config=dataset
+  )
+  return data, config
+
+
+def test_objects_are_found_by_size_and_number(scenes, monkeypatch):
+  data, config = scenes
+  kept = []
+  predict = linear.predict
+
+  def spy(*args, **kwargs):
+    kept.extend(predict(*args, **kwargs))
+    return tuple(kept)
+
+  monkeypatch.setattr(linear, 'predict', spy)
+  found = multi_label.run(data, config)
+  exact, objects = [], []
+  for i, logits in enumerate(kept[0]):
+    record = data.test.source[i]
+    best = np.argsort(-logits)[: len(record['attributes'])]
+    exact.append(set(best) == set(record['attributes'].tolist()))
+    for box, label in zip(record['boxes'], record['box_labels']):
+      area = round((box[2] - box[0]) * (box[3] - box[1]))
+      objects.append((i, label in best, area, len(record['boxes'])))
+  image, right, area, number = np.array(objects).T
+  low, high = np.quantile(area, (1 / 3, 2 / 3))
+  groups = {
+    'small': area <= low,
+    'medium': (low < area) & (area <= high),
+    'large': area > high,
+    'of_2': number == 2,
+    'of_3_to_4': (number == 3) | (number == 4),
+    'of_5_up': number > 4,
+  }
+  assert found['exact_set'] == pytest.approx(np.mean(exact))
+  assert found['exact_set_count'] == 120
+  assert {k for k in found if k.startswith('recall')} == {
+    f'recall_{name}{end}'
+    for name in groups
+    for end in ('', '_low', '_high', '_count')
+  }
+  for name, group in groups.items():
+    name = f'recall_{name}'
+    assert found[name] == pytest.approx(right[group].mean()), name
+    assert found[f'{name}_low'] < found[name] < found[f'{name}_high']
+    assert found[f'{name}_count'] == len(np.unique(image[group]))
+  assert found['recall_small'] + 0.1 < found['recall_large']
+
+
+def test_without_boxes_there_is_no_recall(scenes):
+  data, config = scenes
+  dataset = data.config.copy_and_resolve_references()
+  dataset.boxes_key = ''
+  found = multi_label.run(dataclasses.replace(data, config=dataset), config)
+  assert 'exact_set' in found
+  assert not any(name.startswith('recall') for name in found)
+
+
+def test_ignored_objects_are_not_counted(scenes):
+  """Objects whose label is neither there nor not, or has no number."""
+  data, _ = scenes
+  record = {
+    'image': data.test.source[0]['image'],
+    'boxes': np.float32([[0, 0, 8, 8], [0, 0, 32, 64], [0, 0, 9, 9]]),
+    'box_labels': np.array([2, 1, -1]),
+  }
+  split = dataclasses.replace(data.test, records=np.arange(1), source=[record])
+  found = multi_label._objects(np.array([[0, 1, -1, 1]]), split)
+  assert [x.tolist() for x in found] == [[0], [1], [0.5]]

@@ -1,0 +1,130 @@
+"""Which centers become labels, against a dense reference in NumPy."""
+
+import jax
+import numpy as np
+import pytest
+
+from mlcd_jax import sharding
+from mlcd_jax.cluster import rules
+from mlcd_jax.config import choices
+
+DIM, NUM_VIEWS = 16, 5
+
+
+def make(num_images=37, num_centers=24, seed=0):
+  """Random views and centers; some views are zero or not finite."""
+  rng = np.random.default_rng(seed)
+  views = rng.normal(size=(num_images, NUM_VIEWS, DIM)).astype(np.float32)
+  views[:, 3] = views[:, 1]  # A repeat with the same cosine,
+  views[:, 4] = views[:, 1] + 0.5 * views[:, 2]  # and at times another one.
+  views[3, 0], views[4, 1], views[5, 2] = 0, np.nan, np.inf
+  views[6], views[7, 1:] = 0, np.nan
+  centers = rng.normal(size=(num_centers, DIM)).astype(np.float32)
+  return views, centers / np.linalg.norm(centers, axis=1, keepdims=True)
+
+
+def reference(views, centers, num_labels):
+  """The rule `views`, image by image."""
+  labels = np.full((len(views), num_labels), -1)
+  scores = np.zeros(labels.shape)
+  for i, rows in enumerate(views.astype(np.float64)):
+    best = {}
+    for row in rows:
+      norm = np.linalg.norm(row)
+      if not np.isfinite(norm) or norm == 0:
+        continue
+      cosines = centers.astype(np.float64) @ (row / norm)
+      center = int(cosines.argmax())
+      best[center] = max(best.get(center, -1), cosines[center])
+    order = sorted(best, key=lambda center: (-best[center], center))
+    for place, center in enumerate(order[:num_labels]):
+      labels[i, place], scores[i, place] = center, best[center]
+  return labels, scores
+
+
+def run(views, centers, num_labels, shape=(8, 1)):
+  mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+  images = rules.Images(views[:, 0], views.reshape(-1, DIM), NUM_VIEWS)
+  return rules.RULES['views'](images, centers, num_labels, mesh=mesh)
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (2, 4), (1, 1)])
+@pytest.mark.parametrize('num_labels', [2, 8])
+def test_views_on_every_mesh(shape, num_labels):
+  views, centers = make()
+  labels, scores = run(views, centers, num_labels, shape)
+  expected = reference(views, centers, num_labels)
+  np.testing.assert_array_equal(labels, expected[0])
+  np.testing.assert_allclose(scores, expected[1], atol=1e-6)
+  assert labels.dtype == np.int32 and scores.dtype == np.float32
+  # Nothing of a zero image, and one label where one view is left.
+  assert (labels[6] == -1).all() and (scores[6] == 0).all()
+  assert (labels[7] >= 0).sum() == 1
+  # Two of five views are equal, so that no image has five labels.
+  counts = (labels >= 0).sum(1)
+  assert counts.max() == min(num_labels, 4) and len(set(counts)) > 2
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
+def test_pursuit_takes_the_mean_of_the_views(shape):
+  views, centers = make()
+  mesh = sharding.make_mesh(*shape)
+  images = rules.Images(views[:, 0], views.reshape(-1, DIM), NUM_VIEWS)
+  labels, scores = rules.RULES['pursuit'](images, centers, 3, mesh=mesh)
+  norm = np.linalg.norm(views.astype(np.float64), axis=-1, keepdims=True)
+  good = np.isfinite(norm) & (norm > 0)
+  rows = np.where(good, views / np.where(good, norm, 1), 0).mean(1)
+  for i, row in enumerate(rows):
+    if not row.any():
+      assert (labels[i] == -1).all()
+      continue
+    residual = row / np.linalg.norm(row)
+    for label, score in zip(labels[i], scores[i]):
+      products = centers @ residual
+      products[labels[i][: list(labels[i]).index(label)]] = -1
+      assert label == products.argmax()
+      assert score == pytest.approx(products[label], abs=1e-5)
+      residual = residual - products[label] * centers[label]
+  alone = rules.RULES['pursuit'](
+    rules.Images(views[:, 1]), centers, 3, mesh=mesh
+  )[0]
+  first = rules.RULES['nearest'](
+    rules.Images(views[:, 1]), centers, 1, mesh=mesh
+  )[0]
+  np.testing.assert_array_equal(alone[:, :1], first)
+
+
+def test_the_best_stay_and_ties_go_to_the_lower_center():
+  labels = np.int32([[7, 2, 5, 2], [4, 3, 9, 1], [0, 0, 0, 0]])
+  scores = np.float32(
+    [[0.5, 0.1, 0.5, 0.7], [0.2, 0.2, 0.9, 0.2], [0, -0.3, 0, -0.1]]
+  )
+  found = rules.unite(labels, scores, 3)
+  assert found[0].tolist() == [[2, 5, 7], [9, 1, 3], [0, -1, -1]]
+  np.testing.assert_allclose(
+    found[1], [[0.7, 0.5, 0.5], [0.9, 0.2, 0.2], [-0.1, 0, 0]]
+  )
+
+
+def test_no_image_has_no_label():
+  views, centers = make()
+  labels, scores = run(views[:0], centers, 3)
+  assert labels.shape == scores.shape == (0, 3)
+
+
+def test_nearest_gives_a_zero_row_no_label():
+  views, centers = make()
+  rows = views[:, 0]
+  mesh = sharding.make_mesh()
+  labels, scores = rules.RULES['nearest'](
+    rules.Images(rows), centers, 4, mesh=mesh
+  )
+  good = np.flatnonzero(rows.any(1))
+  unit = rows[good] / np.linalg.norm(rows[good], axis=1, keepdims=True)
+  expected = np.argsort(-(unit @ centers.T), axis=1)[:, :4]
+  np.testing.assert_array_equal(labels[good], expected)
+  assert (labels[[3, 6]] == -1).all() and (scores[[3, 6]] == 0).all()
+
+
+def test_every_choice_has_a_rule():
+  assert set(rules.RULES) == set(choices.RULES)
