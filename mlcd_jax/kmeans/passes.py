@@ -69,7 +69,10 @@ def on_mesh(
 def abstract_pass(
   mesh: Mesh, num_centers: int, dim: int, *, score_dtype=jnp.bfloat16
 ) -> tuple[Callable, tuple[jax.ShapeDtypeStruct, ...]]:
-  """Returns the program that takes nearly all the time, to plan its memory.
+  """Returns the program of an exact pass over one chunk, with its arguments.
+
+  Nearly all the time of k-means goes into this program. The arguments have no
+  values, so it can be compiled, to learn the memory it needs, without data.
 
   Args:
     mesh: the mesh of all devices.
@@ -78,7 +81,8 @@ def abstract_pass(
     score_dtype: the type that rows and centers are rounded to for scoring.
 
   Returns:
-    The program of `make_add`, and its arguments as shapes, types and shardings.
+    The program of `make_add`, and the shapes, types and shardings of its
+    arguments.
   """
   rows = tiles.padded_centers(num_centers, mesh)
   chunk = chunks.chunk_rows(mesh, tiles.tile_shape(mesh, num_centers)[0])

@@ -151,7 +151,7 @@ def cosines(x_TD: jax.Array, c_KD: jax.Array, ids_TM: jax.Array) -> jax.Array:
     ids_TM: the numbers of the candidates of each row.
 
   Returns:
-    float32 [T, M].
+    The cosines, float32 [T, M].
   """
   # Without the barrier XLA moves the gather into the product, where it is twice
   # as slow.

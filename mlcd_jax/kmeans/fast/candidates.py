@@ -314,9 +314,14 @@ def best_candidate(
 
 
 def _best(ids_TM, s_TM):
-  """Returns the best center, its cosine and its lead from numbers and cosines.
+  """Finds the best of some centers for each row.
 
-  The results are those of `best_candidate`.
+  Args:
+    ids_TM: the numbers of the centers; a number may occur more than once.
+    s_TM: the row's cosines to them.
+
+  Returns:
+    The results that `best_candidate` describes.
   """
   best_T, place_T = search.first_max(s_TM.T)
   ids_T = jnp.take_along_axis(ids_TM, place_T[:, None], axis=1)[:, 0]
