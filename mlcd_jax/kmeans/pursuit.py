@@ -25,8 +25,8 @@ from mlcd_jax.kmeans import search
 from mlcd_jax.kmeans import tiles
 
 # Stored embeddings may be float16. That rounding moves a unit row by at most
-# 2^-11 = 4.9e-4, so it changes no product with a center by more. A product above
-# 1e-3 is therefore due to the row and not to the rounding.
+# 2^-11 = 4.9e-4, so it changes no product with a center by more. A product
+# above 1e-3 is therefore due to the row and not to the rounding.
 _MIN_GAIN = 1e-3
 
 
