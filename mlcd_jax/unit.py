@@ -1,4 +1,4 @@
-"""Rows of length one, in NumPy and in JAX.
+"""Unit rows: rows scaled to length one, in NumPy and in JAX.
 
 Shapes: N rows, D dimensions.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Rows(Protocol):
-  """Rows [N, D] that are read by slices: an array, or files read as one."""
+  """Rows [N, D] that can be read by slices: an array, or files read as one."""
 
   shape: tuple[int, int]
 
@@ -23,10 +23,11 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
   """Scales rows to length one.
 
   Args:
-    rows: [..., D] of any number type.
+    rows: rows [..., D] of any number type.
 
   Returns:
-    float32 of the same shape. A row that is zero or not finite becomes zero.
+    float32 rows of the same shape. A row that is zero or not finite becomes
+    zero.
   """
   rows = np.asarray(rows, np.float32)
   norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
@@ -35,7 +36,7 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def unit_rows_at(rows: Rows, indices: np.ndarray) -> np.ndarray:
-  """Reads the rows with these numbers, and scales them as `unit_rows` does."""
+  """Reads the rows with the given numbers and scales them as `unit_rows`."""
   return unit_rows(np.concatenate([rows[i : i + 1] for i in indices.tolist()]))
 
 
@@ -43,10 +44,10 @@ def unit_rows_jax(x_ND: jax.Array) -> jax.Array:
   """Does in JAX what `unit_rows` does in NumPy, up to rounding.
 
   Args:
-    x_ND: of any float type.
+    x_ND: rows of any float type.
 
   Returns:
-    float32 [N, D]. A row that is zero or not finite becomes zero.
+    float32 rows [N, D]. A row that is zero or not finite becomes zero.
   """
   x_ND = x_ND.astype(jnp.float32)
   square_N1 = jnp.sum(jnp.square(x_ND), axis=1, keepdims=True)
@@ -58,8 +59,8 @@ def unit_rows_jax(x_ND: jax.Array) -> jax.Array:
 def unit_embeddings(x_ND: jax.Array) -> jax.Array:
   """Scales the output [N, D] of an encoder to rows of length one.
 
-  Unlike `unit_rows_jax` it can be differentiated, and rows that are not finite
-  stay so: they show that the encoder is broken.
+  Unlike in `unit_rows_jax`, rows that are not finite stay so, since they show
+  that the encoder is broken.
   """
   norm_N1 = jnp.linalg.norm(x_ND, axis=1, keepdims=True)
   return x_ND / jnp.maximum(norm_N1, jnp.finfo(jnp.float32).tiny)

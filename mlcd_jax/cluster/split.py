@@ -70,10 +70,13 @@ class Training:
 def choose(
   rows: row_files.Sharded, config: ml_collections.ConfigDict
 ) -> Chosen:
-  """Returns the rows of the first centers, with spare ones, and the held-out.
+  """Chooses the rows of the first centers and the held-out rows.
 
-  The views of an image are held out together, as they overlap. No row is held
-  out if the others are fewer than the centers.
+  The rows with the lowest hashes are for the first centers, and the rows with
+  the highest are held out. There are more rows than first centers, since some
+  may be zero, and with two levels k-means++ chooses among them. The views of an
+  image are held out together, as they overlap. No row is held out if fewer rows
+  than centers would be left.
   """
   num_rows, num_centers = rows.shape[0], config.cluster.num_centers
   hashes = row_hashes(rows, config.seed)

@@ -1,7 +1,7 @@
-"""How the rows of a pass get their centers: one interface, two methods.
+"""The assignment of rows to centers: one interface and two methods.
 
-`Plain` is Lloyd's exact pass. `fast.screened.Screened` is approximate, and for
-CPUs only. `choose` picks one of them.
+`Plain` makes the exact passes of Lloyd's algorithm. `fast.screened.Screened`
+makes approximate passes and is for CPUs only. `choose` picks one of the two.
 
 Shapes: N rows, K centers, D dimensions, n rows of a chunk.
 """
@@ -24,11 +24,15 @@ METHODS = ('auto', 'exact')
 
 
 class Assigner(Protocol):
-  """Assigns rows to centers and adds them up, pass by pass.
+  """The interface of what assigns rows to centers and sums them up.
+
+  In each pass the caller calls `begin` once, `add` for every chunk in order,
+  updates the centers, and calls `finish`. Sums and counts are the sum and the
+  number of the rows assigned to each center.
 
   Attributes:
-    name: of the kind of assigner, which a saved state is for.
-    in_flight: number of chunks that may be searched at once.
+    name: the name of the method. A saved state belongs to one method.
+    in_flight: the number of chunks that may be searched at the same time.
   """
 
   name: str
@@ -38,26 +42,30 @@ class Assigner(Protocol):
     """Prepares a pass.
 
     Args:
-      centers: [K, D], padded.
+      centers: the centers [K, D] of this pass, padded.
 
     Returns:
-      Sums and counts, sharded as passes.SUMS, that the pass starts from.
+      The sums [data, K, D] and counts [data, K] that the pass starts from,
+      sharded as passes.SUMS.
     """
 
   def add(
     self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | int]:
-    """Assigns the rows of a chunk.
+    """Assigns the rows of a chunk and adds them to the sums.
 
     Args:
-      sums: until now; given up.
-      counts: until now; given up.
-      chunk: its number.
-      x_nD: its rows.
+      sums: the sums so far. Their memory is reused, so the caller cannot read
+        them any more.
+      counts: the counts so far. Their memory is reused as well.
+      chunk: the number of the chunk.
+      x_nD: the unit rows of the chunk.
 
     Returns:
-      sums, counts, cosines [n] of the rows to their centers (infinite for bad
-      rows), and the number of bad rows.
+      The new sums, the new counts, the cosine of each row to its center [n],
+      and the number of rows that are zero. Zero rows are padding or bad rows;
+      their cosine is infinite. A pass that starts from the sums of the one
+      before may return 0 as the number, since the first pass counted them.
     """
 
   def finish(
@@ -71,25 +79,29 @@ class Assigner(Protocol):
     """Ends a pass, after the update of the centers.
 
     Args:
-      sums: of the whole pass.
-      counts: of the whole pass.
-      shift: how far each center moved, [K], padded.
-      restarted: numbers of the centers that were found empty.
-      centers: the new ones.
+      sums: the sums of the whole pass.
+      counts: the counts of the whole pass.
+      shift: the distance that each center moved in the update [K], padded.
+      restarted: the numbers of the centers that had no rows.
+      centers: the new centers [K, D], padded.
     """
 
   def state(self) -> dict[str, np.ndarray]:
-    """Returns what the next pass needs to know, on the host."""
+    """Returns the arrays that the next pass needs besides the centers.
+
+    They are copied to the host, so that they can be saved.
+    """
 
 
 class Plain:
-  """Compares every row with every center, as Lloyd's algorithm does.
+  """An assigner that compares every row with every center.
 
-  It keeps nothing between passes. See `Assigner`.
+  It keeps nothing between passes. `Assigner` describes its methods.
   """
 
   name = 'plain'
-  # Each chunk adds to the sums of the one before, so more would only wait.
+  # Each chunk adds to the sums of the chunk before, so a second chunk would
+  # only wait.
   in_flight = 1
 
   def __init__(
@@ -100,14 +112,15 @@ class Plain:
     mean: np.ndarray,
     score_dtype: jnp.dtype | None = None,
   ):
-    """Prepares the program.
+    """Makes the program that adds a chunk.
 
     Args:
-      mesh: of all devices.
+      mesh: the mesh of all devices.
       num_centers: K.
-      mean: of the rows, about; taken off the centers before scoring.
-      score_dtype: type of the products' operands, whose sums are float32; the
-        mesh's fastest where not given.
+      mean: the approximate mean of the rows [D]. It is subtracted from the
+        centers before they are rounded, which then costs less precision.
+      score_dtype: the type that rows and centers are rounded to for scoring,
+        while products are summed in float32; `tiles.score_dtype` by default.
     """
     self._mesh = mesh
     self._mean = mean
@@ -115,20 +128,20 @@ class Plain:
     self._add = passes.make_add(mesh, num_centers, dtype)
 
   def begin(self, centers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `Assigner`."""
+    """Prepares a pass; see `Assigner`."""
     self._centers = centers
     return passes.make_zeros(self._mesh, *centers.shape)()
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
-    """See `Assigner`."""
+    """Assigns the rows of a chunk; see `Assigner`."""
     return self._add(self._centers, self._mean, sums, counts, x_nD)
 
   def finish(self, sums, counts, shift, restarted, centers) -> None:
-    """See `Assigner`."""
-    self._centers = None  # Its memory is the update's.
+    """Forgets the centers of the pass; see `Assigner`."""
+    self._centers = None  # The update has taken over their memory.
 
   def state(self) -> dict[str, np.ndarray]:
-    """See `Assigner`."""
+    """Returns an empty state; see `Assigner`."""
     return {}
 
 
@@ -143,13 +156,13 @@ def choose(
   """Makes the assigner of a clustering.
 
   Args:
-    method: 'exact' = Plain. 'auto' = Screened on CPUs where the clustering is
-      large enough to gain by it, else Plain.
-    chunks: of the rows.
+    method: 'exact' for Plain. 'auto' for Screened on CPUs if the clustering is
+      large enough to be faster with it, else for Plain.
+    chunks: the rows.
     num_centers: K.
-    iteration: number of iterations that are done.
-    saved: name and state of the assigner that did these. A state of another
-      kind of assigner is not used.
+    iteration: the number of iterations done before.
+    saved: the name and the state of the assigner of these iterations. If it is
+      another assigner than the one made here, the state is ignored.
 
   Raises:
     ValueError: the method is unknown.

@@ -1,8 +1,10 @@
-"""Rows on the devices, a chunk at a time, from memory or from disk.
+"""The transfer of rows to the devices, in chunks, from memory or from disk.
 
-All chunks have one shape, so that programs compile once. The shape does not
-depend on whether the rows are held on the devices or read anew in every pass,
-so that both give the same bits.
+All chunks have the same shape, so each program compiles once. The shape is the
+same whether the devices hold the rows or read them anew in every pass, so both
+ways give the same bits.
+
+A bad row is a row that is zero or not finite. It becomes a row of zeros.
 
 Shapes: N rows, D dimensions, n rows of a chunk, S sampled rows.
 """
@@ -22,35 +24,38 @@ from mlcd_jax import sharding
 from mlcd_jax import unit
 from mlcd_jax.kmeans import tiles
 
-# Rows of a chunk of all CPU devices together, which share a memory. A chunk of
-# 768 dimensions takes 24 MiB, and each core searches one.
+# The most rows of a chunk on CPUs, for all devices together, since they share
+# one memory. With 768 dimensions a chunk takes 24 MiB, and `fast/` searches one
+# chunk on each core.
 _CPU_CHUNK = 8_192
 
-# Rows of a chunk of each accelerator: 192 MiB with 768 dimensions. Not tuned.
+# The most rows that one accelerator has of a chunk. With 768 dimensions they
+# take 192 MiB. Not tuned.
 _ACCELERATOR_CHUNK = 65_536
 
-# Rows are held on CPU devices up to this many bytes in all. Reading them again
-# costs little beside the products.
+# CPU devices hold the rows if they take at most this many bytes in all. Larger
+# arrays are read again in every pass, which costs little beside the products.
 _CPU_HELD_BYTES = 2**30
 
-# Share of an accelerator's memory up to which rows are held. The other half is
-# for centers, sums and scores.
+# An accelerator holds its rows if they take at most this share of its memory.
+# The other half is for centers, sums and scores.
 _ACCELERATOR_HELD_SHARE = 0.5
 
-# Rows of the sample: their mean is that of all rows to about 1 / 45 of the
-# deviation.
+# Rows of the sample. Its mean differs from the mean of all rows by about 1 / 45
+# of the standard deviation, since 45 is the root of 2,048.
 _SAMPLE_ROWS = 2_048
 
 _unit = jax.jit(unit.unit_rows_jax)
 
 
 class Sample(NamedTuple):
-  """A few rows on the host, at equal distances among all.
+  """A sample of the rows, evenly spaced among all of them, on the host.
 
   Attributes:
-    indices: their numbers [S], ascending.
-    rows: float32 [S, D] unit rows.
-    mean: float32 [D], their mean to three digits.
+    indices: the row numbers of the sample [S], ascending.
+    rows: the sampled rows as unit rows, float32 [S, D].
+    mean: the mean of the sampled rows that are not bad, float32 [D], rounded to
+      three decimals.
   """
 
   indices: np.ndarray
@@ -59,14 +64,15 @@ class Sample(NamedTuple):
 
 
 class Chunks:
-  """Unit rows in chunks [n, D], float32, sharded as sharding.POINTS.
+  """All rows as unit rows, in chunks [n, D], float32.
 
-  Padding rows are zero, and so are rows that are zero or not finite.
+  A chunk is sharded as sharding.POINTS. The last chunk is padded with zero
+  rows.
 
   Attributes:
-    rows: the rows [N, D] that are read.
-    mesh: of all devices.
-    chunk: n.
+    rows: the rows [N, D] as they are stored.
+    mesh: the mesh of all devices.
+    chunk: n, the number of rows of a chunk on all devices together.
   """
 
   def __init__(
@@ -78,19 +84,22 @@ class Chunks:
     hold: bool,
     chunk: int | None = None,
   ):
-    """Prepares to read.
+    """Chooses the size of a chunk; reads nothing yet.
 
     Args:
-      rows: [N, D].
-      mesh: of all devices.
-      tile: each device's part of a chunk is a multiple of it.
-      hold: whether the chunks stay on the devices if they fit.
-      chunk: the most rows of a chunk; `chunk_rows` where not given.
+      rows: the rows [N, D] as they are stored.
+      mesh: the mesh of all devices.
+      tile: the number of rows of a score tile. The rows that a device has of a
+        chunk are a multiple of it.
+      hold: whether the chunks stay on the devices after the first pass, if they
+        fit.
+      chunk: the most rows of a chunk; the result of `chunk_rows` by default.
     """
     self.rows = rows
     self.mesh = mesh
     num_rows, dim = rows.shape
-    # As few chunks as can be, of nearly equal size: padding costs time.
+    # As few chunks as possible, all of nearly the same size: a last chunk that
+    # is mostly padding would take as long as a full one.
     count = max(1, -(-num_rows // (chunk or chunk_rows(mesh, tile))))
     self.chunk = tiles.round_up(
       max(1, -(-num_rows // count)), tile * mesh.shape['data']
@@ -104,7 +113,10 @@ class Chunks:
     return -(-self.rows.shape[0] // self.chunk)
 
   def __iter__(self) -> Iterator[jax.Array]:
-    """Yields the chunks in order, and reads the next one meanwhile."""
+    """Yields the chunks in order.
+
+    While the caller works on a chunk, a thread reads the next one.
+    """
     if self._held:
       yield from self._held
       return
@@ -119,11 +131,15 @@ class Chunks:
         if self._held is not None:
           held.append(x_nD)
         yield x_nD
+    # Only a pass that reached its end has all chunks.
     if self._held is not None:
       self._held = held
 
   def rows_of(self, i: int) -> tuple[int, int]:
-    """Returns the first row of chunk i, and the row after its last."""
+    """Returns where chunk i starts and stops among all rows, like a slice.
+
+    Padding rows do not count.
+    """
     return i * self.chunk, min((i + 1) * self.chunk, self.rows.shape[0])
 
   def put(
@@ -133,13 +149,16 @@ class Chunks:
     shape: tuple[int, ...] = (),
     padding: float = 0,
   ) -> list[jax.Array]:
-    """Puts a value for each row onto the devices, in chunks [n, ...].
+    """Puts one value per row onto the devices, in chunks like the rows.
 
     Args:
-      values: [N, ...]; where it is empty, every value is padding.
-      dtype: of the values.
-      shape: of one value.
-      padding: the values after the last row.
+      values: the values [N, ...]; if it is empty, every value is `padding`.
+      dtype: the type of the values.
+      shape: the shape of the value of one row.
+      padding: the value of padding rows.
+
+    Returns:
+      An array [n, ...] for each chunk.
     """
     parts = []
     for start, stop in map(self.rows_of, range(len(self))):
@@ -156,12 +175,27 @@ class Chunks:
     return parts
 
   def get(self, parts: Sequence[jax.Array]) -> np.ndarray:
-    """Fetches what `put` put, [N, ...], onto the host of every process."""
+    """Copies the values of all rows to every host: the inverse of `put`.
+
+    Args:
+      parts: an array [n, ...] for each chunk.
+
+    Returns:
+      The values [N, ...] without those of padding rows.
+    """
     whole = np.concatenate([sharding.to_host(part) for part in parts])
     return whole[: self.rows.shape[0]]
 
   def at(self, parts: Sequence[jax.Array], indices: np.ndarray) -> np.ndarray:
-    """Fetches what `put` put of some rows, whose numbers ascend."""
+    """Copies the values of some rows to every host.
+
+    Args:
+      parts: an array [n, ...] for each chunk.
+      indices: the row numbers [S], ascending.
+
+    Returns:
+      The values [S, ...].
+    """
     values = []
     for i, part in enumerate(parts):
       start, stop = self.rows_of(i)
@@ -170,25 +204,25 @@ class Chunks:
     return np.concatenate(values)
 
   def bad_rows(self, i: int) -> list[int]:
-    """Returns the numbers of chunk i's rows that are zero or not finite."""
+    """Returns the row numbers of chunk i's bad rows."""
     start, stop = self.rows_of(i)
     rows = np.asarray(self.rows[start:stop], np.float32)
     return (start + np.flatnonzero(~unit.unit_rows(rows).any(axis=1))).tolist()
 
   def sample(self) -> Sample:
-    """Reads the sample."""
+    """Reads the sample from memory or disk."""
     count = min(_SAMPLE_ROWS, self.rows.shape[0])
     indices = np.linspace(0, self.rows.shape[0] - 1, count).astype(int)
     rows = unit.unit_rows_at(self.rows, indices)
     usable = max(1, rows.any(axis=1).sum())
-    # Rounded, so that the mean does not depend on the order of a sum.
+    # Sums in another order differ in their last bits; rounding removes that.
     return Sample(indices, rows, np.round(rows.sum(axis=0) / usable, 3))
 
   def _put(self, i: int) -> jax.Array:
-    """Puts chunk i as it is stored, padded with zero rows."""
+    """Puts chunk i onto the devices as it is stored, padded with zero rows."""
     start, stop = self.rows_of(i)
     shape = (self.chunk, self.rows.shape[1])
-    parts = {}  # Devices with the same rows share one reading of them.
+    parts = {}  # Devices with the same rows share one read of them.
 
     def read(index):
       first, last, _ = index[0].indices(self.chunk)
@@ -201,8 +235,15 @@ class Chunks:
     )
 
   def _read(self, first: int, last: int, stop: int) -> np.ndarray:
-    """Reads rows as they are stored; from `stop` on they are zero."""
+    """Reads rows `first` to `last` as they are stored.
+
+    Rows from `stop` on are padding: they are zero.
+
+    Returns:
+      Rows [last - first, D], float16 if they are stored as such, else float32.
+    """
     rows = np.asarray(self.rows[first : max(first, min(last, stop))])
+    # float16 halves the transfer; the devices convert it.
     if rows.dtype != np.float16:
       rows = rows.astype(np.float32, copy=False)
     if len(rows) == last - first:
@@ -212,7 +253,12 @@ class Chunks:
 
 
 def chunk_rows(mesh: Mesh, tile: int) -> int:
-  """Returns the most rows of a chunk."""
+  """Returns how many rows a chunk has at most, on all devices together.
+
+  Args:
+    mesh: the mesh of all devices.
+    tile: the number of rows of a score tile. Each device's rows are a multiple.
+  """
   shards = mesh.shape['data']
   if sharding.on_cpu(mesh):
     return shards * tiles.round_up(max(1, _CPU_CHUNK // shards), tile)
@@ -220,23 +266,24 @@ def chunk_rows(mesh: Mesh, tile: int) -> int:
 
 
 def held_bytes(num_rows: int, dim: int, mesh: Mesh, memory: float) -> float:
-  """Returns the bytes of rows that each device holds.
+  """Returns how many bytes of rows each device holds between passes.
 
   Args:
     num_rows: N.
     dim: D.
-    mesh: of all devices.
-    memory: bytes of a device; not used for CPUs.
+    mesh: the mesh of all devices.
+    memory: the memory of a device in bytes; not used for CPUs.
 
   Returns:
-    The bytes, or 0 where the rows do not fit and are read anew in every pass.
+    The bytes, or 0 if the rows do not fit and are read anew in every pass.
   """
   held = 4 * num_rows * dim / mesh.shape['data']
+  # The CPU devices share one memory, so what they hold is added up.
   if sharding.on_cpu(mesh):
     return held if held * mesh.size <= _CPU_HELD_BYTES else 0
   return held if held <= _ACCELERATOR_HELD_SHARE * memory else 0
 
 
 def _memory(mesh: Mesh) -> float:
-  """Returns the bytes of a device, or 0 where it does not say."""
+  """Returns the memory of a device in bytes, or 0 if it does not tell."""
   return (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit', 0)

@@ -1,4 +1,8 @@
-"""Lloyd's iterations of spherical k-means: the loop.
+"""The loop of spherical k-means: Lloyd's iterations.
+
+An iteration is one pass over all rows. The pass assigns each row to its nearest
+center, then each center becomes the mean direction of its rows. A center
+without rows restarts at a row that lies far from its own center.
 
 Shapes: N rows, K centers, D dimensions.
 """
@@ -19,11 +23,11 @@ from mlcd_jax.kmeans import chunks as chunks_lib
 from mlcd_jax.kmeans import passes
 from mlcd_jax.kmeans import tiles
 
-# Empty clusters that can restart in one iteration; the rest wait for the next.
-# A fixed number, so that one program serves any count. Not tuned.
+# The most empty centers that restart in one iteration; the others wait for the
+# next one. The number is fixed so that one program serves any count. Not tuned.
 _MAX_RESEEDED = 1_024
 
-# Bad rows that are named; their number is counted in full.
+# The most bad rows that are listed by number. All of them are counted.
 _MAX_NAMED = 20
 
 
@@ -31,16 +35,16 @@ class Fit(NamedTuple):
   """A clustering, finished or after some of its iterations.
 
   Attributes:
-    centers: float32 [K, D] unit rows.
-    objective: mean cosine of the rows to their centers, one an iteration,
-      measured before that iteration's update.
-    counts: int32 [K], rows of each center in the last iteration.
-    reseeded: centers found empty and restarted, one number an iteration.
-    skipped: number of rows left out because they are zero or not finite.
-    bad_rows: numbers of the first of these.
-    assigner: name of the assigner that made the last pass ('plain' for exact
-      passes, 'screened' for approximate ones); '' before the first.
-    assigner_state: what that assigner needs to go on, by name.
+    centers: the centers as unit rows, float32 [K, D].
+    objective: for each iteration, the mean cosine of the rows to their centers
+      before the update of that iteration.
+    counts: the number of rows of each center in the last iteration, int32 [K].
+    reseeded: for each iteration, the number of centers found empty.
+    skipped: the number of rows left out because they are zero or not finite.
+    bad_rows: the row numbers of the first 20 of these.
+    assigner: the name of the assigner of the last pass: 'plain' for an exact
+      pass, 'screened' for an approximate one, '' before the first pass.
+    assigner_state: the arrays that this assigner needs to go on, by name.
   """
 
   centers: np.ndarray
@@ -68,25 +72,29 @@ def fit(
 
   Rows that do not fit on the devices are read anew in every iteration.
 
-  The default is approximate on CPUs. From 512 centers, 256 dimensions and 2,048
-  rows on, 'auto' compares a row with a few candidate centers. That takes 0.26
-  to 0.45 of the seconds of 'exact' per iteration, and costs little: the last
-  objective was 2.2e-4 lower at worst (24,576 x 768 rows of loose data, 4,096
-  centers), 8e-5 with tight data, and the same on 100,000 x 512 rows with 1,000
-  centers. The programs of 'auto' take a few seconds longer to compile. Runs on
-  different meshes agree to 1e-4 of the objective, those of 'exact' to 1e-6. On
-  accelerators 'auto' is 'exact'.
+  The method 'exact' compares every row with every center. The method 'auto' is
+  the same on accelerators, and on CPUs with fewer than 512 centers, 256
+  dimensions or 2,048 rows. On CPUs with more it is approximate: it compares a
+  row with a few candidate centers. An iteration then takes 0.26 to 0.45 of the
+  seconds of an exact one. The last objective was 2.2e-4 lower at worst (24,576
+  x 768 rows of loose data, 4,096 centers), 8e-5 lower with tight data, and
+  equal for 100,000 x 512 rows and 1,000 centers. Compiling takes a few seconds
+  more. The objectives of different meshes agree to 1e-4, those of 'exact' to
+  1e-6.
 
   Args:
-    embeddings: [N, D]; they need not be unit rows.
+    embeddings: the rows [N, D]; they need not be unit rows.
     num_centers: K.
-    iterations: passes over the data.
-    seed: chooses the rows that are the first centers.
-    init: used instead of `seed`: row numbers [K], centers [K, D], or a Fit to
-      go on from, which gives the same bits as a run that never stopped.
-    tolerance: stop when the objective gains less than this share; 0 = never.
+    iterations: the number of passes over the rows, those of `init` included.
+    seed: the seed that chooses the rows that become the first centers.
+    init: the start, instead of `seed`: row numbers [K], centers [K, D], or a
+      Fit to go on from. Going on from a Fit gives the same bits as a run that
+      never stopped.
+    tolerance: the relative gain of the objective below which iterations stop; 0
+      for no such stop.
     method: 'auto' or 'exact'.
-    mesh: all devices, with rows split over them, where not given.
+    mesh: the mesh of all devices; by default the rows are split over all of
+      JAX's devices.
 
   Returns:
     The clustering after the last iteration.
@@ -112,10 +120,12 @@ def iterate(
   method: str = 'auto',
   mesh: Mesh | None = None,
 ) -> Iterator[Fit]:
-  """Yields the clustering after each iteration; see `fit`.
+  """Yields the clustering after each iteration.
 
-  With a Fit as `init`, it yields only the iterations that are still to be done.
+  The arguments and errors are those of `fit`. If `init` is a Fit, the
+  iterations that it has done are not yielded again.
   """
+  # Not part of the generator, so that wrong arguments raise at once.
   run = _prepare(embeddings, num_centers, seed, init, method, mesh)
 
   def states():
@@ -134,6 +144,7 @@ def _prepare(
   method: str,
   mesh: Mesh | None,
 ) -> 'Lloyd':
+  """Returns a clustering that is ready for its next iteration; see `fit`."""
   mesh = mesh or sharding.make_mesh()
   if num_centers > embeddings.shape[0]:
     raise ValueError(
@@ -170,7 +181,20 @@ def _prepare(
 def first_centers(
   embeddings: unit.Rows, num_centers: int, seed: int, init: np.ndarray | None
 ) -> np.ndarray:
-  """Returns the centers [K, D] before the first iteration; see `fit`."""
+  """Returns the centers before the first iteration.
+
+  Args:
+    embeddings: the rows [N, D].
+    num_centers: K.
+    seed: the seed of a random choice of K rows; not used if there is an `init`.
+    init: row numbers [K], centers [K, D] or None.
+
+  Returns:
+    Unit rows [K, D], float32.
+
+  Raises:
+    ValueError: `init` has another shape.
+  """
   num_rows, dim = embeddings.shape
   if init is None:
     rng = np.random.default_rng(seed)
@@ -187,28 +211,34 @@ def first_centers(
 
 
 class Lloyd:
-  """A clustering that can be iterated."""
+  """A clustering that makes one iteration at a time."""
 
   def __init__(
     self, chunks: chunks_lib.Chunks, assigner: assign.Assigner, start: Fit
   ):
-    """Goes on from a start.
+    """Puts the first centers onto the devices.
 
     Args:
-      chunks: of the rows.
-      assigner: finds the rows' centers.
-      start: its centers [K, D], and the iterations that are done.
+      chunks: the rows.
+      assigner: the assigner that finds the center of each row.
+      start: the clustering to go on from, with 0 or more iterations done.
     """
     self._chunks = chunks
     self._assigner = assigner
     self._mesh = chunks.mesh
     self._num_centers = len(start.centers)
     self._centers = tiles.put_centers(start.centers, self._mesh)
-    # The iterations so far. `state` adds centers and the assigner's state.
+    # The results of the iterations so far. Centers and the assigner's state are
+    # not kept up to date here; `state` adds the current ones.
     self._done = start._replace(assigner=assigner.name, assigner_state={})
 
   def is_due(self, iterations: int, tolerance: float) -> bool:
-    """Returns whether there is another iteration to do; see `fit`."""
+    """Returns whether another iteration is to be made.
+
+    Args:
+      iterations: the number of iterations in all.
+      tolerance: the relative gain of the objective below which it stops.
+    """
     objective = self._done.objective
     if len(objective) >= iterations:
       return False
@@ -217,14 +247,14 @@ class Lloyd:
     return objective[-1] - objective[-2] >= tolerance * objective[-2]
 
   def state(self) -> Fit:
-    """Returns all that is needed to go on, on the host."""
+    """Copies to the host all that is needed to go on."""
     return self._done._replace(
       centers=sharding.to_host(self._centers)[: self._num_centers],
       assigner_state=self._assigner.state(),
     )
 
   def step(self) -> None:
-    """Makes one pass over the rows, and the new centers.
+    """Makes one pass over the rows and updates the centers.
 
     Raises:
       ValueError: there are more centers than usable rows.
@@ -253,20 +283,32 @@ class Lloyd:
     )
 
   def _pass(self) -> tuple[jax.Array, jax.Array, dict[int, jax.Array]]:
-    """Returns sums and counts of all rows, and the cosines of each chunk."""
+    """Assigns all rows.
+
+    Returns:
+      The sums and counts of all centers, sharded as passes.SUMS, and for each
+      chunk the cosines [n] of its rows to their centers.
+    """
     sums, counts = self._assigner.begin(self._centers)
     cosines, num_bad = {}, {}
     for i, x_nD in enumerate(self._chunks):
       sums, counts, cosines[i], num_bad[i] = self._assigner.add(
         sums, counts, i, x_nD
       )
-      # Waits, so that not all chunks lie in memory at once.
+      # Programs run in the background. Without waiting for an earlier chunk,
+      # all chunks would lie in memory at once.
       jax.block_until_ready(cosines.get(i - self._assigner.in_flight))
     self._name_bad_rows(num_bad)
     return sums, counts, cosines
 
   def _name_bad_rows(self, num_bad: Mapping[int, jax.Array | int]) -> None:
-    """Looks for the bad rows once, in the chunks that have some."""
+    """Lists bad rows after the first pass.
+
+    Only chunks that have bad rows are read again.
+
+    Args:
+      num_bad: for each chunk the number of zero rows, padding included.
+    """
     bad_rows = self._done.bad_rows
     for i, num in num_bad.items():
       if self._done.objective or len(bad_rows) >= _MAX_NAMED:
@@ -277,9 +319,14 @@ class Lloyd:
         self._done = self._done._replace(bad_rows=bad_rows)
 
   def _worst_rows(self, cosines: Mapping[int, jax.Array]) -> np.ndarray:
-    """Returns the rows farthest from their centers, the farthest first.
+    """Returns the numbers of the rows farthest from their centers.
 
-    Among equals the lower row comes first.
+    Args:
+      cosines: for each chunk the cosines [n] of its rows to their centers.
+
+    Returns:
+      At most _MAX_RESEEDED row numbers, the farthest row first. Among equally
+      far rows the lower number comes first.
     """
     scores, rows = [], []
     for i, score_n in cosines.items():
@@ -293,8 +340,13 @@ class Lloyd:
     return np.concatenate(rows)[order]
 
   def _replace(self, centers: np.ndarray, rows: np.ndarray) -> None:
-    """Puts rows in the place of the first of some centers."""
-    # Numbers out of bounds are left out, so that one program serves any count.
+    """Replaces centers by rows, as many as there are rows.
+
+    Args:
+      centers: the numbers of the centers, at least as many as rows.
+      rows: the numbers of the rows.
+    """
+    # The unused places have a number out of bounds, which the program skips.
     ids = np.full(_MAX_RESEEDED, len(self._centers), np.int32)
     ids[: len(rows)] = centers[: len(rows)]
     new = np.zeros((_MAX_RESEEDED, self._centers.shape[1]), np.float32)

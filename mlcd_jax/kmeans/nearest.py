@@ -1,14 +1,16 @@
-"""The nearest centers of every row, exact in float32.
+"""The search for the nearest centers of every row, exact in float32.
 
-On CPUs with products of bfloat16 the best candidates by bfloat16 scores are
-scored again in float32. The rounding of the operands has a bound, which says
-for which rows a center that is no candidate could still be nearer. These few
-rows are scored in float32 against all centers. Elsewhere every score is
+CPUs with fast products of bfloat16 score all centers in bfloat16 first. The
+centers with the best scores are the row's candidates, and these are scored
+again in float32. A bound on the rounding errors of bfloat16 then tells for
+which rows a center outside the candidates could still be nearer. These few rows
+are scored against all centers in float32. On other devices all scores are
 float32.
 
-Shapes: N rows, K centers, D dimensions, T rows a tile, L labels and M
-candidates of a row, B buckets of centers, R centers of a bucket. Upper case is
-global, lower case this device's part.
+Shapes: N rows, K centers, D dimensions, n rows of a chunk, T rows and t centers
+of a tile, L labels and M candidates of a row, B buckets of centers, R centers
+of a bucket, C = R M centers of a row's best buckets. Upper case is global,
+lower case this device's part.
 """
 
 from collections.abc import Callable
@@ -26,25 +28,26 @@ from mlcd_jax.kmeans import passes
 from mlcd_jax.kmeans import search
 from mlcd_jax.kmeans import tiles
 
-# Candidates are at least this many more than the labels, so that few rows are
-# in doubt.
+# A row has at least this many more candidates than labels. With fewer, more
+# rows would need a search in float32.
 _SPARE = 8
 
-# The number of candidates is a multiple of 16, a vector of a CPU: the product
-# takes as long for any number up to it.
+# The number of candidates is a multiple of 16, the floats in a vector of a CPU:
+# the product takes as long for any smaller number.
 _CANDIDATES_MULTIPLE = 16
 
 # With fewer centers a plain search is as fast.
 _MIN_CENTERS = 1_024
 
-# Rows of a tile of float32 scores: with more the scores leave the cache.
+# Rows of a tile of float32 scores. With more rows the scores leave the cache.
 _TILE_ROWS = 64
 
-# Scores of a tile in bfloat16's search: 2 MiB of float32 stay in the cache.
+# Scores of a tile of the search in bfloat16. They take 2 MiB as float32 and
+# stay in the cache.
 _TILE_SCORES = 2**19
 
-# Buckets of centers among whose best ones the candidates are looked for first.
-# Taking the maximum of each costs far less than sorting all scores.
+# Centers are dealt to this many buckets, and only the buckets with the largest
+# maxima are sorted. The maxima cost far less than sorting all scores.
 _BUCKETS = 256
 
 
@@ -58,15 +61,16 @@ def nearest_centers(
   """Returns the nearest centers of every row, exact in float32.
 
   Args:
-    embeddings: [N, D]; they need not be unit rows.
-    centers: [K, D]; they need not be unit rows.
+    embeddings: the rows [N, D]; they need not be unit rows.
+    centers: the centers [K, D]; they need not be unit rows.
     num_labels: L, at most K.
-    mesh: all devices, with rows split over them, where not given.
+    mesh: the mesh of all devices; by default the rows are split over all of
+      JAX's devices.
 
   Returns:
-    Labels int32 [N, L], nearest first, ties to the lower number; and their
-    cosines float32 [N, L]. A row that is zero or not finite has the cosine 0
-    to every center.
+    The labels, int32 [N, L], and their cosines, float32 [N, L], the nearest
+    first. Among equals the center with the lower number comes first. A row that
+    is zero or not finite has the cosine 0 to every center.
 
   Raises:
     ValueError: there are fewer centers than labels, or rows and centers differ
@@ -85,18 +89,18 @@ def look_up_all(
   *,
   mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Looks up the labels of all rows, a chunk at a time.
+  """Finds the labels of all rows, one chunk after the other.
 
   Args:
-    look_up: takes centers and a chunk [n, D], returns scores and labels, both
-      [n, L].
-    embeddings: [N, D].
-    centers: [K, D].
+    look_up: a program that takes padded centers [K, D] and a chunk [n, D], and
+      returns scores and labels, both [n, L].
+    embeddings: the rows [N, D]; they need not be unit rows.
+    centers: the centers [K, D]; they need not be unit rows.
     num_labels: L.
-    mesh: of all devices.
+    mesh: the mesh of all devices.
 
   Returns:
-    Labels int32 and scores float32, both [N, L].
+    The labels, int32 [N, L], and the scores, float32 [N, L].
 
   Raises:
     ValueError: there are fewer centers than labels, or rows and centers differ
@@ -129,14 +133,18 @@ def make_lookup(
   spare: int = _SPARE,
   score_dtype: jnp.dtype | None = None,
 ) -> Callable:
-  """Makes: centers, a chunk [n, D] -> scores and nearest centers, both [n, L].
+  """Makes the program that finds the nearest centers of the rows of a chunk.
+
+  The program takes centers [K, D] with padding and a chunk [n, D]. It returns
+  the cosines to the nearest centers and the numbers of these, both [n, L].
 
   Args:
-    mesh: of all devices.
-    num_centers: K.
+    mesh: the mesh of all devices.
+    num_centers: K without padding.
     num_labels: L.
-    spare: how many candidates there are at least beside the labels.
-    score_dtype: of the first scores; the mesh's fastest where not given.
+    spare: the least number of candidates beyond the labels.
+    score_dtype: the type that rows and centers are rounded to for the scores
+      that choose candidates; `tiles.score_dtype` by default.
   """
   count = tiles.round_up(num_labels + spare, _CANDIDATES_MULTIPLE)
   many = count > _BUCKETS // 4
@@ -149,13 +157,14 @@ def make_lookup(
 
 
 def _on_mesh(look_up: Callable, mesh: Mesh) -> Callable:
+  """Compiles a function that takes one device's centers and rows."""
   centers, rows = sharding.CENTERS, sharding.POINTS
   return passes.on_mesh(look_up, mesh, (centers, rows), (rows, rows))
 
 
 @functools.cache
 def _make_bucketed(mesh, num_centers, num_labels, count):
-  """Makes the search for candidates by float32 scores of all centers."""
+  """Makes the program for CPUs that chooses candidates by float32 scores."""
 
   def look_up(c_kD, x_nD):
     c_KD = lax.all_gather(c_kD, 'fsdp', tiled=True)
@@ -171,12 +180,13 @@ def _make_bucketed(mesh, num_centers, num_labels, count):
 
 @functools.cache
 def _make_rescored(mesh, num_centers, num_labels, count):
-  """Makes the search for candidates by bfloat16 scores."""
+  """Makes the program for CPUs that chooses candidates by bfloat16 scores."""
 
   def look_up(c_kD, x_nD):
     c_KD = lax.all_gather(c_kD, 'fsdp', tiled=True)
     mean_D = jnp.sum(c_KD, axis=0) / num_centers
-    # What all centers share changes no order, and rounds worse.
+    # Subtracting the mean of the centers changes all scores of a row by the
+    # same amount, so their order stays. Shorter centers round with less error.
     centered_KD = c_KD - mean_D[None]
     low_KD = centered_KD.astype(jnp.bfloat16)
     tile_rows = max(8, min(256, _TILE_SCORES // len(c_KD)))
@@ -194,14 +204,18 @@ def _make_rescored(mesh, num_centers, num_labels, count):
       low_TD = x_TD.astype(jnp.bfloat16)
       s_TM, ids_TM = _candidates(low_KD, low_TD, num_centers, count)
       score_TL, ids_TL = _rescore(c_KD, x_TD, ids_TM, num_labels)
-      # Cauchy-Schwarz bounds what the rounding of both operands changes; the
-      # last term bounds the rounding of the sums.
+      # By Cauchy-Schwarz the first two terms bound how much the rounding of the
+      # row and of a center changes a score. The last term bounds the rounding
+      # of the sums.
       rounded_TD = low_TD.astype(jnp.float32)
       bound_T = (
         _norm(x_TD - rounded_TD) * max_norm
         + _norm(rounded_TD) * max_error
         + 4 * x_TD.shape[1] * jnp.finfo(jnp.float32).eps
       )
+      # A center outside the candidates scored at most as well as the last
+      # candidate. If its true score may reach that of the last label, the row
+      # is searched in float32.
       last_T = score_TL[:, -1] - x_TD @ mean_D
       in_doubt_T = last_T <= s_TM[:, -1] + bound_T
       return score_TL, ids_TL, in_doubt_T.astype(int)
@@ -213,9 +227,19 @@ def _make_rescored(mesh, num_centers, num_labels, count):
 
 
 def _candidates(c_KD, x_TD, num_centers, count):
-  """Returns the `count` largest scores [T, M] and their centers.
+  """Finds the candidates of the rows of a tile.
 
-  They lie in the `count` buckets with the largest maxima.
+  Center number r * B + b is row r of bucket b. The largest scores lie in the
+  buckets with the largest maxima, so only `count` buckets are sorted.
+
+  Args:
+    c_KD: the centers with padding, in the type of the scores.
+    x_TD: the rows, in the same type.
+    num_centers: K without padding.
+    count: M.
+
+  Returns:
+    The `count` largest scores and the numbers of their centers, both [T, M].
   """
   s_KT = search.scores(c_KD, x_TD, lax.Precision.HIGHEST)
   if num_centers < len(c_KD):
@@ -231,7 +255,7 @@ def _candidates(c_KD, x_TD, num_centers, count):
 
 
 def _rescore(c_KD, x_TD, ids_TM, num_labels):
-  """Returns the best cosines and centers [T, L] of the candidates, float32."""
+  """Returns the float32 cosines and numbers of the L best candidates [T, L]."""
   # top_k keeps the earlier of equals, which must be the lower center.
   ids_TM = jnp.sort(ids_TM, axis=1)
   s_TM = search.tiled_cosines(x_TD, c_KD, ids_TM)
@@ -245,7 +269,10 @@ def _norm(rows):
 
 @functools.cache
 def _make_plain(mesh: Mesh, num_centers: int, num_labels: int):
-  """Makes the search in float32, a tile of centers after the other."""
+  """Makes the program that scores one tile of centers after the other.
+
+  All scores are float32. The program works on all kinds of devices.
+  """
   tile_rows, tile_centers = tiles.tile_shape(mesh, num_centers)
 
   def look_up(c_kD, x_nD):
@@ -278,7 +305,7 @@ def _make_plain(mesh: Mesh, num_centers: int, num_labels: int):
 
 
 def _masked_scores(c_kD, x_TD, first_center, num_centers):
-  """Returns cosines [k, T], -inf for padding."""
+  """Returns the cosines [k, T] in float32, -inf for padding."""
   s_kT = search.scores(c_kD, x_TD, lax.Precision.HIGHEST)
   center = first_center + lax.broadcasted_iota(jnp.int32, s_kT.shape, 0)
   return jnp.where(center < num_centers, s_kT, -jnp.inf)

@@ -1,8 +1,8 @@
 """Matching pursuit: the centers that add up to each row, exact in float32.
 
-The nearest centers of a row resemble each other. Pursuit subtracts what a
-center explains before it looks for the next one, so that the next one explains
-another part of the row.
+The nearest centers of a row resemble each other. Matching pursuit subtracts
+from the row what a center explains of it before it searches for the next
+center. So the next center explains another part of the row.
 
 Shapes: N rows, K centers, D dimensions, n rows of a chunk, T rows of a tile, L
 labels of a row. Upper case is global, lower case this device's part.
@@ -24,9 +24,9 @@ from mlcd_jax.kmeans import passes
 from mlcd_jax.kmeans import search
 from mlcd_jax.kmeans import tiles
 
-# Rounding to float16 moves a unit row by at most 2^-11 = 4.9e-4, and no product
-# of that error with a center is larger. A center whose product is above 1e-3 is
-# therefore named for the row, not for the rounding of stored embeddings.
+# Stored embeddings may be float16. That rounding moves a unit row by at most
+# 2^-11 = 4.9e-4, so it changes no product with a center by more. A product
+# above 1e-3 is therefore due to the row and not to the rounding.
 _MIN_GAIN = 1e-3
 
 
@@ -38,42 +38,46 @@ def pursue(
   mesh: Mesh | None = None,
   min_gain: float = _MIN_GAIN,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Names centers whose positive multiples add up to each row.
+  """Finds centers whose positive multiples add up to each row.
 
   This is matching pursuit (Mallat and Zhang, "Matching pursuits with
-  time-frequency dictionaries", 1993) with positive coefficients. The residual
-  r of a row is the unit row at first. Each step takes the center c with the
-  largest product r c among those that the row has not got yet, and subtracts
-  (r c) c from r. The first label is the nearest center.
+  time-frequency dictionaries", 1993) with positive coefficients. The residual r
+  of a row starts as the unit row. Each step finds the center c with the largest
+  product r c among those that are no label of the row yet. It makes c the next
+  label, with the coefficient r c, and subtracts (r c) c from r. So the first
+  label is the nearest center.
 
-  A row gets no more labels once the largest product is `min_gain` or less. So
-  every label has a positive coefficient: a center that points away from the
-  residual is no part of the image. The original also takes centers with
-  negative products, and may take a center again to correct its coefficient
-  after others were subtracted. A second time would add no label, so here each
-  center is named at most once, and at most L steps are made.
+  A row gets no more labels once the largest product is `min_gain` or less. The
+  method of the paper differs in two ways. It also takes centers with negative
+  products; here a center that points away from the residual is no part of the
+  image. And it may take a center again, which corrects its coefficient after
+  others were subtracted; here each center is taken at most once, since taking
+  it again would add no label. So there are at most L steps.
 
-  Orthogonal matching pursuit (Pati, Rezaiifar and Krishnaprasad, 1993) fits the
-  coefficients of all centers named so far anew in every step. That is not done
-  because it needs all of them in every step, [T, L, D] from all devices, and a
-  least-squares problem a row, while the labels are only which centers are
-  taken, not how well their sum fits. Refitted coefficients may also become
-  negative. For centers that are orthogonal both are the same.
+  Orthogonal matching pursuit (Pati, Rezaiifar and Krishnaprasad, 1993) computes
+  the coefficients of all labels anew in every step. It is not used here. In
+  every step it would need the centers of all labels, [T, L, D] from all
+  devices, and would solve a least-squares problem for each row. The result here
+  is which centers are taken, not how well their sum fits the row. The new
+  coefficients could also become negative. For orthogonal centers both methods
+  give the same labels.
 
   Args:
-    embeddings: [N, D]; they need not be unit rows.
-    centers: [K, D]; they need not be unit rows.
+    embeddings: the rows [N, D]; they need not be unit rows.
+    centers: the centers [K, D]; they need not be unit rows.
     num_labels: L, at most K.
-    mesh: all devices, with rows split over them, where not given.
+    mesh: the mesh of all devices; by default the rows are split over all of
+      JAX's devices.
     min_gain: the product that a center must exceed to become a label, at least
-      0. A step lowers the squared length of the residual, 1 at first, by the
-      square of the product.
+      0. A step lowers the squared length of the residual, which is 1 at first,
+      by the square of the product.
 
   Returns:
-    Labels int32 [N, L] in the order in which they were taken, ties to the lower
-    number, then -1; and the products r c at that time float32 [N, L], 0 where
-    the label is -1. They need not descend. A row that is zero or not finite has
-    no labels.
+    The labels, int32 [N, L], in the order in which they were found, followed by
+    -1 if there are fewer than L; and their coefficients, float32 [N, L], 0
+    where the label is -1. Among equal products the center with the lower number
+    is taken. The coefficients need not descend. A row that is zero or not
+    finite has no labels.
 
   Raises:
     ValueError: there are fewer centers than labels, rows and centers differ in
@@ -94,9 +98,11 @@ def pursue(
 def _make_pursuit(
   mesh: Mesh, tile: tuple[int, int], num_labels: int, min_gain: float
 ) -> Callable:
-  """Makes: centers, a chunk [n, D] -> coefficients and labels, both [n, L].
+  """Makes the program that finds the labels of the rows of a chunk.
 
-  Padding needs no mask: its products are 0, so that it is never named.
+  The program takes padded centers [K, D] and a chunk [n, D]. It returns the
+  coefficients and the labels, both [n, L]. Padding needs no mask: its products
+  are 0 and never exceed `min_gain`.
   """
 
   def look_up(c_kD, x_nD):
@@ -127,12 +133,23 @@ def _make_pursuit(
 
 
 def _best_new_center(c_kD, r_nD, named_nL, tile):
-  """Returns the best score [n] and its place among the centers not named yet.
+  """Finds the best of this device's centers that is no label of the row yet.
 
-  The product of a residual with a named center is 0 at first. It becomes the
-  largest again only if a center that points away from the named one was
-  subtracted since. So all rows are searched without a mask, and these few again
-  with one.
+  Subtracting a center makes the residual's product with it 0. Later steps can
+  raise this product again, if they subtract centers that point away from it,
+  but it is rarely the largest. So the first search of all rows ignores the
+  labels. Only rows whose best center is a label are searched again without
+  their labels.
+
+  Args:
+    c_kD: this device's centers.
+    r_nD: the residuals.
+    named_nL: the labels of the rows so far, as places in `c_kD`; numbers that
+      are no place in it are ignored.
+    tile: how many rows and how many centers are scored at once.
+
+  Returns:
+    The best product of each row [n], and the place of its center [n].
   """
   options = dict(tile=tile, precision=lax.Precision.HIGHEST)
   score_n, place_n = search.best_center(c_kD, r_nD, **options)
@@ -150,10 +167,10 @@ def _best_new_center(c_kD, r_nD, named_nL, tile):
 def _subtract(
   c_kD: jax.Array, r_TD: jax.Array, label_T1: jax.Array, score_T1: jax.Array
 ) -> jax.Array:
-  """Subtracts from each row its multiple of the center that it got.
+  """Subtracts from each residual its new label's center times the coefficient.
 
-  Each device adds the centers that it holds to a sum [T, D], so that no other
-  centers move.
+  Each device contributes the centers that it has to a sum [T, D], so devices
+  exchange no other centers.
   """
   place_T1 = label_T1 - lax.axis_index('fsdp') * len(c_kD)
   is_here_T1 = (place_T1 >= 0) & (place_T1 < len(c_kD))

@@ -1,7 +1,8 @@
-"""The best center of every row, a tile of scores at a time.
+"""The search for the best center of each row, one tile of scores at a time.
 
-These functions run inside a program on the mesh: rows are split over the mesh
-axis "data", centers over "fsdp". Ties go to the center with the lower number.
+The functions are called inside the programs that run on each device. Rows are
+split over the mesh axis "data" and centers over "fsdp". Among centers with
+equal scores the one with the lowest number wins.
 
 Shapes: n rows, k centers, D dimensions, T rows and t centers of a tile, L
 labels and M candidates of a row. Upper case is global, lower case this device's
@@ -15,15 +16,16 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-# Rows whose candidates are compared at a time: the centers of 64 rows with 12
-# candidates of 768 dimensions take 2 MB, which stay in a CPU's cache.
+# The number of rows whose candidates are compared at a time. The candidates of
+# 64 rows, 12 each with 768 dimensions, take 2 MB, which stay in a CPU's cache.
 COMPARED_ROWS = 64
 
 
 def scores(c_tD: jax.Array, x_TD: jax.Array, precision=None) -> jax.Array:
-  """Returns the products [t, T], accumulated in float32.
+  """Returns the scores [t, T], which are products summed in float32.
 
-  Centers run down the rows, so that reducing over them is element-wise.
+  Centers are the first axis, so a maximum over them compares whole vectors of
+  rows with each other and needs no maximum within a vector.
   """
   return lax.dot_general(
     c_tD,
@@ -36,7 +38,7 @@ def scores(c_tD: jax.Array, x_TD: jax.Array, precision=None) -> jax.Array:
 
 def first_max(s_tT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the largest value of each column and its first row, both [T]."""
-  # Two plain reductions: on CPUs argmax costs as much as the product.
+  # Two plain reductions, since on CPUs argmax costs as much as the product.
   score = jnp.max(s_tT, axis=0)
   row = lax.broadcasted_iota(jnp.int32, s_tT.shape, 0)
   rows = s_tT.shape[0]
@@ -44,9 +46,10 @@ def first_max(s_tT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def real_centers(c_kD: jax.Array, num_centers: int) -> jax.Array:
-  """Replaces padding by copies of the first center.
+  """Replaces the padding of centers by copies of the first center.
 
-  A copy never wins: among equals the lower number is taken.
+  A copy never becomes the best center, since it ties with the first center,
+  which has a lower number. So scores need no mask for padding.
   """
   k = c_kD.shape[0]
   shard = lax.axis_index('fsdp')
@@ -63,18 +66,20 @@ def best_center(
   precision: lax.Precision | None = None,
   left_out_nL: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Finds the best of this device's centers for every row.
+  """Finds the best of this device's centers for each row.
 
   Args:
-    c_kD: centers. Padding counts as centers.
-    x_nD: rows.
-    tile: numbers of rows and of centers that are scored at once.
-    precision: of the products.
-    left_out_nL: places in `c_kD` that a row may not get; numbers that are no
-      place are ignored.
+    c_kD: this device's centers. Padding counts as centers; `real_centers` makes
+      it harmless. k is a multiple of the centers of a tile.
+    x_nD: the rows; n is a multiple of the rows of a tile.
+    tile: how many rows and how many centers are scored at once.
+    precision: the precision of the products.
+    left_out_nL: for each row, places in `c_kD` that it may not get. Numbers
+      that are no place in `c_kD` are ignored.
 
   Returns:
-    Best scores [n], and the first center that has each.
+    The best score of each row [n], and the place of its center among this
+    device's [n], the first of equals.
   """
   tile_rows, tile_centers = tile
   k, dim = c_kD.shape
@@ -85,7 +90,7 @@ def best_center(
       s_tT = scores(c_tD, x_TD, precision)
       if left_out_TL is not None:
         place_TL = left_out_TL - start
-        # Negative numbers would count from the end.
+        # A negative index would count from the end; this one is dropped.
         place_TL = jnp.where(place_TL < 0, len(s_tT), place_TL)
         row_T1 = jnp.arange(len(x_TD), dtype=jnp.int32)[:, None]
         s_tT = s_tT.at[place_TL, row_T1].set(-jnp.inf, mode='drop')
@@ -99,6 +104,7 @@ def best_center(
   def merge_tile(best, start_and_tile):
     start, c_tD = start_and_tile
     score, place = best_of_tile(start, c_tD)
+    # Not >=, since among equals the center of the earlier tile stays.
     better = score > best[0]
     return (
       jnp.where(better, score, best[0]),
@@ -117,7 +123,16 @@ def best_center(
 def merge_devices(
   score_nl: jax.Array, center_nl: jax.Array, num_labels: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the best scores and centers [n, L] of all devices."""
+  """Merges the best centers that the devices found among their own.
+
+  Args:
+    score_nl: this device's best scores, the best first.
+    center_nl: their centers, with numbers among all centers.
+    num_labels: L.
+
+  Returns:
+    The best scores and centers of all devices, both [n, L], the best first.
+  """
 
   def gather(x):  # [n, fsdp * l], lower centers first.
     x = lax.all_gather(x, 'fsdp', axis=1)
@@ -128,8 +143,18 @@ def merge_devices(
 
 
 def cosines(x_TD: jax.Array, c_KD: jax.Array, ids_TM: jax.Array) -> jax.Array:
-  """Returns the float32 cosines [T, M] of rows to the centers numbered."""
-  # The barrier keeps the gather out of the product, where it is twice as slow.
+  """Returns the cosines of each row to its own candidates.
+
+  Args:
+    x_TD: unit rows.
+    c_KD: all centers.
+    ids_TM: the numbers of the candidates of each row.
+
+  Returns:
+    The cosines, float32 [T, M].
+  """
+  # Without the barrier XLA moves the gather into the product, where it is twice
+  # as slow.
   c_TMD = lax.optimization_barrier(
     c_KD.at[ids_TM.reshape(-1)].get(mode='promise_in_bounds')
   ).reshape(*ids_TM.shape, -1)
@@ -141,7 +166,7 @@ def cosines(x_TD: jax.Array, c_KD: jax.Array, ids_TM: jax.Array) -> jax.Array:
 def tiled_cosines(
   x_nD: jax.Array, c_KD: jax.Array, ids_nM: jax.Array
 ) -> jax.Array:
-  """Returns `cosines` [n, M], a tile of rows after the other."""
+  """Returns the same as `cosines`, computed for one tile of rows at a time."""
 
   def tile(x_TD, ids_TM):
     return cosines(x_TD, c_KD, ids_TM)
@@ -150,7 +175,17 @@ def tiled_cosines(
 
 
 def map_tiles(function: Callable, tile_rows: int, *arrays: jax.Array) -> Any:
-  """Applies a function to arrays [n, ...], so many rows at a time."""
+  """Applies a function to tiles of rows, one tile after the other.
+
+  Args:
+    function: the function; it takes a tile [T, ...] of each array and returns a
+      tree of arrays [T, ...].
+    tile_rows: T, a divisor of n.
+    *arrays: arrays [n, ...].
+
+  Returns:
+    The tree of the results of all tiles, [n, ...].
+  """
   tiles = [a.reshape(-1, tile_rows, *a.shape[1:]) for a in arrays]
   results = lax.map(lambda tile: function(*tile), tiles)
   return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), results)
@@ -162,21 +197,25 @@ def redo(
   results: tuple[jax.Array, ...],
   tile_rows: int,
 ) -> tuple[jax.Array, ...]:
-  """Computes the results of the flagged rows anew, a tile of them at a time.
+  """Computes the results of the flagged rows anew.
+
+  The function is not called for the other rows, so a few flagged rows cost
+  little time.
 
   Args:
-    function: takes row numbers [T] and their part of `results`; returns new
-      values of that part.
-    flag_n: which rows.
+    function: the function; it takes the numbers of some rows [T] and a tuple of
+      their present results, and returns a tuple of their new results.
+    flag_n: True for the flagged rows.
     results: arrays [n, ...].
-    tile_rows: T.
+    tile_rows: T, a divisor of n.
 
   Returns:
-    `results`, with the new values.
+    `results` with the new values of the flagged rows.
   """
 
   def tile(rows, is_flagged, results):
     new = function(rows, tuple(a[rows] for a in results))
+    # The place n is out of bounds, so rows that fill up the tile are dropped.
     place = jnp.where(is_flagged, rows, len(flag_n))
     return tuple(a.at[place].set(b, mode='drop') for a, b in zip(results, new))
 
@@ -186,17 +225,22 @@ def redo(
 def for_flagged(
   body: Callable, flag_n: jax.Array, carry: Any, tile_rows: int
 ) -> Any:
-  """Runs a loop over the flagged rows, a tile of them at a time.
+  """Runs a loop over the flagged rows, one tile of them at a time.
 
   Args:
-    body: takes row numbers [T], which of them are flagged (the last tile may
-      hold others too), and the carry; returns the carry.
-    flag_n: which rows.
-    carry: arrays.
-    tile_rows: T.
+    body: the body of the loop. It takes the numbers of some rows [T], a mask
+      [T] of those that are flagged, and the carry, and returns the new carry.
+      Only the last tile has rows outside the mask, which fill it up.
+    flag_n: True for the flagged rows.
+    carry: a tree of arrays.
+    tile_rows: T, a divisor of n.
+
+  Returns:
+    The carry after the last tile.
   """
   n = flag_n.shape[0]
   count = jnp.sum(flag_n)
+  # Writes the numbers of the flagged rows one after the other into flagged_n.
   place_n = jnp.where(flag_n, jnp.cumsum(flag_n) - 1, n)
   row_n = jnp.arange(n, dtype=jnp.int32)
   flagged_n = jnp.zeros(n, jnp.int32).at[place_n].set(row_n, mode='drop')

@@ -1,13 +1,15 @@
-"""k-means in two levels, for more centers than one machine can afford.
+"""k-means in two levels, for more centers than flat passes can afford.
 
-The rows are clustered into coarse centers first. Then each coarse cell is
-clustered by itself, into centers in proportion to its size. A pass costs
-N (K1 + K2) D instead of N K1 K2 D. A row near the border of a cell may be
-nearer to a center of the next cell; flat passes of `kmeans.fit` from these
-centers repair that.
+First, all rows are clustered into K1 coarse centers. The rows of one coarse
+center are a cell. Then each cell is clustered by itself, into a number of
+centers in proportion to its rows, K2 on average. One pass of each level takes
+N (K1 + K2) D multiplications in all, where a flat pass takes N K1 K2 D.
 
-Shapes: N rows, K1 coarse centers, K centers, D dimensions, T rows a tile; n
-rows and k centers of a cell, padded.
+A row near the border of its cell may be nearer to a center of the next cell.
+Flat passes of `kmeans.fit` that start from these centers repair that.
+
+Shapes: N rows, M sampled rows, K1 coarse centers, K centers in all, D
+dimensions, T rows of a tile; n rows and k centers of a cell, both padded.
 """
 
 from collections.abc import Iterator
@@ -26,18 +28,20 @@ from mlcd_jax import unit
 from mlcd_jax.kmeans import lloyd
 from mlcd_jax.kmeans import nearest
 
-# Rows of a score tile, whose scores stay in the cache with 1,000 centers.
+# Rows of a score tile. With 1,000 centers its scores take 1 MB and stay in the
+# cache.
 _TILE = 256
 
-# A cell and its centers are padded at least to these, and then to one of few
-# sizes, so that few programs compile.
+# The smallest sizes to which the rows and the centers of a cell are padded.
+# `_padded` has the larger ones. They are few, so that few programs compile, and
+# sizes of rows are multiples of _TILE.
 _MIN_ROWS = 512
 _MIN_CENTERS = 16
 
-# Rows read at once: 96 MiB with 768 dimensions in float32.
+# Rows that are read at once: 96 MiB with 768 dimensions in float32.
 _CHUNK = 32_768
 
-# Share of this machine's memory that the rows of cells may take.
+# The share of this machine's memory that the rows of cells may take.
 _MEMORY_SHARE = 1 / 8
 
 
@@ -50,21 +54,22 @@ def fit(
   seed: int,
   mesh: Mesh,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-  """Clusters in two levels.
+  """Clusters rows in two levels.
 
   Args:
-    rows: [N, D]; they need not be unit rows.
-    levels: K1, and the mean number of centers of a cell; K is their product.
-    sample: rows [M, D], M >= K1, among which k-means++ chooses the first coarse
-      centers.
-    iterations: passes of each level.
-    seed: chooses both levels' first centers.
-    mesh: of all devices, on one host.
+    rows: the rows [N, D]; they need not be unit rows.
+    levels: the numbers K1 and K2; K is their product.
+    sample: rows [M, D], M >= K1. k-means++ chooses the first coarse centers
+      among them.
+    iterations: the number of passes of each level.
+    seed: the seed that chooses the first centers of both levels.
+    mesh: the mesh of all devices, which must be on one host.
 
   Returns:
-    Centers [K, D]; and as JSON values the objectives of the coarse passes, the
-    objectives before and after the cells were clustered, and the fewest and
-    most centers of a cell.
+    The centers [K, D], and a report of JSON values:
+      coarse_objective: the mean cosine to the coarse centers in each pass.
+      cells_objective: the mean cosine before and after clustering the cells.
+      cell_centers: the smallest and the largest number of centers of a cell.
 
   Raises:
     ValueError: there are fewer usable rows than centers.
@@ -99,14 +104,16 @@ def fit(
 
 
 def plus_plus(sample: np.ndarray, num_centers: int, seed: int) -> np.ndarray:
-  """Chooses centers by k-means++ (Arthur and Vassilvitskii, 2007).
+  """Chooses first centers by k-means++ (Arthur and Vassilvitskii, 2007).
 
-  Each is drawn in proportion to its squared distance to the nearest before it.
+  The first center is a random row. Each further one is drawn among the rows
+  with a probability in proportion to the squared distance between the row and
+  the nearest center drawn so far.
 
   Args:
     sample: unit rows [M, D].
-    num_centers: at most M.
-    seed: of the draws.
+    num_centers: the number of centers, at most M.
+    seed: the seed of the draws.
 
   Returns:
     Rows of the sample [num_centers, D].
@@ -115,25 +122,29 @@ def plus_plus(sample: np.ndarray, num_centers: int, seed: int) -> np.ndarray:
   chosen = [int(rng.integers(len(sample)))]
   distance = np.full(len(sample), np.inf)
   while len(chosen) < num_centers:
+    # The squared distance of unit rows is 2 (1 - cosine); the 2 cancels below.
     cosine = sample @ sample[chosen[-1]]
     distance = np.minimum(distance, np.maximum(1 - cosine, 0))
     distance[chosen[-1]] = 0
     total = distance.sum(dtype=np.float64)
-    # If all that are left are copies of centers, any will do.
+    # If only copies of chosen centers are left, any row will do.
     p = distance / total if total > 0 else None
     chosen.append(int(rng.choice(len(sample), p=p)))
   return sample[chosen]
 
 
 def in_proportion(sizes: np.ndarray, total: int) -> np.ndarray:
-  """Divides `total` in proportion to sizes, by the largest remainder.
+  """Divides a number in proportion to sizes.
+
+  Each share is rounded down. What is left goes one by one to the shares that
+  lost the largest fractions (the method of largest remainders).
 
   Args:
     sizes: integers [K1], whose sum is at least `total`.
-    total: sum of the result.
+    total: the number to divide.
 
   Returns:
-    int64 [K1], none above its size.
+    The shares, int64 [K1]. They sum to `total`, and none is above its size.
   """
   scaled = sizes.astype(np.int64) * total  # Exact, unlike a quotient.
   whole, remainder = np.divmod(scaled, sizes.sum())
@@ -149,7 +160,19 @@ def _fit_cells(
   iterations: int,
   seed: int,
 ) -> tuple[np.ndarray, float]:
-  """Returns all cells' centers [K, D], and the sum of the cosines to them."""
+  """Clusters each cell by itself.
+
+  Args:
+    rows: the rows [N, D].
+    cells: the cell of each row [N], -1 for bad rows.
+    counts: the number of centers of each cell [K1].
+    iterations: the number of passes over each cell.
+    seed: the seed that chooses the first centers.
+
+  Returns:
+    The centers of all cells [K, D], in the order of the cells, and the sum of
+    the cosines to them. Rows of cells without centers are left out of the sum.
+  """
   ends = np.cumsum(counts)
   centers = np.zeros((ends[-1], rows.shape[1]), np.float32)
   devices = jax.local_devices()
@@ -161,6 +184,7 @@ def _fit_cells(
     return float(cosine_sum)
 
   for i, (cell, x_nD) in enumerate(_cells(rows, cells, counts)):
+    # A generator of its own makes a cell independent of the others.
     rng = np.random.default_rng((seed, cell))
     first = rng.choice(len(x_nD), counts[cell], replace=False)
     arguments = (
@@ -173,7 +197,8 @@ def _fit_cells(
       iterations,
     )
     running.append((cell, c_kD, cosine_sum))
-    if len(running) > len(devices):  # Each device has its cell.
+    # Waits for the oldest cell only when each device has another one to do.
+    if len(running) > len(devices):
       total += collect()
   while running:
     total += collect()
@@ -183,19 +208,26 @@ def _fit_cells(
 def _cells(
   rows: unit.Rows, cells: np.ndarray, counts: np.ndarray
 ) -> Iterator[tuple[int, np.ndarray]]:
-  """Yields each cell that has centers, and its unit rows.
+  """Yields each cell that has centers, as its number and its unit rows.
 
-  All rows are read once for as many cells as fit in a share of the memory.
+  It collects as many cells at a time as fit in a share of the memory, and reads
+  all rows once for each such group of cells.
+
+  Args:
+    rows: the rows [N, D].
+    cells: the cell of each row [N], -1 for bad rows.
+    counts: the number of centers of each cell [K1].
   """
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   sizes = np.bincount(cells[cells >= 0], minlength=len(counts))
   for group in _groups(
     np.flatnonzero(counts), sizes * rows.shape[1] * 4, memory * _MEMORY_SHARE
   ):
-    # The last is for cell -1, which holds the bad rows.
+    # The bad rows have the cell -1, which is the last place: it stays False.
     wanted = np.zeros(len(counts) + 1, bool)
     wanted[group] = True
     members = np.flatnonzero(wanted[cells])
+    # The place of each row in `held`, where the rows of a cell lie together.
     place = np.empty(len(members), np.int64)
     place[np.argsort(cells[members], kind='stable')] = np.arange(len(members))
     held = np.empty((len(members), rows.shape[1]), np.float32)
@@ -212,7 +244,13 @@ def _cells(
 def _groups(
   cells: np.ndarray, num_bytes: np.ndarray, limit: float
 ) -> Iterator[Sequence[int]]:
-  """Cuts cells into groups of at most so many bytes, or of one cell."""
+  """Yields groups of cells that fit in memory together.
+
+  Args:
+    cells: the numbers of the cells.
+    num_bytes: the bytes of every cell [K1].
+    limit: the most bytes of a group. A cell with more is a group of its own.
+  """
   group, size = [], 0
   for cell in cells.tolist():
     if group and size + num_bytes[cell] > limit:
@@ -225,9 +263,13 @@ def _groups(
 
 
 def _padded(x: np.ndarray, length: int) -> np.ndarray:
-  """Adds zero rows up to one of few lengths.
+  """Pads an array with zero rows to one of a few lengths.
 
-  The lengths are `length` times a power of two, and the middles between two.
+  The lengths are `length` times 1, 1.5, 2, 3, 4, 6, 8 and so on.
+
+  Args:
+    x: the array [n, ...].
+    length: the smallest length, a power of two.
   """
   while length < len(x):
     length += length // 2 if length & (length - 1) == 0 else length // 3
@@ -238,9 +280,16 @@ def _padded(x: np.ndarray, length: int) -> np.ndarray:
 def _lloyd(
   x_nD: jax.Array, c_kD: jax.Array, count: jax.Array, iterations: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns one cell's centers, and the sum of its rows' cosines to them.
+  """Clusters one cell.
 
-  Rows that are zero are padding, and so are centers from `count` on.
+  Args:
+    x_nD: the unit rows of the cell; zero rows are padding.
+    c_kD: the first centers; those from `count` on are padding.
+    count: the number of centers.
+    iterations: the number of passes.
+
+  Returns:
+    The centers [k, D], and the sum of the cosines of all rows to them.
   """
   k, dim = c_kD.shape
   used_k1 = (jnp.arange(k) < count)[:, None]
@@ -261,7 +310,7 @@ def _lloyd(
   def iterate(_, c_kD):
     sums_kD, _ = assign(c_kD)
     norm_k1 = jnp.linalg.norm(sums_kD, axis=1, keepdims=True)
-    # A center without rows stays; the flat passes restart it.
+    # A center without rows does not move. The flat passes restart it.
     return jnp.where(norm_k1 > 0, sums_kD / jnp.maximum(norm_k1, 1e-30), c_kD)
 
   c_kD = lax.fori_loop(0, iterations, iterate, c_kD)

@@ -1,11 +1,18 @@
-"""Screened assignment: compares rows with a few candidate centers, on CPUs.
+"""Screened assignment: approximate passes that are fast on CPUs.
 
-The first pass searches all centers on leading dimensions and finds every row's
-candidates. Later passes are quick: they compare rows with their candidates,
-search fully for rows whose candidates are stale, and move the rows whose label
-changed from one sum to another. When most rows are stale, or a center was
-restarted, a pass searches fully again. The programs are in candidates.py, the
-decisions in dimensions.py.
+There are two kinds of passes.
+
+A full pass scores each row against all centers, on a few leading dimensions,
+and keeps the best centers as the row's candidates. It adds all rows to new
+sums. The first pass is full. Later ones are if a center was restarted, since it
+is nobody's candidate, or if most rows have stale candidates.
+
+A quick pass compares rows with their candidates only, except for rows with
+stale candidates, which get a full search. It starts from the sums of the pass
+before and moves the rows whose label changed.
+
+After each pass a sample of the rows tells what the next one has to be. The
+searches are in candidates.py, the measurements on the sample in dimensions.py.
 
 Shapes: N rows, K centers, D dimensions, P leading dimensions, C candidates of a
 row.
@@ -29,15 +36,17 @@ from mlcd_jax.kmeans.fast import dimensions
 
 _log = logging.getLogger(__name__)
 
-# With fewer rows, centers or dimensions a pass is too short to gain by it.
+# With fewer rows, centers or dimensions a pass is too short to become faster by
+# screening.
 _MIN_ROWS = 2_048
 _MIN_CENTERS = 512
 _MIN_DIM = 256
 
-# With more rows the candidates would take more than 2 GiB.
+# With more rows the candidates would take more than 2 GiB, at 4 bytes each.
 _MAX_ROWS = 2**31 // (4 * candidates.COUNT)
 
-# Type, shape and padding of the fields of candidates.Labels.
+# The fields of candidates.Labels as arguments of Chunks.put: type, shape of one
+# row's value, value of padding rows.
 _FIELDS = {
   'label_n': (np.int32,),
   'score_n': (np.float32, (), np.inf),
@@ -48,7 +57,11 @@ _FIELDS = {
 
 
 def pays(num_rows: int, dim: int, num_centers: int) -> bool:
-  """Returns whether a clustering is large enough to gain by screening."""
+  """Returns whether screening makes the passes of a clustering faster.
+
+  The answer is no for small clusterings, and for so many rows that their
+  candidates would take too much memory.
+  """
   return (
     _MIN_ROWS <= num_rows <= _MAX_ROWS
     and num_centers >= _MIN_CENTERS
@@ -57,17 +70,21 @@ def pays(num_rows: int, dim: int, num_centers: int) -> bool:
 
 
 class Screened:
-  """Compares rows with a few candidates; see `kmeans.assign.Assigner`.
+  """An assigner that compares most rows with a few candidates only.
 
-  Its state, by name:
-    label_n, score_n, lead_n, floor_n, ids_nC: of all rows [N] or [N, C], see
-      candidates.Labels; the scores of bad rows are infinite.
-    drift: float32 [K], how far centers moved in the last update; infinite if
-      the next pass searches fully.
-    reach: the most that a center can have gained on a row in all updates.
-    basis: float32 [D, P], the leading dimensions of the first centers.
-    width: how many of these are scored; 0 = all dimensions are.
-    sums, counts: [K, D] and [K] of the last pass, if the next pass is quick.
+  `kmeans.assign.Assigner` describes its methods. Its state has these arrays:
+    label_n, score_n, lead_n, floor_n, ids_nC: the fields of candidates.Labels
+      for all rows, [N] or [N, C]. The scores of bad rows are infinite.
+    drift: the distance that each center moved in the last update, float32 [K].
+      It is infinite for restarted centers, and for all centers if too many rows
+      have stale candidates. If any is infinite, the next pass is full.
+    reach: how much the cosine of a row to a center is taken to have grown at
+      most, in all updates together.
+    basis: the leading dimensions of the first centers, float32 [D, P].
+    width: the number of these that a full search scores; 0 if it scores all
+      dimensions.
+    sums, counts: the sums [K, D] and counts [K] of the last pass. They are
+      there only if the next pass is quick.
   """
 
   name = 'screened'
@@ -82,22 +99,22 @@ class Screened:
     state: Mapping[str, np.ndarray] | None = None,
     limits: dimensions.Limits | None = None,
   ):
-    """Starts, or goes on.
+    """Starts a clustering, or goes on from a saved state.
 
     Args:
-      chunks: of the rows.
-      sample: of the rows.
+      chunks: the rows.
+      sample: the sample of the rows.
       num_centers: K.
-      iteration: number of iterations that are done.
-      state: to go on from; None or empty starts anew.
-      limits: what screening may cost; the defaults where not given.
+      iteration: the number of iterations done before.
+      state: the state to go on from; None or an empty one to start.
+      limits: the limits of what screening may lose; Limits() by default.
     """
     state = state or {}
     self._mesh = chunks.mesh
     self._num_centers = num_centers
     self._chunks = chunks
-    # The search of a chunk does not wait for the sums of the one before, so
-    # that each core can search one: faster than one chunk on all cores.
+    # The search of a chunk needs no sums of the chunk before, so each core can
+    # search a chunk of its own. This is faster than one chunk on all cores.
     self.in_flight = min(8, os.cpu_count() or 1)
     self._tuner = dimensions.Tuner(
       sample,
@@ -116,6 +133,7 @@ class Screened:
         )
       )
     ]
+    # Without a state the drift is unknown, which makes the first pass full.
     unknown = np.full(num_centers, np.inf, np.float32)
     self._drift = state.get('drift', unknown)
     self._reach = float(state.get('reach', 0))
@@ -130,11 +148,11 @@ class Screened:
 
   @property
   def is_quick(self) -> bool:
-    """Whether the next pass is quick, and starts from the last one's sums."""
+    """Returns whether the current pass is quick; between passes, the next."""
     return bool(np.isfinite(self._drift).all())
 
   def state(self) -> dict[str, np.ndarray]:
-    """See `Assigner`."""
+    """Copies the arrays that the class lists to the host; see `Assigner`."""
     labels = dict(zip(candidates.Labels._fields, zip(*self._labels)))
     state = {name: self._chunks.get(parts) for name, parts in labels.items()}
     state |= {
@@ -151,7 +169,7 @@ class Screened:
     return state
 
   def begin(self, centers: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """See `Assigner`."""
+    """Prepares a pass; see `Assigner`."""
     c_KD = self._gather(centers)
     if self._basis is None:
       self._basis = self._tuner.leading_dimensions(c_KD)
@@ -165,15 +183,16 @@ class Screened:
     )
     if not self.is_quick:
       return passes.make_zeros(self._mesh, *centers.shape)()
-    sums, self._sums = self._sums, None  # The pass gives them up.
+    sums, self._sums = self._sums, None  # The pass reuses their memory.
     return sums
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
-    """See `Assigner`."""
+    """Assigns the rows of a chunk; see `Assigner`."""
     add = self._add_quick if self.is_quick else self._add_full
     return add(sums, counts, chunk, x_nD)
 
   def _add_full(self, sums, counts, chunk, x_nD):
+    """Does `add` in a full pass."""
     search = candidates.make_full_search(self._mesh, self._num_centers)
     labels = search(self._centers, x_nD, self._labels[chunk].label_n)
     accumulate = passes.make_accumulate(self._mesh)
@@ -184,6 +203,7 @@ class Screened:
     return sums, counts, score_n, num_bad
 
   def _add_quick(self, sums, counts, chunk, x_nD):
+    """Does `add` in a quick pass."""
     search = candidates.make_quick_search(self._mesh, self._num_centers)
     before = self._labels[chunk]
     labels = search(self._centers, self._drift, x_nD, before)
@@ -200,13 +220,15 @@ class Screened:
     restarted: np.ndarray,
     centers: jax.Array,
   ) -> None:
-    """See `Assigner`."""
+    """Measures the pass and decides whether the next one is full or quick."""
     self._iteration += 1
     sampled, before = self._sampled(), self._centers
     if self.is_quick:
       self._reach = self._tuner.check(before, sampled, self._iteration)
     self._drift = sharding.to_host(shift)[: self._num_centers].copy()
-    self._drift[restarted] = np.inf  # No candidate list has them.
+    # No row has a restarted center as a candidate, so the next pass is full.
+    # From here on, is_quick is about the next pass.
+    self._drift[restarted] = np.inf
     if not self.is_quick:
       return
     rise, stale = self._tuner.age(
@@ -222,11 +244,11 @@ class Screened:
       self._sums = carried_sums.merge(sums, counts)
 
   def _gather(self, centers: jax.Array) -> jax.Array:
-    """Returns all centers [K, D] on every device."""
+    """Copies all centers [K, D] to every device."""
     return candidates.make_gather(self._mesh, self._num_centers)(centers)
 
   def _sampled(self) -> candidates.Labels:
-    """Returns the labels of the sample."""
+    """Returns the labels of the sample, on the host."""
     indices = self._tuner.sample.indices
     return candidates.Labels(
       *(self._chunks.at(parts, indices) for parts in zip(*self._labels))
