@@ -81,7 +81,7 @@ def choose(
   num_rows, num_centers = rows.shape[0], config.cluster.num_centers
   hashes = row_hashes(rows, config.seed)
   held_out = min(num_rows // _HELD_OUT_EVERY, _MAX_HELD_OUT)
-  held_out -= held_out % rows.rows_per_image
+  held_out -= held_out % rows.rows_per_image  # Whole images.
   if num_centers > num_rows - held_out:
     held_out = 0
   if held_out and rows.rows_per_image > 1:

@@ -107,7 +107,7 @@ def _write(
 ) -> None:
   """Writes rows and metadata with further columns; see `write_shard`."""
   npy = io.BytesIO()
-  np.save(npy, rows.astype(np.float16), allow_pickle=False)
+  np.save(npy, rows.astype(np.float16, copy=False), allow_pickle=False)
   digest = hashlib.sha256(npy.getbuffer()).hexdigest()
   table = pa.table(
     {

@@ -75,9 +75,8 @@ def run(
   progress = progress_lib.Progress('embed', len(source), unit='images')
   for shard, start in enumerate(starts):
     stop = min(start + config.embed.shard_rows, len(source))
-    if shard % jax.process_count() == jax.process_index() and not _is_made(
-      folder, shard, grids
-    ):
+    own = shard % jax.process_count() == jax.process_index()
+    if own and not _is_made(folder, shard, grids):
       _embed_shard(
         embedder,
         source,
@@ -115,7 +114,8 @@ def _embed_shard(
 
   def collect():
     count, out, done = submitted.popleft()
-    rows.append(np.asarray(out)[:count])
+    # The type of the files, which halves the memory.
+    rows.append(np.asarray(out)[:count].astype(np.float16))
     if done < records.stop:  # `run` reports the shard once it is written.
       progress.update(done)
 
@@ -128,7 +128,7 @@ def _embed_shard(
       images.extend(image)
       keys.append(record['key'])
       captions.append(record['caption'])
-    # More than one call only if the views of one image fill more.
+    # Only the views of a single image can be more than one call takes.
     for start in range(0, len(images), embedder.batch_rows):
       part = images[start : start + embedder.batch_rows]
       submitted.append((len(part), embedder.submit(np.stack(part)), stop))
@@ -140,16 +140,16 @@ def _embed_shard(
     # All images are bad. A black image tells the width of the empty shard.
     size = embedder.image_size
     rows = [embedder(np.zeros((1, size, size, 3), np.uint8))[:0]]
-  whole = np.concatenate(rows)
-  whole = whole.reshape(-1, 1 + views_lib.count(grids), whole.shape[1])
+  shape = len(keys), 1 + views_lib.count(grids), rows[0].shape[1]
+  rows = np.concatenate(rows).reshape(shape)
   if grids:
     shards.write_views(
-      shards.views_folder(folder), shard, rows=whole[:, 1:], keys=keys
+      shards.views_folder(folder), shard, rows=rows[:, 1:], keys=keys
     )
   shards.write_shard(
     folder,
     shard,
-    rows=whole[:, 0],
+    rows=rows[:, 0],
     keys=keys,
     captions=captions,
     notes={'bad': dict(bad.counts), 'examples': bad.examples},
