@@ -1,4 +1,4 @@
-"""Whole spherical k-means runs, and the nearest 8 centers, against peers.
+"""Whole spherical k-means runs, and 8 labels a row, against peers.
 
   pip install -r requirements-bench.txt
   python benchmarks/kmeans.py [--shapes=100000x512x1000] [--noise=0.75,1.5]
@@ -11,7 +11,8 @@ methods take turns in one process, each round has another start, and a ratio is
 the median over the rounds of a peer's seconds divided by ours. faiss.Kmeans,
 scikit-learn and mlcd_jax get the same first centers; superkmeans and
 faiss.SuperKmeans take only a seed. mlcd_jax has run once from each start
-before, so that compilation is not timed.
+before, so that compilation is not timed. `--nearest` times the 8 nearest
+centers beside faiss's, and matching pursuit, which no peer has, beside these.
 
 The peers are at their best: on AMD's Zen 4 and 5 the OpenBLAS in faiss's wheel
 falls to a slow kernel unless OPENBLAS_CORETYPE is SkylakeX. The kernel in use
@@ -60,7 +61,7 @@ def main() -> None:
   parser.add_argument('--data', choices=('made', 'digits'), default='made')
   parser.add_argument('--peers', type=_peers, default=','.join(_PEERS))
   parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--nearest', action='store_true', help='8 centers a row')
+  parser.add_argument('--nearest', action='store_true', help='8 labels a row')
   args = parser.parse_args()
   _print_machine()
   if args.nearest:
@@ -284,32 +285,42 @@ def _mean_cosine(rows: np.ndarray, centers: np.ndarray) -> float:
 
 
 def _nearest(rounds: int) -> None:
-  """Times the search for the nearest of 16,384 centers, for 4,096 rows."""
+  """Times 8 labels of 4,096 rows, of 16,384 centers."""
   num_rows, num_centers = 4_096, 16_384
   made = make_rows(num_rows + 2 * num_centers, 768, 2 * num_centers, noise=0.75)
   rows, rest = made[:num_rows], made[num_rows:]
   centers = rest[np.random.default_rng(1).choice(len(rest), num_centers, False)]
   index = faiss.IndexFlatIP(768)
   index.add(centers)
-
-  def ours():
-    return kmeans.nearest_centers(rows, centers, _NUM_LABELS)
-
-  ours()
-  ratios, taken = [], []
+  methods = {
+    'IndexFlatIP.search': lambda: index.search(rows, _NUM_LABELS)[::-1],
+    'nearest': lambda: kmeans.nearest_centers(rows, centers, _NUM_LABELS),
+    'pursuit': lambda: kmeans.pursue(rows, centers, _NUM_LABELS),
+  }
+  for run in methods.values():
+    run()
+  seconds = {method: [] for method in methods}
+  labels = {}
   for _ in range(max(5, rounds)):
-    peer, (_, expected) = _seconds(lambda: index.search(rows, _NUM_LABELS))
-    own, (labels, _) = _seconds(ours)
-    taken.append((own, peer))
-    ratios.append(peer / own)
-  own, peer = (statistics.median(column) for column in zip(*taken))
-  recall = (labels[:, :, None] == expected[:, None]).any(2).mean()
+    for method, run in methods.items():
+      taken, (labels[method], _) = _seconds(run)
+      seconds[method].append(taken)
+  peer, own, pursued = seconds.values()
+  expected, nearest, _ = labels.values()
+  recall = (nearest[:, :, None] == expected[:, None]).any(2).mean()
   print(
-    f'\n{_NUM_LABELS} nearest of {num_centers:,} centers, {num_rows:,} x 768: '
-    f'mlcd_jax {own:.3f} s, IndexFlatIP.search {peer:.3f} s, its seconds / '
-    f'ours {statistics.median(ratios):.2f} ({min(ratios):.2f}-'
-    f'{max(ratios):.2f}); recall {recall:.5f}, same order '
-    f'{(labels == expected).mean():.5f}'
+    f'\n{_NUM_LABELS} labels of {num_centers:,} centers, {num_rows:,} x 768: '
+    + ', '.join(f'{k} {statistics.median(v):.3f} s' for k, v in seconds.items())
+    + f"; IndexFlatIP's seconds / nearest's {_ratio(peer, own)}; recall "
+    f'{recall:.5f}, same order {(nearest == expected).mean():.5f}; '
+    f"pursuit's seconds / nearest's {_ratio(pursued, own)}"
+  )
+
+
+def _ratio(seconds: list[float], others: list[float]) -> str:
+  ratios = [a / b for a, b in zip(seconds, others)]
+  return (
+    f'{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})'
   )
 
 

@@ -41,6 +41,9 @@ from mlcd_jax.train import flops as flops_lib
 # __name__ is __main__ when this module runs as a command.
 _log = logging.getLogger('mlcd_jax.plan')
 
+# A TPU makes a product of float32 (Precision.HIGHEST) of six of bfloat16.
+_FLOAT32_PRODUCTS = 6
+
 
 def main(rest: list[str]) -> None:
   """Makes the plan and prints it."""
@@ -186,11 +189,20 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
       'mesh': dict(mesh.shape),
       'steps': config.cluster.iterations,
       'days': config.cluster.iterations * out['seconds_per_step'] / 86_400,
+      'label_seconds': _label_seconds(config, flops, chip, utilisation),
       'advice': None
       if out['fits']
       else f'raise mesh.fsdp={config.mesh.fsdp}, which splits the centers',
     }
   }
+
+
+def _label_seconds(config, flops, chip, utilisation) -> float:
+  """Returns the time of the labels, of which a pass's FLOPs are given."""
+  # Pursuit compares a row with every center once for each label.
+  is_pursuit = config.cluster.get('rule') == 'pursuit'
+  searches = config.cluster.num_labels if is_pursuit else 1
+  return _FLOAT32_PRODUCTS * searches * flops / (utilisation * chip.flops)
 
 
 def _train(config, devices, utilisation) -> dict[str, Any]:
@@ -356,6 +368,10 @@ def table(plan: dict[str, Any]) -> str:
     ))  # fmt: skip
     if p['days']:
       rows.append(('days', f'{p["days"]:.1f} for {p["steps"]:,} steps'))
+    if 'label_seconds' in p:
+      rows.append(
+        ('labels', f'{p["label_seconds"]:,.0f} s after the last pass')
+      )
     if p['advice']:
       rows.append(('to make it fit', p['advice']))
     lines.append(f'{name}, mesh {mesh}')

@@ -158,6 +158,15 @@ def test_a_state_that_fills_the_memory_is_to_be_split():
   assert found.startswith('raise mesh.fsdp=1')
 
 
+def test_pursuit_takes_a_search_for_every_label():
+  config = presets.make('laion400m', variant='B/16', embedding_dim=512)
+  chip = chips.find('TPU v5 lite')
+  # Half of the peak, and six products of bfloat16 for one of float32.
+  assert plan._label_seconds(config, chip.flops, chip, 0.5) == 12
+  config.cluster.rule, config.cluster.num_labels = 'pursuit', 10
+  assert plan._label_seconds(config, chip.flops, chip, 0.5) == 120
+
+
 def _plan(*flags):
   return subprocess.run(
     [sys.executable, '-m', 'mlcd_jax.plan', *flags],
@@ -198,7 +207,7 @@ def test_compiles_a_step_for_a_tpu_slice():
   # 304M weights in float32; 64 images of 162 GFLOPs.
   assert embed['arguments'] == pytest.approx(4 * 304e6, rel=0.02)
   assert embed['flops'] == pytest.approx(64 * 162e9, rel=0.02)
-  assert programs['kmeans']['fits']
+  assert programs['kmeans']['fits'] and programs['kmeans']['label_seconds'] > 0
   train = programs['train']
   assert train['fits']
   # The state, a quarter of the classes each: 88M and 10M parameters.
