@@ -122,20 +122,17 @@ function distributions() {
 /** Returns the table of what the labels know of the attributes. */
 function coverage() {
   const q = DATA.clustering?.label_quality;
-  if (!q) return [];
+  if (!q) return null;
   const pair = (v, name) => [percent(v[name]), percent(v[`${name}_chance`])];
   const left = [[q.unlabelled, 'without a label'], [q.unknown, 'without known attributes']]
     .filter(([n]) => n).map(([n, why]) => `${format(n)} ${why}`);
-  return [
-    el('h3', {}, `What the labels know of ${q.attributes_key}`),
+  return el('figure', {}, el('figcaption', {}, el('b', {}, `What the labels know of ${q.attributes_key}`)),
     table(['labels', 'attributes named', 'chance', 'labels that name one', 'chance', 'presence mAP', 'chance'],
       Object.entries(q.labels).sort((a, b) => a[0] - b[0]).map(([count, v]) => [count,
         ...pair(v, 'coverage'), ...pair(v, 'precision'), ...pair(v, 'presence_map')]), [0, 1, 2, 3, 4, 5, 6]),
-    el('p', {class: 'soft'}, `Over ${format(q.images)} images${left.length ? ` (${left.join(', ')} left out)` : ''}: the share of an image’s `
-      + 'attributes that one of its labels names, the share of its labels that name one of them, and the mean average precision of the '
-      + 'attributes if images are ranked by what their labels stand for. A label names the attribute that most of its images in the other '
-      + 'half of the data have. Chance: the labels of another image.'),
-  ];
+    el('p', {class: 'soft'}, `Over ${format(q.images)} images${left.length ? ` (${left.join(', ')} left out)` : ''}. `
+      + 'A label names the attribute that most of its images in the other half of the data have; presence mAP ranks the images '
+      + 'by the frequencies of all attributes; chance is by the labels of another image.'));
 }
 
 function clusters() {
