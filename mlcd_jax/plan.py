@@ -25,7 +25,6 @@ import logging
 import math
 import re
 import sys
-import time
 from typing import Any
 
 from absl import flags
@@ -33,9 +32,11 @@ from ml_collections import config_flags
 
 from mlcd_jax.config import fields
 from mlcd_jax.config import mesh as mesh_lib
+from mlcd_jax.data import views
 from mlcd_jax.runtime import chips as chips_lib
 from mlcd_jax.runtime import cli
 from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import hlo
 from mlcd_jax.train import flops as flops_lib
 
 # __name__ is __main__ when this module runs as a command.
@@ -130,7 +131,6 @@ def _embed(config, devices, utilisation) -> dict[str, Any]:
   """Plans a batch of the embedder; {} if its architecture is unknown."""
   from mlcd_jax import models
   from mlcd_jax.config import presets
-  from mlcd_jax.data import views
   from mlcd_jax.embed import encoder
   from mlcd_jax.weights import huggingface
 
@@ -140,7 +140,7 @@ def _embed(config, devices, utilisation) -> dict[str, Any]:
   batch_size = config.embed.batch_size
   model = models.make(fields)
   params = huggingface.abstract_params(model)
-  out = _compile(
+  out = hlo.compile_sizes(
     'embed',
     *encoder.abstract_call(model, params, devices, batch_size),
   )
@@ -165,22 +165,27 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   """Plans a pass of k-means; {} if the width or number of rows is unknown."""
   from mlcd_jax import kmeans
   from mlcd_jax.config import presets
-  from mlcd_jax.data import views
 
-  fields, num_rows = presets.embedder(config), presets.num_images(config)
-  if fields is None or not num_rows:
+  fields, num_images = presets.embedder(config), presets.num_images(config)
+  if fields is None or not num_images:
     return {}
-  if config.cluster.fit_on == 'views':
-    num_rows *= views.count(config.embed.views)
+  on_views = config.cluster.fit_on == 'views'
+  num_rows = num_images * (views.count(config.embed.views) if on_views else 1)
   dim = fields.embedding_dim
   mesh = mesh_lib.from_config(config, devices=devices)
   num_centers = config.cluster.num_centers
-  out = _compile('kmeans', *kmeans.abstract_pass(mesh, num_centers, dim))
+  out = hlo.compile_sizes(
+    'kmeans', *kmeans.abstract_pass(mesh, num_centers, dim)
+  )
   chip = _chip(devices)
   # The program takes one chunk of points; the devices hold more beside it.
   held = kmeans.held_bytes(num_rows, dim, mesh, chip.memory)
   out['bytes_per_chip'] += held
-  flops = 2 * num_rows * num_centers * dim / len(devices)
+  row_flops = 2 * num_centers * dim / len(devices)
+  flops = num_rows * row_flops
+  label_flops = (
+    _FLOAT32_PRODUCTS * _label_passes(config) * num_images * row_flops
+  )
   out |= _bounds(out | {'bytes_moved': None}, flops, chip, utilisation)
   return {
     'kmeans': out
@@ -189,7 +194,7 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
       'mesh': dict(mesh.shape),
       'steps': config.cluster.iterations,
       'days': config.cluster.iterations * out['seconds_per_step'] / 86_400,
-      'label_seconds': _label_seconds(config, flops, chip, utilisation),
+      'label_seconds': label_flops / (utilisation * chip.flops),
       'advice': None
       if out['fits']
       else f'raise mesh.fsdp={config.mesh.fsdp}, which splits the centers',
@@ -197,12 +202,10 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   }
 
 
-def _label_seconds(config, flops, chip, utilisation) -> float:
-  """Returns the time of the labels, of which a pass's FLOPs are given."""
-  # Pursuit compares a row with every center once for each label.
-  is_pursuit = config.cluster.get('rule') == 'pursuit'
-  searches = config.cluster.num_labels if is_pursuit else 1
-  return _FLOAT32_PRODUCTS * searches * flops / (utilisation * chip.flops)
+def _label_passes(config) -> int:
+  """Returns how often the label rule compares an image with all centers."""
+  passes = {'nearest': 1, 'pursuit': config.cluster.num_labels}
+  return passes.get(config.cluster.rule, views.count(config.embed.views))
 
 
 def _train(config, devices, utilisation) -> dict[str, Any]:
@@ -228,7 +231,7 @@ def _train(config, devices, utilisation) -> dict[str, Any]:
     # The backward pass repeats the forward pass, a third of the total.
     flops += images * parts['encoder'] / 3
   chip = _chip(devices)
-  out = _compile(
+  out = hlo.compile_sizes(
     'train', program.step, (program.abstract_state, program.abstract_batch)
   )
   out |= _bounds(out, flops, chip, utilisation)
@@ -240,47 +243,6 @@ def _train(config, devices, utilisation) -> dict[str, Any]:
   }
   out['advice'] = None if out['fits'] else _advice(config, out, chip)
   return out
-
-
-def _compile(name: str, function, arguments) -> dict[str, Any]:
-  """Compiles a program for its arguments' devices and returns its sizes."""
-  from mlcd_jax.runtime import hlo
-
-  _log.info('plan: compiling %s', name)
-  start = time.monotonic()
-  lowered = function.lower(*arguments)
-  try:
-    compiled = lowered.compile()
-  except Exception as e:  # XLA reports a full memory as an error.
-    used = re.search(r'Used ([\d.]+)([KMGT]) of', str(e))
-    if 'RESOURCE_EXHAUSTED' not in str(e) or not used:
-      raise
-    scale = 1024 ** ('KMGT'.index(used[2]) + 1)
-    return {
-      'fits': False,
-      'bytes_per_chip': float(used[1]) * scale,
-      **dict.fromkeys(
-        ('arguments', 'temporaries', 'outputs', 'program', 'bytes_moved')
-      ),
-      'collectives': None,
-    }
-  _log.info('plan: %s took %.0f s', name, time.monotonic() - start)
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  # Donated arguments become outputs in place.
-  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  sizes = {
-    'arguments': memory.argument_size_in_bytes,
-    'temporaries': memory.temp_size_in_bytes,
-    'outputs': outputs,
-    'program': memory.generated_code_size_in_bytes,
-  }
-  return {
-    'fits': True,
-    'bytes_per_chip': sum(sizes.values()),
-    **sizes,
-    'bytes_moved': cost.get('bytes accessed'),
-    'collectives': hlo.collectives(compiled.as_text()),
-  }
 
 
 def _chip(devices):

@@ -95,7 +95,7 @@ def test_chips_by_name():
 def test_views_are_embedded_and_clustered_too(monkeypatch):
   monkeypatch.setattr(plan, '_chip', lambda _: chips.find('TPU v5 lite'))
   sizes = {'fits': True, 'bytes_per_chip': 0, 'bytes_moved': 0}
-  monkeypatch.setattr(plan, '_compile', lambda *_: dict(sizes))
+  monkeypatch.setattr(hlo, 'compile_sizes', lambda *_: dict(sizes))
   config = presets.make('laion400m', variant='B/16', embedding_dim=512)
   config.embed.batch_size = 1
   config.cluster.num_centers = 800
@@ -143,7 +143,7 @@ def test_says_what_would_make_it_fit(fields, advice):
   config = presets.make('laion400m', variant='B/16', embedding_dim=512)
   config.model.remat = 'dots'
   config.update_from_flattened_dict(fields)
-  out = plan._compile('train', _Full(), ())
+  out = hlo.compile_sizes('train', _Full(), ())
   assert not out['fits']
   assert out['bytes_per_chip'] == 20.5 * 2**30
   out['mesh'] = {'data': 256, 'fsdp': 1}
@@ -158,13 +158,12 @@ def test_a_state_that_fills_the_memory_is_to_be_split():
   assert found.startswith('raise mesh.fsdp=1')
 
 
-def test_pursuit_takes_a_search_for_every_label():
+def test_rules_compare_images_with_centers_more_than_once():
   config = presets.make('laion400m', variant='B/16', embedding_dim=512)
-  chip = chips.find('TPU v5 lite')
-  # Half of the peak, and six products of bfloat16 for one of float32.
-  assert plan._label_seconds(config, chip.flops, chip, 0.5) == 12
-  config.cluster.rule, config.cluster.num_labels = 'pursuit', 10
-  assert plan._label_seconds(config, chip.flops, chip, 0.5) == 120
+  config.cluster.num_labels, config.embed.views = 10, (2, 3)
+  for rule, passes in ('nearest', 1), ('pursuit', 10), ('views', 13):
+    config.cluster.rule = rule
+    assert plan._label_passes(config) == passes
 
 
 def _plan(*flags):

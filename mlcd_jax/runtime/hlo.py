@@ -1,10 +1,15 @@
-"""Counts of the collectives in a compiled program, read from its HLO text."""
+"""Sizes of a compiled program, and its collectives, read from its HLO text."""
 
 import collections
 from collections.abc import Mapping
+import logging
 import re
+import time
+from typing import Any
 
 import numpy as np
+
+_log = logging.getLogger(__name__)
 
 KINDS = (
   'all-gather',
@@ -102,3 +107,51 @@ def _bytes(kind: str, bits: str | None, dims: str) -> float:
   """
   count = np.prod([int(d) for d in dims.split(',') if d], initial=1.0)
   return float(count) * (1 if kind == 'pred' else int(bits) / 8)
+
+
+def compile_sizes(name: str, function, arguments) -> dict[str, Any]:
+  """Compiles a program for its arguments' devices and returns its sizes.
+
+  Args:
+    name: the name of the program in log lines.
+    function: a jitted function.
+    arguments: its abstract arguments.
+
+  Returns:
+    Whether it fits the memory, its bytes a device, and its collectives.
+  """
+  _log.info('plan: compiling %s', name)
+  start = time.monotonic()
+  lowered = function.lower(*arguments)
+  try:
+    compiled = lowered.compile()
+  except Exception as e:  # XLA reports a full memory as an error.
+    used = re.search(r'Used ([\d.]+)([KMGT]) of', str(e))
+    if 'RESOURCE_EXHAUSTED' not in str(e) or not used:
+      raise
+    scale = 1024 ** ('KMGT'.index(used[2]) + 1)
+    return {
+      'fits': False,
+      'bytes_per_chip': float(used[1]) * scale,
+      **dict.fromkeys(
+        ('arguments', 'temporaries', 'outputs', 'program', 'bytes_moved')
+      ),
+      'collectives': None,
+    }
+  _log.info('plan: %s took %.0f s', name, time.monotonic() - start)
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  # Donated arguments become outputs in place.
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  sizes = {
+    'arguments': memory.argument_size_in_bytes,
+    'temporaries': memory.temp_size_in_bytes,
+    'outputs': outputs,
+    'program': memory.generated_code_size_in_bytes,
+  }
+  return {
+    'fits': True,
+    'bytes_per_chip': sum(sizes.values()),
+    **sizes,
+    'bytes_moved': cost.get('bytes accessed'),
+    'collectives': collectives(compiled.as_text()),
+  }
