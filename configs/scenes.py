@@ -10,10 +10,13 @@ Seen: not run to the end yet.
 
 from mlcd_jax import config as config_lib
 from mlcd_jax.config import presets
+from mlcd_jax.runtime import errors
 
 
-def get_config():
-  """Returns the config."""
+def get_config(arg=None):
+  """Returns the config; it takes no argument."""
+  if arg:
+    raise errors.UserError(f'configs/scenes.py has no preset {arg!r}')
   config = config_lib.default()
   presets.scenes(config)
   config.embed.image_size = 28  # A crop is about as large as a digit's canvas.

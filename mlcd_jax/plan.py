@@ -32,6 +32,7 @@ from ml_collections import config_flags
 
 from mlcd_jax.config import fields
 from mlcd_jax.config import mesh as mesh_lib
+from mlcd_jax.config import sizes
 from mlcd_jax.data import views
 from mlcd_jax.runtime import chips as chips_lib
 from mlcd_jax.runtime import cli
@@ -173,7 +174,7 @@ def _kmeans(config, devices, utilisation) -> dict[str, Any]:
   num_rows = num_images * (views.count(config.embed.views) if on_views else 1)
   dim = fields.embedding_dim
   mesh = mesh_lib.from_config(config, devices=devices)
-  num_centers = config.cluster.num_centers
+  num_centers = _num_centers(config, num_images)
   out = hlo.compile_sizes(
     'kmeans', *kmeans.abstract_pass(mesh, num_centers, dim)
   )
@@ -208,6 +209,16 @@ def _label_passes(config) -> int:
   return passes.get(config.cluster.rule, views.count(config.embed.views))
 
 
+def _num_centers(config, num_images) -> int:
+  """Returns the number of centers; an error if the config leaves it open."""
+  if not config.cluster.num_centers and not num_images:
+    raise errors.UserError(
+      'cluster.num_centers=0 depends on the number of images, which is not '
+      'known here; set --config.cluster.num_centers'
+    )
+  return sizes.num_centers(config, num_images)
+
+
 def _train(config, devices, utilisation) -> dict[str, Any]:
   """Plans the train step."""
   from mlcd_jax.config import presets
@@ -220,7 +231,7 @@ def _train(config, devices, utilisation) -> dict[str, Any]:
     steps = round(config.train.epochs * num_images / config.train.batch_size)
   program = step.Program(
     config=config,
-    num_classes=config.cluster.num_centers,
+    num_classes=_num_centers(config, num_images),
     steps=steps or 1,
     mesh=mesh,
   )

@@ -75,6 +75,10 @@ def pursuit(
   With views it takes the mean of their unit rows instead of the image's own
   row. That mean is nearly a sum of the image's parts, which pursuit needs.
 
+  The mean of the centers is subtracted from centers and rows. Otherwise the
+  first center explains what all images share, and most other products turn
+  negative.
+
   Returns:
     Labels int32 [N, L] in the order in which they were taken, then -1; and
     their coefficients float32 [N, L].
@@ -82,7 +86,26 @@ def pursuit(
   rows = images.rows
   if images.views is not None:
     rows = _MeanOfViews(images.views, images.num_views)
-  return kmeans.pursue(rows, centers, num_labels, mesh=mesh)
+  mean = unit.unit_rows(centers).mean(axis=0)
+  return kmeans.pursue(
+    _Centered(rows, mean),
+    unit.unit_rows(centers) - mean,
+    num_labels,
+    mesh=mesh,
+  )
+
+
+class _Centered:
+  """Unit rows [N, D] minus a mean, read by slices; bad rows are zero."""
+
+  def __init__(self, rows: unit.Rows, mean: np.ndarray):
+    self._rows = rows
+    self._mean = mean
+    self.shape = rows.shape
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    found = unit.unit_rows(self._rows[rows])
+    return np.where(found.any(axis=1, keepdims=True), found - self._mean, 0)
 
 
 class _MeanOfViews:

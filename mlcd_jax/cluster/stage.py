@@ -1,5 +1,7 @@
 """The cluster stage: finds the centers and labels every row with them."""
 
+import logging
+
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
@@ -9,11 +11,14 @@ from mlcd_jax.cluster import centers as centers_lib
 from mlcd_jax.cluster import coverage
 from mlcd_jax.cluster import labels as labels_lib
 from mlcd_jax.cluster import rules
+from mlcd_jax.config import sizes
 from mlcd_jax.embed import row_files
 from mlcd_jax.embed import shards
 from mlcd_jax.runtime import distributed
 from mlcd_jax.runtime import files
 from mlcd_jax.runtime import progress as progress_lib
+
+_log = logging.getLogger(__name__)
 
 
 def run(
@@ -43,6 +48,7 @@ def run(
     'pursuit' in wanted and embedded.result.get('views')
   ):
     views = shards.open_views(embedded)
+  config = _with_num_centers(config, rows.shape[0])
   folder = manifest.folder
   centers_path = folder / 'centers.npy'
   if not distributed.decide('centers', centers_path.exists):
@@ -83,6 +89,23 @@ def run(
       path.name: files.sha256(path) for path in sorted(folder.glob('*.npy'))
     },
   )
+
+
+def _with_num_centers(
+  config: ml_collections.ConfigDict, num_images: int
+) -> ml_collections.ConfigDict:
+  """Returns the config with the number of centers chosen if it is 0."""
+  if config.cluster.num_centers:
+    return config
+  config = config.copy_and_resolve_references()
+  config.cluster.num_centers = sizes.num_centers(config, num_images)
+  _log.info(
+    'cluster: %d centers for %d images; set cluster.num_centers for another '
+    'number',
+    config.cluster.num_centers,
+    num_images,
+  )
+  return config
 
 
 def _images(

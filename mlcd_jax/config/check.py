@@ -169,7 +169,7 @@ def _check_cluster(c: ml_collections.ConfigDict) -> None:
       f'cluster.levels={levels}: needs (k1, k2) with k1 * k2 = '
       f'cluster.num_centers={c.cluster.num_centers}, or () for flat'
     )
-  if c.cluster.num_labels > c.cluster.num_centers:
+  if 0 < c.cluster.num_centers < c.cluster.num_labels:
     raise errors.UserError(
       f'cluster.num_labels={c.cluster.num_labels} is more than '
       f'cluster.num_centers={c.cluster.num_centers}'

@@ -171,8 +171,8 @@ FIELDS = (
   Field(
     'cluster.num_centers',
     1000,
-    'Number of centers.',
-    low=1,
+    'Number of centers; 0 = one for every 4 images, at most 1,000,000.',
+    low=0,
     high=MOST,
     stages=(CLUSTER,),
   ),

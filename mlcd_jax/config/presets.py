@@ -11,7 +11,14 @@ import ml_collections
 from mlcd_jax import config as config_lib
 from mlcd_jax.runtime import errors
 
-NAMES = ('embedded', 'laion400m', 'coyo700m', 'imagenet1k', 'webdataset')
+NAMES = (
+  'embedded',
+  'own',
+  'laion400m',
+  'coyo700m',
+  'imagenet1k',
+  'webdataset',
+)
 
 
 def make(
@@ -283,6 +290,26 @@ def _webdataset(config: ml_collections.ConfigDict) -> None:
   _tars(config, 'data')
 
 
+def _own(config: ml_collections.ConfigDict) -> None:
+  """Sets a folder of the user's own, from thousands of images up.
+
+  The user sets data.path, and data.source for other files. The number of
+  centers follows from that of the images. The paper says nothing on data of
+  this size, so the other sizes are ours.
+  """
+  config.data.source = 'folder'
+  config.embed.path = 'openai/clip-vit-base-patch32'  # A tenth of L/14's work.
+  config.cluster.num_centers = 0
+  config.loss.sample_rate = 1.0  # So few classes need no sampling.
+  config.train.batch_size = 256
+  config.train.accumulate_steps = 1
+  # Half of 1e-3, which the paper's batch of 32,768 had.
+  config.optimizer.learning_rate = 5e-4
+  config.optimizer.warmup_steps = 0.05
+  config.mesh.fsdp = 1
+  config.model.remat = 'none'  # 256 images fit without.
+
+
 def _imagenet1k(config: ml_collections.ConfigDict) -> None:
   """Sets ImageNet-1k of TFDS, 1,281,167 images.
 
@@ -316,6 +343,7 @@ def _tars(config: ml_collections.ConfigDict, folder: str) -> None:
 
 
 _DATA = {
+  'own': _own,
   'laion400m': _laion400m,
   'coyo700m': _coyo700m,
   'imagenet1k': _imagenet1k,

@@ -237,13 +237,16 @@ class Page:
   def _summary(self, read: Mapping[str, Any]) -> list[list[Any]]:
     """Returns the rows [name, value] of the summary, without unknown values."""
     c = self._config
-    made = sections.manifest(self._folders['embed']).get('result', {})
+    made, clustered = (
+      sections.manifest(self._folders[stage]).get('result', {})
+      for stage in ('embed', 'cluster')
+    )
     rows = [
       ['model', f'{c.model.variant}, {c.model.image_size} pixels'],
       ['data', f'{c.data.source} {c.data.path} {c.data.split}'],
       ['images', made.get('num_records')],
       ['embedder', f'{c.embed.embedder} {c.embed.path}'],
-      ['clusters', c.cluster.num_centers],
+      ['clusters', clustered.get('num_centers', c.cluster.num_centers)],
       ['labels an image', c.loss.num_positives],
       ['loss', c.loss.name],
       ['batch size', c.train.batch_size],

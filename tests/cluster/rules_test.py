@@ -65,33 +65,39 @@ def test_views_on_every_mesh(shape, num_labels):
   assert counts.max() == min(num_labels, 4) and len(set(counts)) > 2
 
 
+def unit_rows(rows):
+  norm = np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True)
+  good = np.isfinite(norm) & (norm > 0)
+  return np.where(good, rows / np.where(good, norm, 1), 0)
+
+
 @pytest.mark.parametrize('shape', [(8, 1), (2, 4)])
-def test_pursuit_takes_the_mean_of_the_views(shape):
+def test_pursuit_of_the_mean_of_the_views_without_what_all_share(shape):
   views, centers = make()
+  views, centers = views + 2.0, unit_rows(centers + 2.0)  # All share much.
   mesh = sharding.make_mesh(*shape)
   images = rules.Images(views[:, 0], views.reshape(-1, DIM), NUM_VIEWS)
   labels, scores = rules.RULES['pursuit'](images, centers, 3, mesh=mesh)
-  norm = np.linalg.norm(views.astype(np.float64), axis=-1, keepdims=True)
-  good = np.isfinite(norm) & (norm > 0)
-  rows = np.where(good, views / np.where(good, norm, 1), 0).mean(1)
+  rows = unit_rows(unit_rows(views).mean(1))
+  centered = unit_rows(centers - centers.mean(0))
   for i, row in enumerate(rows):
     if not row.any():
       assert (labels[i] == -1).all()
       continue
-    residual = row / np.linalg.norm(row)
-    for label, score in zip(labels[i], scores[i]):
-      products = centers @ residual
-      products[labels[i][: list(labels[i]).index(label)]] = -1
+    residual = unit_rows(row - centers.mean(0))
+    for place, (label, score) in enumerate(zip(labels[i], scores[i])):
+      products = centered @ residual
+      products[labels[i][:place]] = -1
       assert label == products.argmax()
       assert score == pytest.approx(products[label], abs=1e-5)
-      residual = residual - products[label] * centers[label]
-  alone = rules.RULES['pursuit'](
-    rules.Images(views[:, 1]), centers, 3, mesh=mesh
-  )[0]
-  first = rules.RULES['nearest'](
+      residual = residual - products[label] * centered[label]
+  found = rules.RULES['pursuit'](
     rules.Images(views[:, 1]), centers, 1, mesh=mesh
-  )[0]
-  np.testing.assert_array_equal(alone[:, :1], first)
+  )
+  products = unit_rows(unit_rows(views[:, 1]) - centers.mean(0)) @ centered.T
+  good = found[0][:, 0] >= 0
+  assert good.sum() == np.isfinite(views[:, 1]).all(1).sum()
+  np.testing.assert_array_equal(found[0][good, 0], products[good].argmax(1))
 
 
 def test_the_best_stay_and_ties_go_to_the_lower_center():

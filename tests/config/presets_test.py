@@ -20,6 +20,7 @@ _CONFIGS = sorted((pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'))
 _ARGUMENTS = {
   'quickstart': (None, 'lit'),
   'robustness': (None, 'imagenet_a,objectnet'),
+  'scenes': (None,),
 }
 _CASES = [
   (path, preset)
