@@ -168,7 +168,9 @@ def measure(
 ) -> dict[str, Any]:
   """Scores the first l labels of the images, for l = 1, 2, 4, 8 and L.
 
-  An image without a label or without a known attribute is left out.
+  The centers are named by the same labels, since training with l labels shows
+  a center the images that have it among l. An image without a label or without
+  a known attribute is left out.
 
   Args:
     labels_NL: the centers of each image, best first; -1 is padding.

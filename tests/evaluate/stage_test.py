@@ -22,6 +22,7 @@ from mlcd_jax.evaluate import stage
 from mlcd_jax.evaluate import table
 from mlcd_jax.evaluate import tasks
 from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
 from mlcd_jax.weights import load as load_lib
 
 _CLIP = pathlib.Path(__file__).parent.parent / 'goldens/clip'
@@ -188,6 +189,23 @@ def test_undefined_is_null(tiny_config, tmp_path, monkeypatch):
   results = json.loads((tmp_path / 'results.json').read_text())
   assert results['raw/digits/knn/a'] is None
   assert results['raw/digits/knn/b'] == 1.0
+
+
+def test_report_shows_the_map_of_images_with_several_labels(tmp_path):
+  name = 'trained/scenes/multi_label/mAP'
+  files.write_json(
+    tmp_path / 'results.json',
+    {name: 0.5, f'{name}_low': 0.45, f'{name}_high': 0.625},
+  )
+  files.write_json(
+    tmp_path / 'config.json', {'loss': {'num_positives': 8}, 'evaluate': {}}
+  )
+  heads, _, row = report.table([tmp_path]).splitlines()
+  cells = [[c.strip() for c in r.split('|')[1:-1]] for r in (heads, row)]
+  assert cells == [
+    ['features', 'data', 'multi-label mAP'],
+    ['trained encoder, 8 labels an image', 'scenes', '50.0 (45.0-62.5)'],
+  ]
 
 
 def test_table_has_a_line_a_metric():
