@@ -6,10 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
-from mlcd_jax import manifests
 from mlcd_jax import models
 from mlcd_jax.models import positions
 from mlcd_jax.runtime import errors
@@ -132,17 +130,6 @@ def _adapted(
   return encoder
 
 
-def _num_centers(
-  workdir: pathlib.Path, config: ml_collections.ConfigDict
-) -> int:
-  """Returns the number of centers of a run, which may have chosen it."""
-  clusters = pathlib.Path(config.cluster.path or workdir) / 'clusters'
-  made = manifests.load(clusters) if not config.cluster.num_centers else None
-  if made is not None:
-    return made.result['num_centers']
-  return config.cluster.num_centers
-
-
 def _classifier(
   program: step.Program,
   clusters: pathlib.Path,
@@ -167,7 +154,7 @@ def _classifier(
         'fresh or centers'
       )
     found = load_lib.from_run(workdir, classifier=True)[2]
-    theirs = _num_centers(workdir, found['config'])
+    theirs = found['config'].cluster.num_centers
     # Drops the padding for its mesh.
     weight = found['classifier'][: sampling.Layout(theirs).rows]
     needed = (sampling.Layout(program.num_classes).rows, expected[1])

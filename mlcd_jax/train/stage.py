@@ -65,6 +65,8 @@ def run(
   sources.check_same(source, 'data.path')
   manifests.check_bad_keys(config.data.bad_keys, manifest)
   label_rows = _label_rows(config, source, embedded)
+  # Whoever reads the checkpoint needs it; the config may leave it open.
+  manifest.notes['num_centers'] = labels.num_classes
   _pin_start(config, manifest)
   program = step_lib.Program(
     config=config,
@@ -111,15 +113,15 @@ def run(
 def _pin_start(
   config: ml_collections.ConfigDict, manifest: manifests.Manifest
 ) -> None:
-  """Records the weights that `model.init_from` names, with their commit.
+  """Saves the manifest with the weights that `model.init_from` names.
 
-  Only the first invocation records them, because the weights behind a name may
-  change later.
+  Only the first invocation records their commit, because the weights behind a
+  name may change later.
   """
   if config.model.init_from and 'init_from' not in manifest.notes:
     path = hub.pinned(config.model.init_from, 'model.init_from')
     manifest.notes['init_from'] = path
-    manifest.save()
+  manifest.save()
 
 
 def _checkpointer(

@@ -172,6 +172,11 @@ def from_run(
     section, _, name = field.partition('.')
     if section in ('model', 'loss', 'optimizer'):
       content[section][name] = value
+  cluster = content['cluster']
+  # What the stage chose; runs of before this was recorded had to name it.
+  cluster['num_centers'] = made['notes'].get(
+    'num_centers', cluster['num_centers']
+  )
   config = ml_collections.ConfigDict(content)
   model = models.make(config.model)
   params = huggingface.abstract_params(model)
