@@ -1,13 +1,10 @@
 """What labels know of scenes: rules of labelling compared without training.
 
   python benchmarks/label_rules.py --seeds=3 --results=docs/label_rules.json
-  python benchmarks/label_rules.py --results=docs/label_rules.json \
-    --tables=docs/labels.md
 
 Scenes of four digits, one in each quarter (`data.path=scenes/quadrants`), and
-free scenes (`data.path=scenes`). A seed makes the clusters anew. The first
-command measures what the file does not have yet; the second writes its tables
-into a document, wherever that says `<!-- labels: NAME -->`.
+free scenes (`data.path=scenes`). A seed makes the clusters anew. What the file
+has already is not measured again. `label_tables.py` makes its tables.
 
 named: centers of single digits. A center's digit is the one that most of the
 training crops nearest to it show. `named` is the share of a scene's digits that
@@ -17,6 +14,8 @@ is in the scene.
 presence: a center's profile is the share of its training scenes in which each
 digit is. A scene's score of a digit is the mean over its labels' profiles;
 presence mAP is the mean over the digits of the average precision.
+
+bag: a logistic regression a digit, on which centers are among a scene's labels.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import pathlib
-import re
 import sys
 from typing import NamedTuple
 
@@ -36,12 +34,12 @@ import sklearn.linear_model
 
 from mlcd_jax import kmeans
 from mlcd_jax import sharding
+from mlcd_jax.cluster import rules
 from mlcd_jax.data import digits
 from mlcd_jax.data import scenes
 from mlcd_jax.data import views
 from mlcd_jax.embed import embedders
 from mlcd_jax.evaluate import scores
-from mlcd_jax.evaluate import table
 from mlcd_jax.runtime import files
 
 _COUNTS = {'train': 6_000, 'test': 2_000}
@@ -131,7 +129,7 @@ def nearest(rows, centers, count):
 
 def pursuit(rows, centers, count):
   """Returns the centers of matching pursuit, -1 where there are no more."""
-  return kmeans.pursue(rows, centers, count, mesh=_mesh())[0]
+  return rules.pursuit(rules.Images(rows), centers, count, mesh=_mesh())[0]
 
 
 def random_members(rows, centers, count):
@@ -376,76 +374,13 @@ def measure(path: pathlib.Path, seeds: Sequence[int]) -> None:
   part('free', Free, Free.bags)
 
 
-def _means(of_seeds: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-  """Returns 'mean ± standard deviation' over the seeds, by name."""
-  out = {}
-  for name in next(iter(of_seeds.values())):
-    values = [found[name] for found in of_seeds.values()]
-    out[name] = f'{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}'
-  return out
-
-
-def tables(records: Mapping[str, Mapping]) -> dict[str, str]:
-  """Returns the tables as Markdown, by name."""
-  parts, presence, free = (
-    _means(records[name]) for name in ('parts', 'presence', 'free')
-  )
-  rows = [('rule', 'labels', 'digits named', 'labels right', 'presence mAP')]
-  for rule, count in (
-    ('nearest', 4), ('nearest', 8), ('pursuit', 4), ('pursuit', 8),
-    ('random_members', 4), ('random_members', 8), ('views', 4),
-  ):  # fmt: skip
-    rows.append(
-      (
-        rule.replace('_', ' '),
-        str(count),
-        parts[f'{rule} {count} named'],
-        parts[f'{rule} {count} right'],
-        parts[f'mean K=300 crops {rule} {count}'],
-      )
-    )
-  found = {'named': rows}
-  head = ('centers', 'rule', *(f'{count}' for count in _LABELS))
-  rows = [head]
-  for feature in ('hog', 'mean'):
-    for k in (50, 100, 1_000, 2_500):
-      for rule in ('nearest', 'pursuit', 'random_members'):
-        cells = [presence[f'{feature} K={k} {rule} {n}'] for n in _LABELS]
-        rows.append((f'{feature}, K = {k}', rule.replace('_', ' '), *cells))
-    cells = [
-      presence.get(f'{feature} K=100 independent {n}', '') for n in _LABELS
-    ]
-    rows.append((f'{feature}, K = 100', 'independent clusterings', *cells))
-  found['presence'] = rows
-  found['free'] = [
-    ('labels of', 'bag-of-labels mAP'),
-    *((name, value) for name, value in free.items()),
-  ]
-  return {name: table.align(rows) + '\n' for name, rows in found.items()}
-
-
-def fill(text: str, made: Mapping[str, str]) -> str:
-  """Returns a document with its tables made anew."""
-  return re.sub(
-    r'(<!-- labels: (\w+) -->\n\n)(?:\|.*\n)*',
-    lambda match: match[1] + made[match[2]],
-    text,
-  )
-
-
 def main() -> None:
-  """Measures, or writes the tables."""
+  """Measures what is missing."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--results', type=pathlib.Path, required=True)
-  parser.add_argument('--tables', type=pathlib.Path)
   arguments = parser.parse_args()
-  if arguments.tables is None:
-    measure(arguments.results, range(arguments.seeds))
-    return
-  made = tables(files.read_json(arguments.results))
-  with files.atomic(arguments.tables) as temporary:
-    temporary.write_text(fill(arguments.tables.read_text('utf-8'), made))
+  measure(arguments.results, range(arguments.seeds))
 
 
 if __name__ == '__main__':
