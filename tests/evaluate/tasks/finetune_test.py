@@ -33,7 +33,7 @@ def test_layers_decay():
 
 @pytest.mark.slow
 def test_learns_more_than_the_head_alone(tiny_config):
-  tiny_config.evaluate.finetune_epochs = 30.0
+  tiny_config.evaluate.finetune_epochs = 45.0
   tiny_config.evaluate.finetune_learning_rate = 3e-3
   tiny_config.evaluate.finetune_batch_size = 64
   model = models.make(tiny_config.model)
@@ -45,7 +45,7 @@ def test_learns_more_than_the_head_alone(tiny_config):
   dataset = tiny_config.evaluate.datasets.digits
   train, test = (
     extract(sources.make(dataset, split), split)
-    for split in ('train[:300]', 'test[:100]')
+    for split in ('train[:300]', 'test[:500]')
   )
   data = features.Data(train, test, 10, mesh, encoder, extract, config=dataset)
   accuracy = {}
