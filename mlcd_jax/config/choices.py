@@ -1,5 +1,6 @@
 """The allowed values of config fields that several modules use."""
 
+# data/sources.py maps each to the function that opens it.
 SOURCES = (
   'embedded',
   'tfds',
@@ -19,12 +20,14 @@ EMBEDDED = (
   'scenes/quadrants',
   'scenes/crowded',
 )
+# embed/embedders.py makes each.
 EMBEDDERS = ('hog', 'huggingface', 'precomputed', 'checkpoint')
 FIT_ON = ('images', 'views')
 # cluster/rules.py maps each to a function.
 RULES = ('nearest', 'views', 'pursuit')
 LOSSES = ('mlcd', 'mlc', 'softmax', 'mean_softmax', 'sigmoid')
-# In the order of the printed table. evaluate/stage.py maps each to a function.
+# In the order of the printed table. evaluate/tasks/__init__.py maps each to a
+# function.
 TASKS = (
   'linear',
   'knn',

@@ -1,7 +1,7 @@
 """The table of all config fields.
 
-A new field needs one row in `inputs`, `training` or `evaluation`, and the code
-that uses it. The row gives the default, the range, the choices and the stages.
+A new field needs one row in the file of its stage (`embedding`, `clustering`,
+`training` or `evaluation`), and the code that uses it. The row gives the default, the range, the choices and the stages.
 docs/config.md is generated from it too.
 """
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import ml_collections
 
+from mlcd_jax.config import clustering
+from mlcd_jax.config import embedding
 from mlcd_jax.config import evaluation
-from mlcd_jax.config import inputs
 from mlcd_jax.config import training
 from mlcd_jax.config.field import CLUSTER
 from mlcd_jax.config.field import EVALUATE
@@ -28,7 +29,8 @@ FIELDS = (
     high=MOST,
     stages=(CLUSTER, TRAIN, EVALUATE),
   ),
-  *inputs.FIELDS,
+  *embedding.FIELDS,
+  *clustering.FIELDS,
   *training.FIELDS,
   *evaluation.FIELDS,
 )

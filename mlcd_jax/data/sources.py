@@ -22,6 +22,9 @@ With `data.boxes_key` a record also has the objects of the image:
     pixels of the decoded image. A bad image has none.
   box_labels: int64 [n], the label of each object in the same order, if
     `data.attributes_key` names labels.
+
+To add a source: write its file, give it a line in `_MAKERS`, and name it in
+`SOURCES` of config/choices.py.
 """
 
 import codecs

@@ -14,7 +14,7 @@ labels on every mesh.
 
   lloyd      the loop: first centers, passes, empty clusters
   assign     the interface of a pass, the exact pass, the choice of a method
-  passes     the compiled programs of a pass
+  programs   the compiled programs of a pass
   chunks     the transfer of rows to the devices, from memory or disk
   tiles      the shape of score tiles, padding, the type of scores
   search     the search for the best center of each row
@@ -30,7 +30,7 @@ from mlcd_jax.kmeans.lloyd import Fit
 from mlcd_jax.kmeans.lloyd import fit
 from mlcd_jax.kmeans.lloyd import iterate
 from mlcd_jax.kmeans.nearest import nearest_centers
-from mlcd_jax.kmeans.passes import abstract_pass
+from mlcd_jax.kmeans.programs import abstract_pass
 from mlcd_jax.kmeans.pursuit import pursue
 
 __all__ = [

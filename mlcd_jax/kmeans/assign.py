@@ -16,7 +16,7 @@ import numpy as np
 
 from mlcd_jax import sharding
 from mlcd_jax.kmeans import chunks as chunks_lib
-from mlcd_jax.kmeans import passes
+from mlcd_jax.kmeans import programs
 from mlcd_jax.kmeans import tiles
 from mlcd_jax.kmeans.fast import screened
 
@@ -46,7 +46,7 @@ class Assigner(Protocol):
 
     Returns:
       The sums [data, K, D] and counts [data, K] that the pass starts from,
-      sharded as passes.SUMS.
+      sharded as programs.SUMS.
     """
 
   def add(
@@ -125,12 +125,12 @@ class Plain:
     self._mesh = mesh
     self._mean = mean
     dtype = jnp.dtype(score_dtype or tiles.score_dtype(mesh))
-    self._add = passes.make_add(mesh, num_centers, dtype)
+    self._add = programs.make_add(mesh, num_centers, dtype)
 
   def begin(self, centers: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Prepares a pass; see `Assigner`."""
     self._centers = centers
-    return passes.make_zeros(self._mesh, *centers.shape)()
+    return programs.make_zeros(self._mesh, *centers.shape)()
 
   def add(self, sums: jax.Array, counts: jax.Array, chunk: int, x_nD):
     """Assigns the rows of a chunk; see `Assigner`."""

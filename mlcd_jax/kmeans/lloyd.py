@@ -20,7 +20,7 @@ from mlcd_jax import sharding
 from mlcd_jax import unit
 from mlcd_jax.kmeans import assign
 from mlcd_jax.kmeans import chunks as chunks_lib
-from mlcd_jax.kmeans import passes
+from mlcd_jax.kmeans import programs
 from mlcd_jax.kmeans import tiles
 
 # The most empty centers that restart in one iteration; the others wait for the
@@ -261,7 +261,7 @@ class Lloyd:
     """
     num_rows = self._chunks.rows.shape[0]
     sums, counts, cosines = self._pass()
-    self._centers, total, count_K, shift = passes.make_update(self._mesh)(
+    self._centers, total, count_K, shift = programs.make_update(self._mesh)(
       self._centers, sums, counts
     )
     count_K = sharding.to_host(count_K)[: self._num_centers]
@@ -286,7 +286,7 @@ class Lloyd:
     """Assigns all rows.
 
     Returns:
-      The sums and counts of all centers, sharded as passes.SUMS, and for each
+      The sums and counts of all centers, sharded as programs.SUMS, and for each
       chunk the cosines [n] of its rows to their centers.
     """
     sums, counts = self._assigner.begin(self._centers)
@@ -330,7 +330,7 @@ class Lloyd:
     """
     scores, rows = [], []
     for i, score_n in cosines.items():
-      lowest = passes.lowest(score_n, min(len(score_n), _MAX_RESEEDED))
+      lowest = programs.lowest(score_n, min(len(score_n), _MAX_RESEEDED))
       score, place = map(sharding.to_host, lowest)
       usable = np.isfinite(score)  # Padding and bad rows are infinite.
       scores.append(score[usable])
@@ -351,4 +351,4 @@ class Lloyd:
     ids[: len(rows)] = centers[: len(rows)]
     new = np.zeros((_MAX_RESEEDED, self._centers.shape[1]), np.float32)
     new[: len(rows)] = unit.unit_rows_at(self._chunks.rows, rows)
-    self._centers = passes.make_replace(self._mesh)(self._centers, ids, new)
+    self._centers = programs.make_replace(self._mesh)(self._centers, ids, new)

@@ -24,7 +24,7 @@ import numpy as np
 from mlcd_jax import sharding
 from mlcd_jax import unit
 from mlcd_jax.kmeans import chunks as chunks_lib
-from mlcd_jax.kmeans import passes
+from mlcd_jax.kmeans import programs
 from mlcd_jax.kmeans import search
 from mlcd_jax.kmeans import tiles
 
@@ -159,7 +159,7 @@ def make_lookup(
 def _on_mesh(look_up: Callable, mesh: Mesh) -> Callable:
   """Compiles a function that takes one device's centers and rows."""
   centers, rows = sharding.CENTERS, sharding.POINTS
-  return passes.on_mesh(look_up, mesh, (centers, rows), (rows, rows))
+  return programs.on_mesh(look_up, mesh, (centers, rows), (rows, rows))
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import numpy as np
 from mlcd_jax import sharding
 from mlcd_jax import unit
 from mlcd_jax.kmeans import nearest
-from mlcd_jax.kmeans import passes
+from mlcd_jax.kmeans import programs
 from mlcd_jax.kmeans import search
 from mlcd_jax.kmeans import tiles
 
@@ -135,7 +135,7 @@ def _make_pursuit(
     return score_Ln.T, labels_nL
 
   rows = sharding.POINTS
-  return passes.on_mesh(look_up, mesh, (sharding.CENTERS, rows), (rows, rows))
+  return programs.on_mesh(look_up, mesh, (sharding.CENTERS, rows), (rows, rows))
 
 
 def _best_new_center(c_kD, r_nD, named_nL, tile):

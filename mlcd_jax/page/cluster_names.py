@@ -19,7 +19,8 @@ def from_captions(
   """Names clusters by class-based TF-IDF, as BERTopic names topics.
 
   The captions of a cluster count as one text (arXiv 2203.05794). A word counts
-  once per caption, so that no single long caption names a cluster.
+  once per caption, so that no single long caption names a cluster. A word that
+  all clusters have, such as an article, names none.
 
   Args:
     captions: the captions of the images of every cluster, '' for none.
@@ -38,6 +39,9 @@ def from_captions(
     scores = words.fit_transform([captions[c] for c in clusters])
   except ValueError:  # No caption, or not a word in any.
     return {}
+  if len(clusters) > 1:
+    # scikit-learn adds 1 to the logarithm, which is 0 for a word of all.
+    scores = scores.multiply(1 - 1 / words.idf_).tocsr()
   vocabulary = words.get_feature_names_out()
   named = {}
   for row, cluster in enumerate(clusters):
@@ -46,7 +50,8 @@ def from_captions(
       for part in (scores.data, scores.indices)
     )
     order = np.lexsort((ids, -values))[:_MAX_WORDS]
-    telling = order[values[order] >= _MIN_SHARE * values.max(initial=0)]
+    least = max(_MIN_SHARE * values.max(initial=0), 1e-9)
+    telling = order[values[order] >= least]
     if len(telling):
       named[cluster] = ' '.join(vocabulary[ids[telling]])
   return named

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlcd_jax import sharding
-from mlcd_jax.kmeans import passes
+from mlcd_jax.kmeans import programs
 from mlcd_jax.kmeans import search
 from mlcd_jax.kmeans import tiles
 
@@ -76,7 +76,7 @@ def make_gather(mesh: Mesh, num_centers: int) -> Callable:
   returns all of them on every device, with copies of the first center in place
   of the padding.
   """
-  return passes.on_mesh(
+  return programs.on_mesh(
     lambda c_kD: lax.all_gather(
       search.real_centers(c_kD, num_centers), 'fsdp', tiled=True
     ),
@@ -137,7 +137,7 @@ def make_full_search(mesh: Mesh, num_centers: int) -> Callable:
     return _search_fully(centers, x_nD, label_n, num_centers)
 
   rows, all_ = sharding.POINTS, sharding.REPLICATED
-  return passes.on_mesh(full, mesh, (all_, rows, rows), rows)
+  return programs.on_mesh(full, mesh, (all_, rows, rows), rows)
 
 
 @functools.cache
@@ -175,7 +175,7 @@ def make_quick_search(mesh: Mesh, num_centers: int) -> Callable:
     )
 
   rows, all_ = sharding.POINTS, sharding.REPLICATED
-  return passes.on_mesh(quick, mesh, (all_, all_, rows, rows), rows)
+  return programs.on_mesh(quick, mesh, (all_, all_, rows, rows), rows)
 
 
 def _search_fully(centers: Centers, x_nD, label_n, num_centers) -> Labels:

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from mlcd_jax import sharding
-from mlcd_jax.kmeans import passes
+from mlcd_jax.kmeans import programs
 from mlcd_jax.kmeans import tiles
 
 
@@ -47,8 +47,8 @@ def _make_merge(mesh: Mesh) -> Callable:
       jnp.where(first, lax.psum(x, 'data'), 0) for x in (sums_1kD, counts_1k)
     )
 
-  specs = passes.SUMS, passes.SUMS
-  return passes.on_mesh(merge_parts, mesh, specs, specs)
+  specs = programs.SUMS, programs.SUMS
+  return programs.on_mesh(merge_parts, mesh, specs, specs)
 
 
 def to_devices(
@@ -62,7 +62,7 @@ def to_devices(
     mesh: the mesh of all devices.
 
   Returns:
-    Sums [data, K, D] and counts [data, K], padded, sharded as passes.SUMS. The
+    Sums [data, K, D] and counts [data, K], padded, sharded as programs.SUMS. The
     first part has the values, the others are zero, as after `merge`.
   """
   rows = tiles.padded_centers(len(counts), mesh)
@@ -77,7 +77,7 @@ def to_devices(
 
     return jax.make_array_from_callback(
       (mesh.shape['data'], *padded.shape),
-      NamedSharding(mesh, passes.SUMS),
+      NamedSharding(mesh, programs.SUMS),
       block,
     )
 
@@ -99,9 +99,9 @@ def to_host(
 @functools.cache
 def _make_total(mesh: Mesh) -> Callable:
   """Makes the program that takes sums and counts and adds up their parts."""
-  return passes.on_mesh(
+  return programs.on_mesh(
     lambda sums_1kD, counts_1k: lax.psum((sums_1kD[0], counts_1k[0]), 'data'),
     mesh,
-    (passes.SUMS, passes.SUMS),
+    (programs.SUMS, programs.SUMS),
     (sharding.CENTERS, sharding.CENTERS),
   )

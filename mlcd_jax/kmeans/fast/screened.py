@@ -28,7 +28,7 @@ import numpy as np
 
 from mlcd_jax import sharding
 from mlcd_jax.kmeans import chunks as chunks_lib
-from mlcd_jax.kmeans import passes
+from mlcd_jax.kmeans import programs
 from mlcd_jax.kmeans import tiles
 from mlcd_jax.kmeans.fast import candidates
 from mlcd_jax.kmeans.fast import carried_sums
@@ -182,7 +182,7 @@ class Screened:
       c_KD, self._tuner.scored(c_KD, basis), basis, self._reach
     )
     if not self.is_quick:
-      return passes.make_zeros(self._mesh, *centers.shape)()
+      return programs.make_zeros(self._mesh, *centers.shape)()
     sums, self._sums = self._sums, None  # The pass reuses their memory.
     return sums
 
@@ -195,7 +195,7 @@ class Screened:
     """Does `add` in a full pass."""
     search = candidates.make_full_search(self._mesh, self._num_centers)
     labels = search(self._centers, x_nD, self._labels[chunk].label_n)
-    accumulate = passes.make_accumulate(self._mesh)
+    accumulate = programs.make_accumulate(self._mesh)
     sums, counts, score_n, num_bad = accumulate(
       sums, counts, x_nD, labels.label_n, labels.score_n
     )
@@ -207,7 +207,7 @@ class Screened:
     search = candidates.make_quick_search(self._mesh, self._num_centers)
     before = self._labels[chunk]
     labels = search(self._centers, self._drift, x_nD, before)
-    move = passes.make_move(self._mesh)
+    move = programs.make_move(self._mesh)
     sums, counts = move(sums, counts, x_nD, before.label_n, labels.label_n)
     self._labels[chunk] = labels
     return sums, counts, labels.score_n, 0  # The first pass counted bad rows.
