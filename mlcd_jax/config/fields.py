@@ -1,8 +1,9 @@
 """The table of all config fields.
 
 A new field needs one row in the file of its stage (`embedding`, `clustering`,
-`training` or `evaluation`), and the code that uses it. The row gives the default, the range, the choices and the stages.
-docs/config.md is generated from it too.
+`training` or `evaluation`), and the code that uses it. The row gives the
+default, the range, the choices and the stages. docs/config.md is generated from
+it too.
 """
 
 from collections.abc import Mapping

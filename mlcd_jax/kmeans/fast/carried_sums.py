@@ -62,8 +62,8 @@ def to_devices(
     mesh: the mesh of all devices.
 
   Returns:
-    Sums [data, K, D] and counts [data, K], padded, sharded as programs.SUMS. The
-    first part has the values, the others are zero, as after `merge`.
+    Sums [data, K, D] and counts [data, K], padded, sharded as programs.SUMS.
+    The first part has the values, the others are zero, as after `merge`.
   """
   rows = tiles.padded_centers(len(counts), mesh)
 
