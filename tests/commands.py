@@ -27,6 +27,7 @@ TINY = (
   '--config.train.log_every_steps=1',
   '--config.evaluate.batch_size=64',
   '--config.evaluate.datasets.digits.train_split=train[:300]',
+  '--config.evaluate.datasets.digits.validation_split=validation[:60]',
   '--config.evaluate.datasets.digits.test_split=test[:100]',
 )
 
