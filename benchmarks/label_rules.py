@@ -34,7 +34,6 @@ import sklearn.linear_model
 
 from mlcd_jax import kmeans
 from mlcd_jax import sharding
-from mlcd_jax.cluster import rules
 from mlcd_jax.data import digits
 from mlcd_jax.data import scenes
 from mlcd_jax.data import views
@@ -129,7 +128,8 @@ def nearest(rows, centers, count):
 
 def pursuit(rows, centers, count):
   """Returns the centers of matching pursuit, -1 where there are no more."""
-  return rules.pursuit(rules.Images(rows), centers, count, mesh=_mesh())[0]
+  # The features have no common mean, which `cluster.rule` would subtract.
+  return kmeans.pursue(rows, centers, count, mesh=_mesh())[0]
 
 
 def random_members(rows, centers, count):

@@ -33,10 +33,21 @@ def _means(of_seeds: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
 
 
 def tables(records: Mapping[str, Mapping]) -> dict[str, str]:
-  """Returns the tables as Markdown, by name."""
-  parts, presence, free = (
-    _means(records[name]) for name in ('parts', 'presence', 'free')
-  )
+  """Returns the tables as Markdown, by name, of what was measured."""
+  makers = {
+    'named': (_named, 'parts'),
+    'presence': (_presence, 'presence'),
+    'free': (_free, 'free'),
+  }
+  return {
+    name: table.align(rows(_means(records[part]))) + '\n'
+    for name, (rows, part) in makers.items()
+    if part in records
+  }
+
+
+def _named(parts):
+  """Returns the rows of the table of centers of single digits."""
   rows = [('rule', 'labels', 'digits named', 'labels right', 'presence mAP')]
   for rule, count in (
     ('nearest', 4), ('nearest', 8), ('pursuit', 4), ('pursuit', 8),
@@ -51,9 +62,12 @@ def tables(records: Mapping[str, Mapping]) -> dict[str, str]:
         parts[f'mean K=300 crops {rule} {count}'],
       )
     )
-  found = {'named': rows}
-  head = ('centers', 'rule', *(f'{count}' for count in _LABELS))
-  rows = [head]
+  return rows
+
+
+def _presence(presence):
+  """Returns the rows of the table of centers of whole scenes."""
+  rows = [('centers', 'rule', *(f'{count}' for count in _LABELS))]
   for feature in ('hog', 'mean'):
     for k in (50, 100, 1_000, 2_500):
       for rule in ('nearest', 'pursuit', 'random_members'):
@@ -63,12 +77,12 @@ def tables(records: Mapping[str, Mapping]) -> dict[str, str]:
       presence.get(f'{feature} K=100 independent {n}', '') for n in _LABELS
     ]
     rows.append((f'{feature}, K = 100', 'independent clusterings', *cells))
-  found['presence'] = rows
-  found['free'] = [
-    ('labels of', 'bag-of-labels mAP'),
-    *((name, value) for name, value in free.items()),
-  ]
-  return {name: table.align(rows) + '\n' for name, rows in found.items()}
+  return rows
+
+
+def _free(free):
+  """Returns the rows of the table of free scenes."""
+  return [('labels of', 'bag-of-labels mAP'), *free.items()]
 
 
 def fill(text: str, made: Mapping[str, str]) -> str:
