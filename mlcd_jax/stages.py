@@ -198,6 +198,7 @@ class _Run:
       _log.info('cluster: read from %s', self._shared)
       return
     made = self._done('embed')
+    cluster_lib.check(self._config, made)
     manifest = self._open('cluster', {'embeddings': made.fingerprint()})
     # Finished labels can still be measured by attributes that are named later.
     if not manifest.complete or coverage.is_due(self._config, manifest.folder):
@@ -371,10 +372,14 @@ class _Run:
         f'cluster.path={self._shared}: its clusters were made from other '
         'embeddings than lie there now; cluster again'
       )
-    wanted = self._fields('cluster')  # Only the sizes must match.
+    fields = self._fields('cluster')  # What training sees must match.
+    names = ['num_centers', 'num_labels', 'fit_on', 'rule']
+    if not self._config.cluster.num_centers:
+      names.remove('num_centers')  # This run takes what is there.
     manifests.check_same(
-      clustered.config,
-      {k: wanted[k] for k in ('cluster.num_centers', 'cluster.num_labels')},
+      clustered.config
+      | {'cluster.num_centers': clustered.result['num_centers']},
+      {f'cluster.{name}': fields[f'cluster.{name}'] for name in names},
       clustered.folder,
     )
 

@@ -242,6 +242,12 @@ def test_clusters_of_another_run_are_read_in_place(done, tiny_config, tmp_path):
   tiny_config.cluster.num_centers = 65
   with pytest.raises(errors.UserError, match='cluster.num_centers=64'):
     stages.run(tiny_config, tmp_path / 'other')
+  tiny_config.cluster.num_centers = 0  # Those that are there.
+  tiny_config.cluster.rule = 'pursuit'
+  with pytest.raises(errors.UserError, match="cluster.rule='nearest'"):
+    stages.run(tiny_config, tmp_path / 'other')
+  tiny_config.cluster.rule = 'nearest'
+  stages.run(tiny_config, tmp_path / 'chosen', ('embed', 'cluster'))
 
 
 def test_changed_clusters_are_refused(copy, tiny_config, tmp_path):

@@ -1,6 +1,7 @@
 """The cluster stage: finds the centers and labels every row with them."""
 
 import logging
+import pathlib
 
 from jax.sharding import Mesh
 import ml_collections
@@ -15,6 +16,7 @@ from mlcd_jax.config import sizes
 from mlcd_jax.embed import row_files
 from mlcd_jax.embed import shards
 from mlcd_jax.runtime import distributed
+from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import files
 from mlcd_jax.runtime import progress as progress_lib
 
@@ -81,6 +83,7 @@ def run(
       distributed.barrier(f'labels {shard}')
     start += count
     progress.update(start)
+  _check_labelled(config, folder, rows)
   coverage.run(config, folder, rows)
   manifest.finish(
     num_centers=config.cluster.num_centers,
@@ -89,6 +92,40 @@ def run(
       path.name: files.sha256(path) for path in sorted(folder.glob('*.npy'))
     },
   )
+
+
+def check(
+  config: ml_collections.ConfigDict, embedded: manifests.Manifest
+) -> None:
+  """Raises UserError if there are fewer images than labels of an image."""
+  num_images = shards.open_made(embedded).shape[0]
+  if num_images < config.cluster.num_labels:
+    raise errors.UserError(
+      f'cluster.num_labels={config.cluster.num_labels} is more than the '
+      f'{num_images} images; lower it, and loss.num_positives with it'
+    )
+
+
+def _check_labelled(
+  config: ml_collections.ConfigDict,
+  folder: pathlib.Path,
+  rows: row_files.Sharded,
+) -> None:
+  """Warns of images without a label; raises UserError if all are."""
+  missing = sum(
+    int(np.sum(np.load(labels_lib.label_path(folder, shard))[:, 0] < 0))
+    for shard in range(len(rows.shard_rows))
+  )
+  if missing == rows.shape[0]:
+    raise errors.UserError(
+      f'cluster.rule={config.cluster.rule}: no image gets a label from '
+      f'{config.cluster.num_centers} centers; set another rule, or more '
+      'cluster.num_centers, in another --workdir'
+    )
+  if missing:
+    _log.warning(
+      'cluster: %d of %d images have no label', missing, rows.shape[0]
+    )
 
 
 def _with_num_centers(

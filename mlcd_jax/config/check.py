@@ -78,6 +78,10 @@ _EMBED_PATHS = {
 }
 
 
+# A grid of 16 has 256 crops an image, each embedded as an image is.
+_MAX_GRID = 16
+
+
 def _check_data(c: ml_collections.ConfigDict) -> None:
   """Checks the source of the images and their crops."""
   if c.data.source == 'embedded' and c.data.path not in ('', *choices.EMBEDDED):
@@ -131,11 +135,11 @@ def _check_embed(c: ml_collections.ConfigDict) -> None:
     )
   views = tuple(c.embed.views)
   if len(set(views)) < len(views) or not all(
-    isinstance(grid, int) and grid > 0 for grid in views
+    type(grid) is int and 0 < grid <= _MAX_GRID for grid in views
   ):
     raise errors.UserError(
-      f'embed.views={views}: needs different sizes of grids such as (2, 3), or '
-      '() for none'
+      f'embed.views={views}: needs different sizes of grids from 1 to '
+      f'{_MAX_GRID}, such as (2, 3), or () for none'
     )
   if views and c.embed.embedder == 'precomputed':
     raise errors.UserError(
@@ -160,6 +164,10 @@ def _check_cluster(c: ml_collections.ConfigDict) -> None:
       f'cluster.num_labels={c.cluster.num_labels}, the labels stored'
     )
   levels = tuple(c.cluster.levels)
+  if levels and not c.cluster.num_centers:
+    raise errors.UserError(
+      f'cluster.levels={levels}: needs cluster.num_centers=k1 * k2, not 0'
+    )
   if levels and (
     len(levels) != 2
     or not all(isinstance(k, int) and k > 0 for k in levels)

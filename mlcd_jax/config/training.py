@@ -113,7 +113,8 @@ FIELDS = (
   Field(
     'loss.min_similarity',
     -1.0,
-    'Labels of a lower cosine are left out.',
+    'Labels of a lower cosine are left out; with cluster.rule=pursuit, of a '
+    'lower coefficient.',
     low=-1,
     high=1,
     stages=(TRAIN,),

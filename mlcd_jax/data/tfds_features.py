@@ -95,6 +95,11 @@ def boxes(
   return found[:, [1, 0, 3, 2]] * sides[None]
 
 
+def _names(features) -> list[str]:
+  """Returns the names of the features of a group; none of a single one."""
+  return list(features) if hasattr(features, 'keys') else []
+
+
 def _feature(builder, key: str, field: str):
   """Returns the feature of one element at a path.
 
@@ -114,8 +119,8 @@ def _feature(builder, key: str, field: str):
       features = features[part]
     except (KeyError, TypeError) as e:
       raise errors.UserError(
-        f'{field}={key}: {builder.name} has '
-        + ', '.join(sorted(builder.info.features))
+        f'{field}={key}: {builder.name} has no {part} there; it has '
+        + ', '.join(sorted(_names(features)))
       ) from e
   return getattr(features, 'feature', features)
 

@@ -202,7 +202,7 @@ function imageDetail(image) {
       const right = others && image.label !== null && card.class === image.label;
       return el('li', {},
         el('div', {}, el('h3', {}, `${rank + 1}. ${clusterTitle(id)}`),
-          el('p', {class: 'soft'}, `cosine ${image.cosines[rank].toFixed(3)} · ${clusterFacts(card)}`,
+          el('p', {class: 'soft'}, `${DATA.clusters.rule === 'pursuit' ? 'coefficient' : 'cosine'} ${image.cosines[rank].toFixed(3)} · ${clusterFacts(card)}`,
             right ? el('b', {class: 'good'}, ' ✓ its class') : '')),
         el('div', {class: 'thumbs beside'}, card.rows.slice(0, 5).map(thumb)));
     })),
@@ -212,6 +212,7 @@ function imageDetail(image) {
 /** Returns which centers are an image's labels. */
 function ruleText(rule, count) {
   if (rule === 'views') return `the nearest centers of its views as labels, ${count} at most`;
+  if (rule === 'pursuit') return `the centers that add up to it as labels, ${count} at most`;
   return `its ${count} nearest center${count > 1 ? 's' : ''} as label${count > 1 ? 's' : ''}`;
 }
 
@@ -241,7 +242,7 @@ function images() {
   search.addEventListener('input', draw);
   section('images', 'Images and their labels',
     el('p', {}, `An image is trained with ${ruleText(c.rule, c.num_labels)}. `
-      + 'Each cluster is shown by its own nearest images, nearest cluster first.'),
+      + `Each cluster is shown by its own nearest images, ${c.rule === 'pursuit' ? 'in the order in which they were taken' : 'nearest cluster first'}.`),
     el('div', {class: 'controls'}, labelled('Search images', search), count), picker, detail);
   draw();
 }

@@ -180,3 +180,36 @@ def test_changed_or_absent_views_are_refused(embedded):
     with pytest.raises(errors.UserError, match='embed.views: .*without views'):
       run(embedded, 'b', *choices)
   run(embedded, 'c', 'images', 'nearest')
+
+
+def test_fewer_images_than_labels_are_refused(embedded):
+  config = config_lib.default()
+  config.cluster.num_centers = 0
+  stage.check(config, embedded)
+  config.cluster.num_labels = sum(SHARDS) + 1
+  with pytest.raises(errors.UserError, match='num_labels=161 .* 160 images'):
+    stage.check(config, embedded)
+
+
+def test_the_number_of_centers_follows_the_images(embedded):
+  config = config_lib.default()
+  config.cluster.update(dict(num_centers=0, iterations=2, num_labels=3))
+  folder = embedded.folder.parent / 'chosen'
+  manifest = manifests.open_for('cluster', folder, config={}, inputs={})
+  stage.run(config, manifest, embedded=embedded, mesh=sharding.make_mesh(2, 1,
+            devices=jax.devices()[:2]))  # fmt: skip
+  assert manifest.result['num_centers'] == len(read(manifest)[0]) == 40
+  assert config.cluster.num_centers == 0
+
+
+def test_labels_of_no_image_are_refused(embedded):
+  # One center without the mean of the centers is nothing.
+  config = config_lib.default()
+  config.cluster.update(
+    dict(num_centers=1, iterations=2, num_labels=1, rule='pursuit')
+  )
+  folder = embedded.folder.parent / 'one'
+  manifest = manifests.open_for('cluster', folder, config={}, inputs={})
+  with pytest.raises(errors.UserError, match='rule=pursuit: no image gets'):
+    stage.run(config, manifest, embedded=embedded, mesh=sharding.make_mesh(2, 1,
+              devices=jax.devices()[:2]))  # fmt: skip
