@@ -188,7 +188,7 @@ def field(assignment, *says):
     field('embed.text_weight=2', 'embed.text_weight=2', '0 to 1'),
     field('cluster.repair_iterations=0', 'repair_iterations=0', '1 to'),
     field('embed.shard_rows=0', 'embed.shard_rows=0', '1 to'),
-    field('cluster.num_centers=0', 'cluster.num_centers=0', '1 to'),
+    field('cluster.num_centers=-1', 'cluster.num_centers=-1', '0 to'),
     field('cluster.iterations=0', 'cluster.iterations=0', '1 to'),
     field('cluster.method=on', 'cluster.method', 'auto'),
     field('cluster.tolerance=2', 'cluster.tolerance=2', '0 to 1'),
