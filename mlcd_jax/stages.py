@@ -198,7 +198,8 @@ class _Run:
       _log.info('cluster: read from %s', self._shared)
       return
     made = self._done('embed')
-    cluster_lib.check(self._config, made)
+    if not self._done('cluster'):
+      cluster_lib.check(self._config, made)
     manifest = self._open('cluster', {'embeddings': made.fingerprint()})
     # Finished labels can still be measured by attributes that are named later.
     if not manifest.complete or coverage.is_due(self._config, manifest.folder):
