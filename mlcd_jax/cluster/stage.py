@@ -98,7 +98,7 @@ def check(
   config: ml_collections.ConfigDict, embedded: manifests.Manifest
 ) -> None:
   """Raises UserError if there are fewer images than labels of an image."""
-  num_images = shards.open_made(embedded).shape[0]
+  num_images = sum(embedded.result['shard_rows'])
   if num_images < config.cluster.num_labels:
     raise errors.UserError(
       f'cluster.num_labels={config.cluster.num_labels} is more than the '

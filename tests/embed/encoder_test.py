@@ -7,10 +7,10 @@ import pytest
 from mlcd_jax import manifests
 from mlcd_jax import stages
 from mlcd_jax.data import sources
+from mlcd_jax.data import transforms
 from mlcd_jax.embed import embedders
 from mlcd_jax.embed import encoder
 from mlcd_jax.embed import shards
-from mlcd_jax.embed import stage as embed
 from mlcd_jax.runtime import errors
 from mlcd_jax.weights import load as load_lib
 from mlcd_jax.weights import pinned as pinned_lib
@@ -43,7 +43,12 @@ def test_a_run_embeds_for_the_next_one(trained, tiny_config, tmp_path):
   model, params, _ = load_lib.from_run(trained)
   source = sources.make(tiny_config.data)
   embedder = embedders.load_embedder(manifest)
-  images = np.stack([embed._image(embedder, source[i]) for i in range(300)])
+  images = np.stack(
+    [
+      embedder.prepare(transforms.decode(source[i]['image']))
+      for i in range(300)
+    ]
+  )
   assert images.shape[1:] == (28, 28, 3)
   expected = jax.jit(model.apply)({'params': params}, images)['embedding']
   expected /= np.linalg.norm(expected, axis=1, keepdims=True)
