@@ -34,6 +34,7 @@ import sklearn.linear_model
 
 from mlcd_jax import kmeans
 from mlcd_jax import sharding
+from mlcd_jax.cluster import coverage
 from mlcd_jax.data import digits
 from mlcd_jax.data import scenes
 from mlcd_jax.data import views
@@ -139,27 +140,19 @@ def random_members(rows, centers, count):
   return rng.permuted(found, axis=1)[:, :count]
 
 
-def presence_map(labels: Mapping[str, np.ndarray], data: Scenes) -> float:
+def presence_map(
+  labels: Mapping[str, np.ndarray], data: Scenes, num_centers: int
+) -> float:
   """Returns the mAP of the mean profile of each test scene's labels.
 
   Args:
     labels: by split, int [N, L], -1 where there is no label.
     data: the scenes that they belong to.
+    num_centers: K, of all clusterings together.
   """
-  hot = data.hot('train').astype(np.float64)
-  count = 1 + max(found.max() for found in labels.values())
-  total, sums = np.zeros(count), np.zeros((count, hot.shape[1]))
-  for column in labels['train'].T:
-    rows = column >= 0
-    np.add.at(total, column[rows], 1)
-    np.add.at(sums, column[rows], hot[rows])
-  base = hot.mean(0)
-  # One scene's weight of the base rates, for centers with few scenes.
-  profiles = (sums + base) / (total + 1)[:, None]
-  given = labels['test'] >= 0
-  scored = profiles[labels['test']] * given[..., None]
-  scored = scored.sum(1) / np.maximum(given.sum(1), 1)[:, None]
-  return scores.mean_average_precision(scored, data.hot('test'))
+  hot = {split: data.hot(split).astype(np.int8) for split in labels}
+  centers = coverage.Centers(labels['train'], hot['train'], num_centers)
+  return centers.score(labels['test'], hot['test'])['presence_map']
 
 
 def bag_map(labels: Mapping[str, np.ndarray], data: Scenes) -> float:
@@ -241,7 +234,7 @@ class Quadrants:
           for s, r in rows.items()
         }
         out[f'{feature} K=100 independent {count}'] = presence_map(
-          labels, self.data
+          labels, self.data, 100 * count
         )
     return out
 
@@ -266,7 +259,7 @@ class Quadrants:
     }
     found = named(labels['test'], names, hot)
     out |= self._named('views 4', found)
-    out['mean K=300 crops views 4'] = presence_map(labels, self.data)
+    out['mean K=300 crops views 4'] = presence_map(labels, self.data, 300)
     return out
 
   def _named(self, name, found):
@@ -280,7 +273,9 @@ class Quadrants:
       }
       for count in _LABELS:
         first = {s: found[:, :count] for s, found in labels.items()}
-        out[f'{name} {rule.__name__} {count}'] = presence_map(first, self.data)
+        out[f'{name} {rule.__name__} {count}'] = presence_map(
+          first, self.data, len(centers)
+        )
     return out
 
 

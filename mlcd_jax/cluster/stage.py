@@ -1,7 +1,6 @@
 """The cluster stage: finds the centers and labels every row with them."""
 
 import logging
-import pathlib
 
 from jax.sharding import Mesh
 import ml_collections
@@ -66,7 +65,7 @@ def run(
     ],
   )
   progress = progress_lib.Progress('label', rows.shape[0], unit='rows')
-  start = 0
+  start = missing = 0
   for shard, count in enumerate(rows.shard_rows):
     if shard in todo:
       labels, scores = rules.RULES[config.cluster.rule](
@@ -81,9 +80,12 @@ def run(
         )
         files.write_npy(labels_lib.label_path(folder, shard), labels)
       distributed.barrier(f'labels {shard}')
+    else:
+      labels = files.read_npy(labels_lib.label_path(folder, shard))
+    missing += int(np.sum(labels[:, 0] < 0))
     start += count
     progress.update(start)
-  _check_labelled(config, folder, rows)
+  _check_labelled(config, missing, rows.shape[0])
   coverage.run(config, folder, rows)
   manifest.finish(
     num_centers=config.cluster.num_centers,
@@ -107,25 +109,17 @@ def check(
 
 
 def _check_labelled(
-  config: ml_collections.ConfigDict,
-  folder: pathlib.Path,
-  rows: row_files.Sharded,
+  config: ml_collections.ConfigDict, missing: int, num_images: int
 ) -> None:
   """Warns of images without a label; raises UserError if all are."""
-  missing = sum(
-    int(np.sum(np.load(labels_lib.label_path(folder, shard))[:, 0] < 0))
-    for shard in range(len(rows.shard_rows))
-  )
-  if missing == rows.shape[0]:
+  if missing == num_images:
     raise errors.UserError(
       f'cluster.rule={config.cluster.rule}: no image gets a label from '
       f'{config.cluster.num_centers} centers; set another rule, or more '
       'cluster.num_centers, in another --workdir'
     )
   if missing:
-    _log.warning(
-      'cluster: %d of %d images have no label', missing, rows.shape[0]
-    )
+    _log.warning('cluster: %d of %d images have no label', missing, num_images)
 
 
 def _with_num_centers(

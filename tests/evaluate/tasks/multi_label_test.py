@@ -34,6 +34,19 @@ def fixture_data(tiny_config):
   return features.Data(train, test, 10, sharding.make_mesh(), config=dataset)
 
 
+def keep_predictions(monkeypatch):
+  """Returns a list that gets what `linear.predict` returns."""
+  kept = []
+  predict = linear.predict
+
+  def spy(*args, **kwargs):
+    kept.extend(predict(*args, **kwargs))
+    return tuple(kept)
+
+  monkeypatch.setattr(linear, 'predict', spy)
+  return kept
+
+
 def test_attributes_are_those_of_the_digit(data):
   even, prime, loop, above = data.test.hot().T.astype(bool)
   digit = data.test.labels
@@ -44,14 +57,7 @@ def test_attributes_are_those_of_the_digit(data):
 
 
 def test_scores(data, tiny_config, monkeypatch):
-  kept = []
-  predict = linear.predict
-
-  def spy(*args, **kwargs):
-    kept.extend(predict(*args, **kwargs))
-    return tuple(kept)
-
-  monkeypatch.setattr(linear, 'predict', spy)
+  kept = keep_predictions(monkeypatch)
   found = multi_label.run(data, tiny_config)
   assert found['mAP'] == pytest.approx(
     metrics.average_precision_score(data.test.hot(), kept[0])
@@ -168,14 +174,7 @@ def fixture_scenes():
 
 def test_objects_are_found_by_size_and_number(scenes, monkeypatch):
   data, config = scenes
-  kept = []
-  predict = linear.predict
-
-  def spy(*args, **kwargs):
-    kept.extend(predict(*args, **kwargs))
-    return tuple(kept)
-
-  monkeypatch.setattr(linear, 'predict', spy)
+  kept = keep_predictions(monkeypatch)
   found = multi_label.run(data, config)
   exact, objects = [], []
   for i, logits in enumerate(kept[0]):
