@@ -27,7 +27,8 @@ class Study:
     cells: fields that change together.
     seeds: a run each.
     baselines: score the embedder, a random encoder and raw pixels too.
-    score: 'run', what the config evaluates; or 'emoji'.
+    score: 'run', what the config evaluates; 'paired', the multi-label probe
+      and its scores without groups of test images; or 'emoji'.
     metrics: columns of the table, as results.json names them, and headings.
     against: the cell, by what its row says, that the others are compared with.
   """
@@ -147,7 +148,53 @@ _TUNED = tuple(
   {**loss, _RATE: rate} for loss, rate in zip(_SCALED, _RATES, strict=True)
 )
 
+# Students of scenes. Each arm is one way to label a scene: what the centers are
+# of, which of them become labels, and the loss that suits their number.
+_SCENES_SETTINGS = {
+  'model.image_size': 40,  # A step takes a third of that at 64 pixels.
+  'train.steps': 600,
+  'train.checkpoint_every_steps': 600,
+  'cluster.num_labels': 8,
+}
+# Choices are made on the validation scenes.
+_ON_VALIDATION = {
+  'evaluate.datasets.scenes.test_split': 'validation',
+  'evaluate.datasets.scenes.validation_split': '',
+}
+_ONE = {
+  'cluster.fit_on': 'images',
+  'cluster.rule': 'nearest',
+  _LABELS: 1,
+  'loss.name': 'softmax',
+  _SCALE: 32.0,
+}
+_NEAREST = {'cluster.fit_on': 'images', 'cluster.rule': 'nearest', _LABELS: 8}
+_VIEWS = {'cluster.fit_on': 'views', 'cluster.rule': 'views', _LABELS: 8}
+_PURSUIT = {'cluster.fit_on': 'views', 'cluster.rule': 'pursuit', _LABELS: 8}
+_ARMS = (_ONE, _NEAREST, _VIEWS, _PURSUIT)
+
+
+def _scenes(title: str, settings: Mapping[str, Any] | None = None, **others):
+  return Study(
+    title=title,
+    config='configs/scenes.py',
+    settings=_SCENES_SETTINGS | dict(settings or {}),
+    metrics={
+      'trained/scenes/multi_label/mAP': 'presence mAP',
+      'trained/scenes/multi_label/exact_set': 'exact set',
+    },
+    **others,
+  )
+
+
 STUDIES = {
+  'scenes_classes': _scenes(
+    'Scenes: classes of each kind of labels, to choose from',
+    _ON_VALIDATION,
+    grid={'cluster.num_centers': (50, 200, 800)},
+    cells=_ARMS,
+    seeds=(100,),
+  ),
   'digits_losses_scale': _digits(
     'Scales of the losses, to choose from',
     grid={_SCALE: (8.0, 16.0, 32.0, 64.0)},

@@ -15,6 +15,7 @@ from typing import Any
 import ml_collections
 
 from benchmarks import emoji
+from benchmarks import paired
 from benchmarks import studies
 from mlcd_jax import config as config_lib
 from mlcd_jax import sharding
@@ -80,7 +81,7 @@ class Runs:
       if mine and not self._done(cell):
         _log.info('study: %s in %s', cell, self.folder(cell))
         self._train(cell)
-        self._add(cell, self._scores(cell))
+        self._add(cell, *self._scores(cell))
     return mine
 
   def folder(self, cell: Cell) -> pathlib.Path:
@@ -93,18 +94,25 @@ class Runs:
     wanted = cell.record()
     return any(wanted.items() <= record.items() for record in self.records())
 
-  def _scores(self, cell: Cell) -> dict[str, float]:
+  def _scores(
+    self, cell: Cell
+  ) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Returns the scores, and for 'paired' those without groups of images."""
     folder = self.folder(cell)
     if cell.study.score == 'run':
-      return _scores_of_run(folder)
-    found = {'trained': encoders.load(str(folder), sharding.make_mesh())}
+      return _scores_of_run(folder), {}
+    mesh = sharding.make_mesh()
+    encoder = encoders.load(str(folder), mesh)
+    if cell.study.score == 'paired':
+      return paired.score(self._config(cell), encoder, mesh)
+    found = {'trained': encoder}
     if cell.study.baselines:
       found |= emoji.baselines()
     return {
       f'{name}/{metric}': value
       for name, encoder in found.items()
       for metric, value in emoji.score(encoder, name, self._data).items()
-    }
+    }, {}
 
   def _train(self, cell: Cell) -> None:
     if '{previous}' in cell.point.values():
@@ -148,7 +156,12 @@ class Runs:
       config.evaluate.every_steps = config.train.steps
     return config
 
-  def _add(self, cell: Cell, results: dict[str, float]) -> None:
+  def _add(
+    self,
+    cell: Cell,
+    results: dict[str, float],
+    without: dict[str, list[float]],
+  ) -> None:
     results = {
       k: round(v, 5)
       for k, v in sorted(results.items())
@@ -156,6 +169,8 @@ class Runs:
     }
     with _claimed(self.path, wait=True):
       record = cell.record() | {'results': results}
+      if without:
+        record['without'] = without
       files.write_json(self.path, [*self.records(), record])
 
 

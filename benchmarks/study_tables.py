@@ -5,7 +5,10 @@
 
 writes a plot of every study with a grid into the folder, and the table of a
 study into the documents wherever they say `<!-- study: NAME -->`. An interval
-is Student's over the seeds; a difference is that of the same seed's runs.
+is Student's over the seeds; a difference is that of the same seed's runs. Where
+a study is scored as 'paired', the interval of a difference is of the test
+images too, and p is corrected for the number of differences in the table
+(paired.py).
 """
 
 import argparse
@@ -26,6 +29,7 @@ matplotlib.use('agg')
 from matplotlib import pyplot as plt
 import numpy as np
 
+from benchmarks import paired
 from benchmarks import studies
 from mlcd_jax.evaluate import intervals
 from mlcd_jax.evaluate import table as evaluate_table
@@ -101,13 +105,15 @@ def table(name: str, records: Records) -> str:
   against = {}
   if study.against is not None:
     against = _by_seed(records, study, study.against)
+  tested = _tested(study, records)
   for point in study.points():
     runs = _by_seed(records, study, point)
     for encoder in _NAMES if study.baselines else ('trained',):
-      cells = [
-        _cell(runs, against, metric.replace('trained', encoder, 1))
-        for metric in study.metrics
-      ]
+      cells = []
+      for metric in study.metrics:
+        metric = metric.replace('trained', encoder, 1)
+        found = tested.get((_said(point), metric))
+        cells.append(_cell(runs, against, metric) if not found else found)
       if any(cells):
         said = _NAMES[encoder] if study.baselines else _said(point)
         rows.append((said, str(len(runs)), *cells))
@@ -116,17 +122,52 @@ def table(name: str, records: Records) -> str:
 
 def _cell(runs, against, metric: str) -> str:
   """'87.1 (86.2-88.0)', and the difference to the same seeds of another."""
-  values = {s: 100 * r[metric] for s, r in runs.items() if metric in r}
+  values = {
+    s: 100 * r['results'][metric]
+    for s, r in runs.items()
+    if metric in r['results']
+  }
   if not values:
     return ''
   shown = _interval(list(values.values()), '{:.1f}', '-')
   differences = [
-    value - 100 * against[seed][metric]
+    value - 100 * against[seed]['results'][metric]
     for seed, value in values.items()
     if seed in against and against[seed] is not runs[seed]
   ]
   if differences:
     shown += '; ' + _interval(differences, '{:+.1f}', ' to ')
+  return shown
+
+
+def _tested(
+  study: studies.Study, records: Records
+) -> dict[tuple[str, str], str]:
+  """Returns the cells whose differences have a p, by row and metric."""
+  if study.score != 'paired' or study.against is None:
+    return {}
+  against = _by_seed(records, study, study.against)
+  shown, differences = {}, {}
+  for point in study.points():
+    runs = _by_seed(records, study, point)
+    seeds = sorted(set(runs) & set(against))
+    if len(seeds) < 2 or runs[seeds[0]] is against[seeds[0]]:
+      continue
+    for metric in study.metrics:
+      key = _said(point), metric
+      shown[key] = _cell(runs, {}, metric)
+      differences[key] = paired.difference(
+        *(
+          [side[seed][what][metric] for seed in seeds]
+          for what in ('results', 'without')
+          for side in (runs, against)
+        )
+      )
+  corrected = paired.holm([d.p for d in differences.values()])
+  for (key, d), p in zip(differences.items(), corrected):
+    low, high = 100 * (d.mean - d.half), 100 * (d.mean + d.half)
+    said = 'p < 0.001' if p < 0.001 else f'p = {p:.3f}'
+    shown[key] += f'; {100 * d.mean:+.1f} ({low:+.1f} to {high:+.1f}), {said}'
   return shown
 
 
@@ -140,10 +181,10 @@ def _interval(values: Sequence[float], form: str, to: str) -> str:
 
 def _by_seed(
   records: Records, study: studies.Study, point: Mapping[str, Any]
-) -> dict[int, Mapping[str, float]]:
-  """The results of a cell, by seed."""
+) -> dict[int, Mapping[str, Any]]:
+  """The records of a cell, by seed."""
   config = study.fields(point)
-  return {r['seed']: r['results'] for r in records if r['config'] == config}
+  return {r['seed']: r for r in records if r['config'] == config}
 
 
 def _said(point: Mapping[str, Any]) -> str:
@@ -179,7 +220,8 @@ def _plot(name: str, records: Records, path: pathlib.Path) -> None:
       points = []
       for value in values:
         runs = _by_seed(records, study, {**rest, field: value})
-        scores = [100 * r[metric] for r in runs.values() if metric in r]
+        found = [r['results'] for r in runs.values()]
+        scores = [100 * r[metric] for r in found if metric in r]
         if scores:
           points.append((value, *_mean_and_half(scores)))
       if points:

@@ -1,5 +1,8 @@
 """The rules by which centers become the labels of an image.
 
+A rule reads the images as a stream and yields their labels piece by piece, so
+that neither has to fit in memory.
+
 To add a rule: write its function, give it a line in `RULES`, and name it in
 `RULES` of config/choices.py.
 
@@ -7,6 +10,8 @@ Shapes: N images, V views of an image, K centers, D dimensions, L labels.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -14,6 +19,12 @@ import numpy as np
 
 from mlcd_jax import kmeans
 from mlcd_jax import unit
+
+# Labels int32 [n, L] and scores float32 [n, L] of consecutive images.
+Labels = tuple[np.ndarray, np.ndarray]
+
+# Images whose views are united at a time.
+_IMAGES = 16_384
 
 
 class Images(NamedTuple):
@@ -33,7 +44,7 @@ class Images(NamedTuple):
 
 def nearest(
   images: Images, centers: np.ndarray, num_labels: int, *, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Iterator[Labels]:
   """Gives an image the centers that are nearest to it.
 
   Args:
@@ -42,34 +53,39 @@ def nearest(
     num_labels: L.
     mesh: the mesh of all devices.
 
-  Returns:
-    Labels int32 [N, L], the nearest first, ties to the lower number; and their
-    cosines float32 [N, L]. A missing label is -1 and has the cosine 0.
+  Yields:
+    For n consecutive images: labels int32 [n, L], the nearest first, ties to
+    the lower number; and their cosines float32 [n, L]. A missing label is -1
+    and has the cosine 0.
   """
-  labels, scores = kmeans.nearest_centers(
+  for labels, scores in kmeans.nearest_in_chunks(
     images.rows, centers, num_labels, mesh=mesh
-  )
-  # A row that is zero or not finite has the cosine 0 to every center.
-  labels[scores[:, 0] == 0] = -1
-  return labels, scores
+  ):
+    # A row that is zero or not finite has the cosine 0 to every center.
+    yield np.where(scores[:, :1] == 0, -1, labels), scores
 
 
 def views(
   images: Images, centers: np.ndarray, num_labels: int, *, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Iterator[Labels]:
   """Gives an image the nearest center of each of its views; see `nearest`.
 
   A center that is nearest to several views counts once, with its best cosine.
   The best L stay. A view that is zero or not finite gives no label.
   """
-  labels, scores = kmeans.nearest_centers(images.views, centers, 1, mesh=mesh)
-  shape = images.rows.shape[0], images.num_views
-  return unite(labels.reshape(shape), scores.reshape(shape), num_labels)
+  found = kmeans.nearest_in_chunks(images.views, centers, 1, mesh=mesh)
+  num_images, each = images.rows.shape[0], images.num_views
+  lengths = [
+    each * min(_IMAGES, num_images - start)
+    for start in range(0, num_images, _IMAGES)
+  ]
+  for labels, scores in recut(found, lengths, 1):
+    yield unite(labels.reshape(-1, each), scores.reshape(-1, each), num_labels)
 
 
 def pursuit(
   images: Images, centers: np.ndarray, num_labels: int, *, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Iterator[Labels]:
   """Gives an image the centers that add up to it; see `kmeans.pursue`.
 
   With views it takes the mean of their unit rows instead of the image's own
@@ -80,14 +96,14 @@ def pursuit(
   negative.
 
   Returns:
-    Labels int32 [N, L] in the order in which they were taken, then -1; and
-    their coefficients float32 [N, L].
+    An iterator over pieces: labels int32 [n, L] in the order in which they were
+    taken, then -1; and their coefficients float32 [n, L].
   """
   rows = images.rows
   if images.views is not None:
     rows = _MeanOfViews(images.views, images.num_views)
   mean = unit.unit_rows(centers).mean(axis=0)
-  return kmeans.pursue(
+  return kmeans.pursue_in_chunks(
     _Centered(rows, mean),
     unit.unit_rows(centers) - mean,
     num_labels,
@@ -122,6 +138,31 @@ class _MeanOfViews:
     # A view that is zero or not finite adds nothing.
     views = unit.unit_rows(views)
     return views.reshape(-1, self._each, self.shape[1]).mean(axis=1)
+
+
+def recut(
+  pieces: Iterable[Labels], lengths: Iterable[int], num_labels: int
+) -> Iterator[Labels]:
+  """Cuts a stream of labels and scores into pieces of other lengths.
+
+  Args:
+    pieces: labels and scores [n, L] of consecutive rows.
+    lengths: the numbers of rows of the new pieces. Their sum is at most that of
+      the old ones.
+    num_labels: L.
+  """
+  pieces = iter(pieces)
+  nothing = np.zeros((0, num_labels), np.int32)
+  nothing = rest = nothing, nothing.astype(np.float32)
+  for length in lengths:
+    taken = [nothing]
+    while length:
+      if not len(rest[0]):
+        rest = next(pieces)
+      taken.append(tuple(x[:length] for x in rest))
+      rest = tuple(x[length:] for x in rest)
+      length -= len(taken[-1][0])
+    yield tuple(np.concatenate(part) for part in zip(*taken))
 
 
 def unite(
@@ -161,7 +202,7 @@ def _sorted(labels, scores, keys) -> tuple[np.ndarray, np.ndarray]:
   return tuple(np.take_along_axis(x, order, axis=1) for x in (labels, scores))
 
 
-RULES: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
+RULES: dict[str, Callable[..., Iterator[Labels]]] = {
   'nearest': nearest,
   'views': views,
   'pursuit': pursuit,

@@ -1,6 +1,7 @@
 """The cluster stage: finds the centers and labels every row with them."""
 
 import logging
+import pathlib
 
 from jax.sharding import Mesh
 import ml_collections
@@ -56,35 +57,7 @@ def run(
     fitted = views if config.cluster.fit_on == 'views' else rows
     centers_lib.run(config, fitted, folder, mesh)
   centers = files.read_npy(centers_path)
-  todo = distributed.decide(
-    'labels',
-    lambda: [
-      shard
-      for shard in range(len(rows.shard_rows))
-      if not labels_lib.label_path(folder, shard).exists()
-    ],
-  )
-  progress = progress_lib.Progress('label', rows.shape[0], unit='rows')
-  start = missing = 0
-  for shard, count in enumerate(rows.shard_rows):
-    if shard in todo:
-      labels, scores = rules.RULES[config.cluster.rule](
-        _images(rows, views, start, start + count),
-        centers,
-        config.cluster.num_labels,
-        mesh=mesh,
-      )
-      if distributed.is_main():
-        files.write_npy(
-          labels_lib.score_path(folder, shard), scores.astype(np.float16)
-        )
-        files.write_npy(labels_lib.label_path(folder, shard), labels)
-      distributed.barrier(f'labels {shard}')
-    else:
-      labels = files.read_npy(labels_lib.label_path(folder, shard))
-    missing += int(np.sum(labels[:, 0] < 0))
-    start += count
-    progress.update(start)
+  missing = _label(config, folder, rows, views, centers, mesh)
   _check_labelled(config, missing, rows.shape[0])
   coverage.run(config, folder, rows)
   manifest.finish(
@@ -94,6 +67,56 @@ def run(
       path.name: files.sha256(path) for path in sorted(folder.glob('*.npy'))
     },
   )
+
+
+def _label(
+  config: ml_collections.ConfigDict,
+  folder: pathlib.Path,
+  rows: row_files.Sharded,
+  views: row_files.Sharded | None,
+  centers: np.ndarray,
+  mesh: Mesh,
+) -> int:
+  """Writes the label shards that are missing.
+
+  All images from the first missing shard on are one stream, so that shards of
+  few rows cost no padding and the centers are put onto the devices once.
+
+  Returns:
+    The number of images without a label.
+  """
+  shard_rows, num_labels = rows.shard_rows, config.cluster.num_labels
+  done = distributed.decide('labels', lambda: _labelled(folder, shard_rows))
+  missing = 0
+  for shard in range(done):
+    labels = files.read_npy(labels_lib.label_path(folder, shard))
+    missing += int(np.sum(labels[:, 0] < 0))
+  start = sum(shard_rows[:done])
+  pieces = rules.RULES[config.cluster.rule](
+    _images(rows, views, start), centers, num_labels, mesh=mesh
+  )
+  progress = progress_lib.Progress('label', rows.shape[0], unit='rows')
+  progress.update(start)
+  cut = rules.recut(pieces, shard_rows[done:], num_labels)
+  for shard, (labels, scores) in enumerate(cut, start=done):
+    if distributed.is_main():
+      files.write_npy(
+        labels_lib.score_path(folder, shard), scores.astype(np.float16)
+      )
+      files.write_npy(labels_lib.label_path(folder, shard), labels)
+    distributed.barrier(f'labels {shard}')
+    missing += int(np.sum(labels[:, 0] < 0))
+    start += len(labels)
+    progress.update(start)
+  return missing
+
+
+def _labelled(folder: pathlib.Path, shard_rows: list[int]) -> int:
+  """Returns how many shards from the first on have labels."""
+  for shard in range(len(shard_rows)):
+    if not labels_lib.label_path(folder, shard).exists():
+      return shard
+  return len(shard_rows)
 
 
 def check(
@@ -140,26 +163,23 @@ def _with_num_centers(
 
 
 def _images(
-  rows: row_files.Sharded,
-  views: row_files.Sharded | None,
-  start: int,
-  stop: int,
+  rows: row_files.Sharded, views: row_files.Sharded | None, start: int
 ) -> rules.Images:
-  """Returns a range of the images, with their views if there are any."""
-  part = _Part(rows, start, stop)
+  """Returns the images from one on, with their views if there are any."""
+  part = _From(rows, start)
   if views is None:
     return rules.Images(part)
   each = views.rows_per_image
-  return rules.Images(part, _Part(views, each * start, each * stop), each)
+  return rules.Images(part, _From(views, each * start), each)
 
 
-class _Part:
-  """A range of the rows, read by slices as it may not fit in memory."""
+class _From:
+  """The rows from one on, read by slices as they may not fit in memory."""
 
-  def __init__(self, rows: row_files.Sharded, start: int, stop: int):
+  def __init__(self, rows: row_files.Sharded, start: int):
     self._rows = rows
     self._start = start
-    self.shape = (stop - start, rows.shape[1])
+    self.shape = (rows.shape[0] - start, rows.shape[1])
 
   def __getitem__(self, rows: slice) -> np.ndarray:
     start, stop, _ = rows.indices(self.shape[0])

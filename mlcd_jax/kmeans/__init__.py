@@ -30,8 +30,10 @@ from mlcd_jax.kmeans.lloyd import Fit
 from mlcd_jax.kmeans.lloyd import fit
 from mlcd_jax.kmeans.lloyd import iterate
 from mlcd_jax.kmeans.nearest import nearest_centers
+from mlcd_jax.kmeans.nearest import nearest_in_chunks
 from mlcd_jax.kmeans.programs import abstract_pass
 from mlcd_jax.kmeans.pursuit import pursue
+from mlcd_jax.kmeans.pursuit import pursue_in_chunks
 
 __all__ = [
   'Fit',
@@ -40,6 +42,8 @@ __all__ = [
   'held_bytes',
   'iterate',
   'nearest_centers',
+  'nearest_in_chunks',
   'pursue',
+  'pursue_in_chunks',
   'two_level',
 ]

@@ -14,6 +14,8 @@ lower case this device's part.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 import functools
 
 from jax import lax
@@ -27,6 +29,9 @@ from mlcd_jax.kmeans import chunks as chunks_lib
 from mlcd_jax.kmeans import programs
 from mlcd_jax.kmeans import search
 from mlcd_jax.kmeans import tiles
+
+# Labels int32 [n, L] and scores float32 [n, L] of the rows of a chunk.
+Found = tuple[np.ndarray, np.ndarray]
 
 # A row has at least this many more candidates than labels. With fewer, more
 # rows would need a search in float32.
@@ -77,6 +82,17 @@ def nearest_centers(
       in dimensions.
   """
   mesh = mesh or sharding.make_mesh()
+  chunks = nearest_in_chunks(embeddings, centers, num_labels, mesh=mesh)
+  return joined(chunks, embeddings.shape[0], num_labels)
+
+
+def nearest_in_chunks(
+  embeddings: unit.Rows, centers: np.ndarray, num_labels: int, *, mesh: Mesh
+) -> Iterator[Found]:
+  """Yields what `nearest_centers` returns for consecutive chunks of rows.
+
+  The centers are put onto the devices once, and only one chunk is in memory.
+  """
   look_up = make_lookup(mesh, len(centers), num_labels)
   return look_up_all(look_up, embeddings, centers, num_labels, mesh=mesh)
 
@@ -88,7 +104,7 @@ def look_up_all(
   num_labels: int,
   *,
   mesh: Mesh,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Iterator[Found]:
   """Finds the labels of all rows, one chunk after the other.
 
   Args:
@@ -100,7 +116,7 @@ def look_up_all(
     mesh: the mesh of all devices.
 
   Returns:
-    The labels, int32 [N, L], and the scores, float32 [N, L].
+    An iterator over the chunks of the rows, in order.
 
   Raises:
     ValueError: there are fewer centers than labels, or rows and centers differ
@@ -112,16 +128,33 @@ def look_up_all(
     raise ValueError(
       f'rows have {embeddings.shape[1]} dimensions, centers {centers.shape[1]}'
     )
-  c_KD = tiles.put_centers(unit.unit_rows(np.asarray(centers)), mesh)
-  tile = tiles.tile_shape(mesh, len(centers))[0]
-  chunks = chunks_lib.Chunks(embeddings, mesh, tile=tile, hold=False)
-  labels = np.zeros((embeddings.shape[0], num_labels), np.int32)
+
+  def found():
+    c_KD = tiles.put_centers(unit.unit_rows(np.asarray(centers)), mesh)
+    tile = tiles.tile_shape(mesh, len(centers))[0]
+    chunks = chunks_lib.Chunks(embeddings, mesh, tile=tile, hold=False)
+    for i, x_nD in enumerate(chunks):
+      start, stop = chunks.rows_of(i)
+      score_nL, center_nL = look_up(c_KD, x_nD)
+      yield (
+        sharding.to_host(center_nL)[: stop - start],
+        sharding.to_host(score_nL)[: stop - start],
+      )
+
+  return found()
+
+
+def joined(
+  chunks: Iterable[Found], num_rows: int, num_labels: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns labels int32 [N, L] and scores float32 [N, L] of all chunks."""
+  labels = np.zeros((num_rows, num_labels), np.int32)
   scores = np.zeros(labels.shape, np.float32)
-  for i, x_nD in enumerate(chunks):
-    start, stop = chunks.rows_of(i)
-    score_nL, center_nL = look_up(c_KD, x_nD)
-    labels[start:stop] = sharding.to_host(center_nL)[: stop - start]
-    scores[start:stop] = sharding.to_host(score_nL)[: stop - start]
+  start = 0
+  for label_nL, score_nL in chunks:
+    rows = slice(start, start + len(label_nL))
+    labels[rows], scores[rows] = label_nL, score_nL
+    start = rows.stop
   return labels, scores
 
 

@@ -9,6 +9,7 @@ labels of a row. Upper case is global, lower case this device's part.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 import functools
 
 import jax
@@ -89,9 +90,24 @@ def pursue(
     ValueError: there are fewer centers than labels, rows and centers differ in
       dimensions, or `min_gain` is below 0.
   """
+  mesh = mesh or sharding.make_mesh()
+  chunks = pursue_in_chunks(
+    embeddings, centers, num_labels, mesh=mesh, min_gain=min_gain
+  )
+  return nearest.joined(chunks, embeddings.shape[0], num_labels)
+
+
+def pursue_in_chunks(
+  embeddings: unit.Rows,
+  centers: np.ndarray,
+  num_labels: int,
+  *,
+  mesh: Mesh,
+  min_gain: float = _MIN_GAIN,
+) -> Iterator[nearest.Found]:
+  """Yields what `pursue` returns for consecutive chunks of rows."""
   if not min_gain >= 0:
     raise ValueError(f'min_gain={min_gain} is below 0')
-  mesh = mesh or sharding.make_mesh()
   look_up = _make_pursuit(
     mesh, tiles.tile_shape(mesh, len(centers)), num_labels, float(min_gain)
   )

@@ -42,10 +42,15 @@ def reference(views, centers, num_labels):
   return labels, scores
 
 
+def joined(rule, images, centers, num_labels, mesh):
+  pieces = rules.RULES[rule](images, centers, num_labels, mesh=mesh)
+  return next(rules.recut(pieces, [len(images.rows)], num_labels))
+
+
 def run(views, centers, num_labels, shape=(8, 1)):
   mesh = sharding.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
   images = rules.Images(views[:, 0], views.reshape(-1, DIM), NUM_VIEWS)
-  return rules.RULES['views'](images, centers, num_labels, mesh=mesh)
+  return joined('views', images, centers, num_labels, mesh)
 
 
 @pytest.mark.parametrize('shape', [(8, 1), (2, 4), (1, 1)])
@@ -77,7 +82,7 @@ def test_pursuit_of_the_mean_of_the_views_without_what_all_share(shape):
   views, centers = views + 2.0, unit_rows(centers + 2.0)  # All share much.
   mesh = sharding.make_mesh(*shape)
   images = rules.Images(views[:, 0], views.reshape(-1, DIM), NUM_VIEWS)
-  labels, scores = rules.RULES['pursuit'](images, centers, 3, mesh=mesh)
+  labels, scores = joined('pursuit', images, centers, 3, mesh)
   rows = unit_rows(unit_rows(views).mean(1))
   centered = unit_rows(centers - centers.mean(0))
   for i, row in enumerate(rows):
@@ -91,9 +96,7 @@ def test_pursuit_of_the_mean_of_the_views_without_what_all_share(shape):
       assert label == products.argmax()
       assert score == pytest.approx(products[label], abs=1e-5)
       residual = residual - products[label] * centered[label]
-  found = rules.RULES['pursuit'](
-    rules.Images(views[:, 1]), centers, 1, mesh=mesh
-  )
+  found = joined('pursuit', rules.Images(views[:, 1]), centers, 1, mesh)
   products = unit_rows(unit_rows(views[:, 1]) - centers.mean(0)) @ centered.T
   good = found[0][:, 0] >= 0
   assert good.sum() == np.isfinite(views[:, 1]).all(1).sum()
@@ -122,14 +125,44 @@ def test_nearest_gives_a_zero_row_no_label():
   views, centers = make()
   rows = views[:, 0]
   mesh = sharding.make_mesh()
-  labels, scores = rules.RULES['nearest'](
-    rules.Images(rows), centers, 4, mesh=mesh
-  )
+  labels, scores = joined('nearest', rules.Images(rows), centers, 4, mesh)
   good = np.flatnonzero(rows.any(1))
   unit = rows[good] / np.linalg.norm(rows[good], axis=1, keepdims=True)
   expected = np.argsort(-(unit @ centers.T), axis=1)[:, :4]
   np.testing.assert_array_equal(labels[good], expected)
   assert (labels[[3, 6]] == -1).all() and (scores[[3, 6]] == 0).all()
+
+
+@pytest.mark.parametrize('lengths', [[0, 5, 0, 1, 9], [15], [1] * 15, [3, 4]])
+@pytest.mark.parametrize('old', [[15], [4, 4, 4, 3], [7, 8]])
+def test_a_stream_is_cut_anew_in_order(lengths, old):
+  labels = np.arange(30, dtype=np.int32).reshape(15, 2)
+  stops = np.cumsum(old)
+  pieces = (
+    (labels[stop - n : stop], labels[stop - n : stop] / np.float32(2))
+    for n, stop in zip(old, stops)
+  )
+  found = list(rules.recut(pieces, lengths, 2))
+  assert [len(piece) for piece, _ in found] == lengths
+  together = np.concatenate([piece for piece, _ in found])
+  np.testing.assert_array_equal(together, labels[: sum(lengths)])
+  np.testing.assert_array_equal(
+    np.concatenate([scores for _, scores in found]), together / 2
+  )
+
+
+def test_views_of_chunks_that_cut_an_image_in_two(monkeypatch):
+  views, centers = make()
+  expected = run(views, centers, 3)
+  stream = rules.kmeans.nearest_in_chunks
+
+  def shorter(rows, *args, **options):
+    whole = list(stream(rows, *args, **options))
+    return rules.recut(whole, [7] * 26 + [3], 1)  # An image has 5 views.
+
+  monkeypatch.setattr(rules.kmeans, 'nearest_in_chunks', shorter)
+  monkeypatch.setattr(rules, '_IMAGES', 4)
+  np.testing.assert_equal(run(views, centers, 3), expected)
 
 
 def test_every_choice_has_a_rule():

@@ -143,18 +143,20 @@ def test_labels_are_the_same_on_every_mesh(embedded, shape):
 
 def test_a_stage_killed_between_shards_goes_on(embedded, monkeypatch):
   expected = run(embedded, 'a', 'views', 'views')
-  rule, calls = stage.rules.RULES['views'], []
+  rule, streams = stage.rules.RULES['views'], []
 
-  def killed(*args, **options):
-    calls.append(args)
-    if len(calls) == 3:
-      raise KeyboardInterrupt
-    return rule(*args, **options)
+  def killed(images, *args, **options):
+    streams.append(images)
+    pieces = rule(images, *args, **options)
+    # The first shard's images, and a part of the third's.
+    yield from stage.rules.recut(pieces, [SHARDS[0], 5], 5)
+    raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
     patch.setitem(stage.rules.RULES, 'views', killed)
     with pytest.raises(KeyboardInterrupt):
       run(embedded, 'b', 'views', 'views')
+  assert len(streams) == 1  # All shards are one stream.
   folder = embedded.folder.parent / 'b'
   assert labels_lib.label_path(folder, 1).exists()
   assert not labels_lib.label_path(folder, 2).exists()

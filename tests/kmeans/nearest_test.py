@@ -17,7 +17,8 @@ def fixture_look_up(request):
     program = nearest.make_lookup(
       mesh, len(centers), count, score_dtype=request.param, **options
     )
-    return nearest.look_up_all(program, x, centers, count, mesh=mesh)
+    chunks = nearest.look_up_all(program, x, centers, count, mesh=mesh)
+    return nearest.joined(chunks, len(x), count)
 
   return look_up
 
