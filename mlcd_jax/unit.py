@@ -11,6 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 
+# Rows whose largest value lies outside this range are divided by it first. The
+# sum of the squares of other rows is a normal float32.
+_SMALL = 1e-15
+_LARGE = 1e15
+
+
 class Rows(Protocol):
   """Rows [N, D] that can be read by slices: an array, or files read as one."""
 
@@ -30,6 +36,11 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     zero.
   """
   rows = np.asarray(rows, np.float32)
+  # Squares of values above 1.8e19 or below 1e-23 leave the range of float32.
+  peak = np.abs(rows).max(-1, keepdims=True, initial=0)
+  extreme = np.isfinite(peak) & ((peak > _LARGE) | (peak < _SMALL))
+  if extreme.any():
+    rows = rows / np.where(extreme & (peak > 0), peak, 1)
   norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
   usable = np.isfinite(norm) & (norm > 0)
   return np.where(usable, rows / np.where(usable, norm, 1), 0)
@@ -50,6 +61,9 @@ def unit_rows_jax(x_ND: jax.Array) -> jax.Array:
     float32 rows [N, D]. A row that is zero or not finite becomes zero.
   """
   x_ND = x_ND.astype(jnp.float32)
+  peak_N1 = jnp.max(jnp.abs(x_ND), axis=1, keepdims=True)
+  extreme_N1 = (peak_N1 > _LARGE) | ((peak_N1 < _SMALL) & (peak_N1 > 0))
+  x_ND = x_ND / jnp.where(jnp.isfinite(peak_N1) & extreme_N1, peak_N1, 1)
   square_N1 = jnp.sum(jnp.square(x_ND), axis=1, keepdims=True)
   usable_N1 = jnp.isfinite(square_N1) & (square_N1 > 0)
   scale_N1 = lax.rsqrt(jnp.where(usable_N1, square_N1, 1))
