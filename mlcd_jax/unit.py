@@ -10,7 +10,6 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-
 # Rows whose largest value lies outside this range are divided by it first. The
 # sum of the squares of other rows is a normal float32.
 _SMALL = 1e-15

@@ -229,13 +229,16 @@ def _check_training(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_evaluate(c: ml_collections.ConfigDict) -> None:
-  """Checks the tasks and the data sets that they run on."""
-  for task in config_lib.split_names(c.evaluate.tasks):
-    if task not in (*config_lib.TASKS, 'all'):
-      raise errors.UserError(
-        f'evaluate.tasks: {task!r} is unknown; use any of: '
-        + ', '.join((*config_lib.TASKS, 'all'))
-      )
+  """Checks the tasks, the baselines and the data sets to evaluate on."""
+  for field, known in (
+    ('evaluate.tasks', (*config_lib.TASKS, 'all')),
+    ('evaluate.baselines', choices.BASELINES),
+  ):
+    for name in config_lib.split_names(fields.get(c, field)):
+      if name not in known:
+        raise errors.UserError(
+          f'{field}: {name!r} is unknown; use any of: ' + ', '.join(known)
+        )
   for name, dataset in c.evaluate.datasets.items():
     if dataset.source not in config_lib.SOURCES:
       raise errors.UserError(

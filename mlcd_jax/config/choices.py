@@ -37,6 +37,8 @@ TASKS = (
   'retrieval',
   'finetune',
 )
+# The encoders that evaluate/stage.py scores beside the trained one.
+BASELINES = ('embedder', 'random', 'raw')
 
 METRICS = (
   'accuracy',

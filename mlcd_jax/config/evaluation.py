@@ -1,5 +1,6 @@
 """The config fields of the evaluation."""
 
+from mlcd_jax.config import choices
 from mlcd_jax.config.field import EVALUATE
 from mlcd_jax.config.field import Field
 from mlcd_jax.config.field import MOST
@@ -10,6 +11,13 @@ FIELDS = (
     'evaluate.tasks',
     ('linear', 'knn', 'few_shot'),
     'Tasks to run, or all.',
+    stages=(EVALUATE,),
+  ),
+  Field(
+    'evaluate.baselines',
+    choices.BASELINES,
+    'Encoders to score beside the trained one: the embedder, the model '
+    'before training (random), and pixels (raw); () = none.',
     stages=(EVALUATE,),
   ),
   Field(

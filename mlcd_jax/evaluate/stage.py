@@ -47,12 +47,16 @@ def run(
     manifest: the manifest of this stage, which is finished at the end. The
       features are cached in its folder.
     workdir: the folder for results.json.
-    scored: the encoders by their names in results.json.
+    scored: the encoders by their names in results.json. Those that
+      evaluate.baselines leaves out are not scored.
     mesh: the mesh of all devices.
   """
   datasets = open_sources(config)
+  wanted = 'trained', *config_lib.split_names(config.evaluate.baselines)
   results = {}
   for name, encoder in scored.items():
+    if name not in wanted:
+      continue
     found = score(
       config, encoder, datasets, name=name, mesh=mesh, folder=manifest.folder
     )

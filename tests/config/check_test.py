@@ -48,6 +48,7 @@ from mlcd_jax.runtime import errors
     ('embed.views', (True,), 'grids from 1 to 16'),
     ('embed.views', ('2',), 'grids from 1 to 16'),
     ('evaluate.tasks', ('linear', 'svm'), 'svm'),
+    ('evaluate.baselines', ('raw', 'mean'), 'mean'),
     ('seed', -1, 'seed'),
   ],
 )

@@ -81,6 +81,10 @@ def test_released_weights_are_scored_alone(tiny_config, tmp_path, capsys):
   results = json.loads((tmp_path / 'results.json').read_text())
   assert {k.split('/')[0] for k in results} == {'trained', 'raw'}
   assert results['trained/digits/knn/accuracy_count'] == 100
+  tiny_config.evaluate.baselines = ()
+  stages.run(tiny_config, tmp_path / 'alone', ('evaluate',))
+  alone = json.loads((tmp_path / 'alone' / 'results.json').read_text())
+  assert alone == {k: v for k, v in results.items() if 'raw/' not in k}
   assert not (tmp_path / 'embeddings').exists()
   assert re.search(
     r'trained .*digits .*knn .*accuracy .*100', capsys.readouterr().out
