@@ -1,11 +1,11 @@
 """Differences between encoders that were scored on the same test images.
 
 A difference is uncertain in two ways. Another seed gives other clusters,
-weights and crops: the spread of the seeds' differences measures this. Other test
-images give other scores: the delete-a-group jackknife measures this. It scores
-the encoders again without one of `GROUPS` groups of the test images (Shao and Tu
-1995, chapter 2). It holds for any score, also for one like mAP that is not the
-mean over images.
+weights and crops: the spread of the seeds' differences measures this. Other
+test images give other scores: the delete-a-group jackknife measures this. It
+scores the encoders again without one of `GROUPS` groups of the test images
+(Shao and Tu 1995, chapter 2). It holds for any score, also for one like mAP
+that is not the mean over images.
 
 Shapes: S seeds, G groups, M test images.
 """

@@ -227,8 +227,8 @@ def _train(config, devices, utilisation) -> dict[str, Any]:
   mesh = mesh_lib.from_config(config, devices=devices)
   num_images = presets.num_images(config)
   steps = config.train.steps
-  if not steps and num_images:
-    steps = round(config.train.epochs * num_images / config.train.batch_size)
+  if num_images:
+    steps = sizes.num_steps(config, num_images)
   program = step.Program(
     config=config,
     num_classes=_num_centers(config, num_images),

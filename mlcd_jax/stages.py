@@ -25,6 +25,7 @@ from mlcd_jax.cluster import stage as cluster_lib
 from mlcd_jax.config import check as config_check
 from mlcd_jax.config import fields as config_fields
 from mlcd_jax.config import mesh as mesh_lib
+from mlcd_jax.config import sizes
 from mlcd_jax.data import sources
 from mlcd_jax.embed import embedders
 from mlcd_jax.embed import stage as embed
@@ -254,7 +255,7 @@ class _Run:
     program = step_lib.Program(
       config=self._config,
       num_classes=self._done('cluster').result['num_centers'],
-      steps=train.num_steps(self._config, len(source)),
+      steps=sizes.num_steps(self._config, len(source)),
       mesh=self._mesh,
     )
     embedder = embedders.load_embedder(
@@ -307,11 +308,10 @@ class _Run:
     config = self._fields('evaluate')
     found = manifests.load(folder)
     if found and found.complete:
-      if (found.config, found.inputs) == (config, inputs) and (
-        distributed.decide(
-          'results',
-          lambda: files.unchanged(self._workdir, found.result['sha256']),
-        )
+      same = (found.config, found.inputs) == (config, inputs)
+      if same and distributed.decide(
+        'results',
+        lambda: files.unchanged(self._workdir, found.result['sha256']),
       ):
         _log.info('evaluate: done')
         return found
@@ -374,13 +374,13 @@ class _Run:
         'embeddings than lie there now; cluster again'
       )
     fields = self._fields('cluster')  # What training sees must match.
-    names = ['num_centers', 'num_labels', 'fit_on', 'rule']
-    if not self._config.cluster.num_centers:
-      names.remove('num_centers')  # This run takes what is there.
+    names = ['cluster.num_labels', 'cluster.fit_on', 'cluster.rule']
+    if self._config.cluster.num_centers:  # With 0 this run takes what is there.
+      names.append('cluster.num_centers')
     manifests.check_same(
       clustered.config
       | {'cluster.num_centers': clustered.result['num_centers']},
-      {f'cluster.{name}': fields[f'cluster.{name}'] for name in names},
+      {name: fields[name] for name in names},
       clustered.folder,
     )
 

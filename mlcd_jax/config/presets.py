@@ -304,6 +304,7 @@ def _own(config: ml_collections.ConfigDict) -> None:
   config.cluster.num_centers = 0
   config.loss.sample_rate = 1.0  # So few classes need no sampling.
   config.train.batch_size = 256
+  config.train.min_steps = 10_000  # The epochs of 80,000 images.
   config.train.accumulate_steps = 1
   # Half of 1e-3, which the paper's batch of 32,768 had.
   config.optimizer.learning_rate = 5e-4

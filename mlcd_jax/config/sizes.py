@@ -1,4 +1,4 @@
-"""Sizes that follow from the number of images where the config has 0."""
+"""Sizes that follow from the number of images."""
 
 import ml_collections
 
@@ -25,3 +25,21 @@ def num_centers(config: ml_collections.ConfigDict, num_images: int) -> int:
     return config.cluster.num_centers
   chosen = min(num_images // _IMAGES_PER_CENTER, _MAX_CENTERS)
   return min(num_images, max(chosen, config.cluster.num_labels))
+
+
+def num_steps(config: ml_collections.ConfigDict, num_images: int) -> int:
+  """Returns the number of steps of the whole run.
+
+  It is train.steps. If that is 0, it is train.epochs of the images, and at
+  least train.min_steps.
+
+  Args:
+    config: the config of the run.
+    num_images: the number of images in an epoch.
+  """
+  train = config.train
+  if train.steps:
+    return train.steps
+  return max(
+    1, round(train.epochs * num_images / train.batch_size), train.min_steps
+  )

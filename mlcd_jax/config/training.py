@@ -268,6 +268,14 @@ FIELDS = (
     stages=(TRAIN,),
   ),
   Field(
+    'train.min_steps',
+    0,
+    'The least number of steps, where train.epochs of few images are fewer.',
+    low=0,
+    high=MOST,
+    stages=(TRAIN,),
+  ),
+  Field(
     'train.batch_size',
     256,
     'Images a step, over all devices.',

@@ -13,6 +13,7 @@ import numpy as np
 from mlcd_jax import manifests
 from mlcd_jax import sharding
 from mlcd_jax.cluster import labels as labels_lib
+from mlcd_jax.config import sizes
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.data import matching
 from mlcd_jax.data import pipelines
@@ -71,8 +72,15 @@ def run(
   program = step_lib.Program(
     config=config,
     num_classes=labels.num_classes,
-    steps=num_steps(config, len(source)),
+    steps=sizes.num_steps(config, len(source)),
     mesh=mesh,
+  )
+  _log.info(
+    'train: %d steps of %d images, %.3g epochs of %d images',
+    program.steps,
+    config.train.batch_size,
+    program.steps * config.train.batch_size / len(source),
+    len(source),
   )
   _log.info('train: parameters\n%s', summary.parameters(program))
   checkpointer = _checkpointer(config, manifest.folder)
@@ -165,22 +173,6 @@ def _batches(config, source, label_rows, labels, first, mesh):
   )
   put = functools.partial(sharding.put_batch, mesh)
   return pipelines.Prefetched(own_rows, put)
-
-
-def num_steps(config: ml_collections.ConfigDict, num_images: int) -> int:
-  """Returns the number of steps of the whole run.
-
-  It is train.steps; if that is 0, train.epochs decides.
-
-  Args:
-    config: the config of the run.
-    num_images: the number of images in an epoch.
-  """
-  if config.train.steps:
-    return config.train.steps
-  return max(
-    1, round(config.train.epochs * num_images / config.train.batch_size)
-  )
 
 
 def _label_rows(

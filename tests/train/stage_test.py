@@ -12,6 +12,7 @@ from mlcd_jax import manifests
 from mlcd_jax import sharding
 from mlcd_jax import stages
 from mlcd_jax.cluster import labels
+from mlcd_jax.config import sizes
 from mlcd_jax.data import pipelines
 from mlcd_jax.data import sources
 from mlcd_jax.models import vit
@@ -437,4 +438,9 @@ def test_goes_on_with_other_devices(start, tmp_path, sample_rate):
 
 def test_epochs_become_steps(tiny_config):
   tiny_config.train.steps, tiny_config.train.epochs = 0, 2.0
-  assert train.num_steps(tiny_config, 3_500) == 219
+  assert sizes.num_steps(tiny_config, 3_500) == 219
+  tiny_config.train.min_steps = 300
+  assert sizes.num_steps(tiny_config, 3_500) == 300
+  assert sizes.num_steps(tiny_config, 35_000) == 2_188
+  tiny_config.train.steps = 7
+  assert sizes.num_steps(tiny_config, 3_500) == 7
