@@ -30,7 +30,8 @@ class Study:
     score: 'run', what the config evaluates; 'paired', the multi-label probe
       and its scores without groups of test images; or 'emoji'.
     metrics: columns of the table, as results.json names them, and headings.
-    against: the cell, by what its row says, that the others are compared with.
+    against: the cell, by its fields, that the others are compared with.
+    names: what rows call cells with these fields, instead of the fields.
   """
 
   title: str
@@ -43,6 +44,9 @@ class Study:
   score: str = 'run'
   metrics: Mapping[str, str]
   against: Mapping[str, Any] | None = None
+  names: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def points(self) -> list[dict[str, Any]]:
     """Returns the fields that tell each cell of the grid from the others."""
@@ -51,6 +55,15 @@ class Study:
       for values in itertools.product(*self.grid.values())
       for fields in self.cells
     ]
+
+  def say(self, point: Mapping[str, Any]) -> str:
+    """Returns what the row of a cell says."""
+    said, named = [], {}
+    for name, fields in self.names.items():
+      if all(point.get(k) == v for k, v in fields.items()):
+        said, named = [name], fields
+    said += [f'{k}={v}' for k, v in point.items() if k not in named]
+    return ', '.join(said) or 'as it is'
 
   def fields(self, point: Mapping[str, Any]) -> dict[str, Any]:
     """All fields of a cell that differ from the config, as JSON has them."""
@@ -161,21 +174,35 @@ _ON_VALIDATION = {
   'evaluate.datasets.scenes.test_split': 'validation',
   'evaluate.datasets.scenes.validation_split': '',
 }
-_ONE = {
+_OF_IMAGES = {
+  'embed.image_size': 56,
+  'embed.views': (),
   'cluster.fit_on': 'images',
   'cluster.rule': 'nearest',
-  _LABELS: 1,
-  'loss.name': 'softmax',
-  _SCALE: 32.0,
 }
-_NEAREST = {'cluster.fit_on': 'images', 'cluster.rule': 'nearest', _LABELS: 8}
+_ONE = _OF_IMAGES | {_LABELS: 1, 'loss.name': 'softmax', _SCALE: 32.0}
+_NEAREST = _OF_IMAGES | {_LABELS: 8}
 _VIEWS = {'cluster.fit_on': 'views', 'cluster.rule': 'views', _LABELS: 8}
 _PURSUIT = {'cluster.fit_on': 'views', 'cluster.rule': 'pursuit', _LABELS: 8}
 _ARMS = (_ONE, _NEAREST, _VIEWS, _PURSUIT)
+# The best of scenes_classes by presence mAP.
+_ARMS_AT_BEST_CLASSES = tuple(
+  {**arm, 'cluster.num_centers': count}
+  for arm, count in zip(_ARMS, (800, 200, 200, 50), strict=True)
+)
+
+
+_ARM_NAMES = {
+  '1 nearest center': _ONE,
+  '8 nearest centers': _NEAREST,
+  'centers of the crops': _VIEWS,
+  'pursuit': _PURSUIT,
+}
 
 
 def _scenes(title: str, settings: Mapping[str, Any] | None = None, **others):
   return Study(
+    names=_ARM_NAMES,
     title=title,
     config='configs/scenes.py',
     settings=_SCENES_SETTINGS | dict(settings or {}),
@@ -193,6 +220,13 @@ STUDIES = {
     _ON_VALIDATION,
     grid={'cluster.num_centers': (50, 200, 800)},
     cells=_ARMS,
+    seeds=(100,),
+  ),
+  'scenes_rates': _scenes(
+    'Scenes: learning rates, each kind of labels at its best number of classes',
+    _ON_VALIDATION,
+    grid={_RATE: (2e-3, 4e-3, 8e-3)},
+    cells=_ARMS_AT_BEST_CLASSES,
     seeds=(100,),
   ),
   'digits_losses_scale': _digits(

@@ -112,10 +112,10 @@ def table(name: str, records: Records) -> str:
       cells = []
       for metric in study.metrics:
         metric = metric.replace('trained', encoder, 1)
-        found = tested.get((_said(point), metric))
+        found = tested.get((study.say(point), metric))
         cells.append(_cell(runs, against, metric) if not found else found)
       if any(cells):
-        said = _NAMES[encoder] if study.baselines else _said(point)
+        said = _NAMES[encoder] if study.baselines else study.say(point)
         rows.append((said, str(len(runs)), *cells))
   return evaluate_table.align(rows) + '\n'
 
@@ -154,7 +154,7 @@ def _tested(
     if len(seeds) < 2 or runs[seeds[0]] is against[seeds[0]]:
       continue
     for metric in study.metrics:
-      key = _said(point), metric
+      key = study.say(point), metric
       shown[key] = _cell(runs, {}, metric)
       differences[key] = paired.difference(
         *(
@@ -185,10 +185,6 @@ def _by_seed(
   """The records of a cell, by seed."""
   config = study.fields(point)
   return {r['seed']: r for r in records if r['config'] == config}
-
-
-def _said(point: Mapping[str, Any]) -> str:
-  return ', '.join(f'{k}={v}' for k, v in point.items()) or 'as it is'
 
 
 def plot(records: Records, folder: pathlib.Path) -> None:
@@ -226,7 +222,9 @@ def _plot(name: str, records: Records, path: pathlib.Path) -> None:
           points.append((value, *_mean_and_half(scores)))
       if points:
         x, y, half = zip(*points)
-        ax.errorbar(x, y, yerr=half, marker='o', capsize=3, label=_said(rest))
+        ax.errorbar(
+          x, y, yerr=half, marker='o', capsize=3, label=study.say(rest)
+        )
     if min(values) > 0 and max(values) >= 10 * min(values):
       ax.set_xscale('log')
       ax.set_xticks(values, [f'{v:g}' for v in values])

@@ -3,9 +3,11 @@
 import pathlib
 import re
 
+import numpy as np
 import pytest
 import scipy.stats
 
+from benchmarks import paired
 from benchmarks import studies
 from benchmarks import study_runs
 from benchmarks import study_tables
@@ -81,6 +83,49 @@ def test_table_has_means_intervals_and_paired_differences(monkeypatch):
     f'{absolute}; {difference}',
   ]
   assert eight.split('|')[3].strip() == interval([90, 91, 95], '%.1f', '-')
+
+
+def test_differences_of_paired_scores_have_a_corrected_p(monkeypatch):
+  arms = {f'{n} labels': {'loss.num_positives': n} for n in (1, 4, 8)}
+  made = _study(
+    cells=list(arms.values()),
+    names=arms,
+    score='paired',
+    against={'loss.num_positives': 1},
+  )
+  monkeypatch.setattr(studies, 'STUDIES', {'labels': made})
+  rng = np.random.default_rng(0)
+  records = []
+  for fields, mean in zip(arms.values(), (0.5, 0.52, 0.8)):
+    for seed, value in enumerate(mean + rng.normal(0, 0.01, 3)):
+      without = value + rng.normal(0, 0.001, paired.GROUPS)
+      records.append(
+        _record(made, fields, seed, value)
+        | {'without': {_METRIC: without.tolist()}}
+      )
+  rows = study_tables.table('labels', records).splitlines()[2:]
+  said = [[c.strip() for c in row.split('|')[1:-1]] for row in rows]
+  assert [row[0] for row in said] == list(arms)
+  assert ';' not in said[0][2]
+
+  def found(n):
+    runs = [r for r in records if r['config']['loss.num_positives'] == n]
+    return [r['results'][_METRIC] for r in runs], np.array(
+      [r['without'][_METRIC] for r in runs]
+    )
+
+  few, many = (
+    paired.difference(*(x for pair in zip(found(n), found(1)) for x in pair))
+    for n in (4, 8)
+  )
+  # Two differences are shown: the smaller p doubles.
+  assert many.p < few.p
+  low, high = 100 * (many.mean - many.half), 100 * (many.mean + many.half)
+  p = 'p < 0.001' if 2 * many.p < 0.001 else f'p = {2 * many.p:.3f}'
+  assert said[2][2].endswith(
+    f'; {100 * many.mean:+.1f} ({low:+.1f} to {high:+.1f}), {p}'
+  )
+  assert said[1][2].endswith(f'p = {max(few.p, 2 * many.p):.3f}')
 
 
 def test_records_of_other_settings_are_left_out(monkeypatch):
