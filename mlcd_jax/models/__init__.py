@@ -1,5 +1,6 @@
 """Image and text encoders in Linen."""
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -20,11 +21,15 @@ _OF_VITS = {
 }
 
 
-def make(config: ml_collections.ConfigDict) -> Encoder:
+def make(
+  config: ml_collections.ConfigDict,
+  batch_sharding: jax.sharding.Sharding | None = None,
+) -> Encoder:
   """Makes the encoder that the `model` fields describe.
 
   Args:
     config: the `model` fields.
+    batch_sharding: see `vit.ViT`; ResNets ignore it.
 
   Raises:
     UserError: the variant is unknown, its patches do not divide the image
@@ -64,6 +69,7 @@ def make(config: ml_collections.ConfigDict) -> Encoder:
     remat=config.remat,
     scan_layers=config.scan_layers,
     drop_path=config.drop_path,
+    batch_sharding=batch_sharding,
   )
 
 

@@ -74,6 +74,9 @@ class ViT(nn.Module):
       not change.
     drop_path: the probability that a branch of the last block is dropped in
       training. It falls linearly to 0 at the first block.
+    batch_sharding: how the tokens between blocks lie on the devices; None
+      leaves it to the compiler. With sharded weights the compiler would gather
+      the tokens, which are larger.
   """
 
   width: int
@@ -98,6 +101,7 @@ class ViT(nn.Module):
   remat: str = 'none'
   scan_layers: bool = False
   drop_path: float = 0.0
+  batch_sharding: jax.sharding.Sharding | None = None
 
   @nn.compact
   def __call__(
@@ -236,18 +240,25 @@ class ViT(nn.Module):
     params = [self.param(f'block_{i:02d}', init) for i in range(self.depth)]
     weights = self._drop_path(drop_path_key, len(x_BLD))
     run = _with_remat(self.remat, functools.partial(_apply_block, block))
+    x_BLD = self._pinned(x_BLD)
     if not self.scan_layers:
       for i, layer in enumerate(params):
         weight = None if weights is None else weights[i]
-        x_BLD = run(x_BLD, layer, weight, rotation)
+        x_BLD = self._pinned(run(x_BLD, layer, weight, rotation))
       return x_BLD
     # Stacked here, so that checkpoints are the same with and without a scan.
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     return lax.scan(
-      lambda x, layer: (run(x, *layer, rotation), None),
+      lambda x, layer: (self._pinned(run(x, *layer, rotation)), None),
       x_BLD,
       (stacked, weights),
     )[0]
+
+  def _pinned(self, x_BLD: jax.Array) -> jax.Array:
+    """Fixes how the tokens, and in the backward pass their gradients, lie."""
+    if self.batch_sharding is None:
+      return x_BLD
+    return lax.with_sharding_constraint(x_BLD, self.batch_sharding)
 
   def _drop_path(self, key: jax.Array | None, batch: int) -> jax.Array | None:
     """Draws factors [depth, 2, B, 1, 1] of both branches of every block.

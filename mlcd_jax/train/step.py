@@ -78,6 +78,12 @@ class Program:
     return models.make(self.config.model)
 
   @functools.cached_property
+  def _sharded_model(self):
+    """Returns the encoder for batches that lie on all devices."""
+    batch = NamedSharding(self.mesh, sharding.BATCH)
+    return models.make(self.config.model, batch)
+
+  @functools.cached_property
   def schedule(self) -> optax.Schedule:
     """Returns the function from the number of a step to its learning rate."""
     return optimizer.make_schedule(self.config.optimizer, self.steps)
@@ -303,7 +309,7 @@ class Program:
       part: the index of the part, which only drop path depends on.
     """
     key = jax.random.fold_in(self._key(4), step)
-    out, seen = self.model.apply(
+    out, seen = self._sharded_model.apply(
       {'params': params['encoder']},
       batch['image'],
       weight_B=batch['weight'],

@@ -1,5 +1,7 @@
 """The step: what must not change its numbers, and what must."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -222,3 +224,36 @@ def test_drop_path_and_random_labels_change_it_and_frozen_parts_stay(
     states[0].params['encoder']['patches']['kernel'],
     states[2].params['encoder']['patches']['kernel'],
   )
+
+
+def test_sharded_weights_gather_no_activations(tiny_config, monkeypatch):
+  """With mesh.fsdp devices exchange weights and their gradients, not tokens.
+
+  Left to itself the compiler gathers the tokens of the batch, sums products of
+  parts of the weights over the devices, or cuts the tokens along the width.
+  """
+  monkeypatch.setattr(sharding, '_MIN_FSDP_SIZE', 1)
+  tiny_config.model.update(dict(variant='Pico/14', scan_layers=True))
+  # The classifier exchanges the embeddings of all images, which are smaller.
+  tiny_config.model.embedding_dim = 8
+  tiny_config.train.batch_size = 2_048
+  program = step_lib.Program(
+    config=tiny_config,
+    num_classes=NUM_CLASSES,
+    steps=10,
+    mesh=sharding.make_mesh(2, 4),
+  )
+  lowered = program.step.lower(program.abstract_state, program.abstract_batch)
+  text = lowered.compile(_QUICK).as_text()
+  kinds = 'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter'
+  found = {'all-gather': [0], 'all-to-all': []}
+  for shapes, kind in re.findall(rf' = (.*?) ({kinds})(?:-start)?\(', text):
+    found.setdefault(kind, []).extend(
+      np.prod([int(d) for d in dims.split(',') if d])
+      for dims in re.findall(r'f32\[([\d,]*)\]', shapes)
+    )
+  patches = 14 * 14 * 3 * program.model.width  # The largest weight.
+  assert max(found['all-gather']) >= patches
+  tokens = 2_048 // 8 * 4 * program.model.width  # Of one device.
+  assert max(size for sizes in found.values() for size in sizes) < tokens
+  assert not found['all-to-all']
