@@ -186,12 +186,10 @@ _VIEWS = {'cluster.fit_on': 'views', 'cluster.rule': 'views', _LABELS: 8}
 _PURSUIT = {'cluster.fit_on': 'views', 'cluster.rule': 'pursuit', _LABELS: 8}
 _ARMS = (_ONE, _NEAREST, _VIEWS, _PURSUIT)
 # The best of scenes_classes by presence mAP.
-_ARMS_AT_BEST_CLASSES = tuple(
+_AT_BEST_CLASSES = tuple(
   {**arm, 'cluster.num_centers': count}
-  for arm, count in zip(_ARMS, (800, 200, 200, 50), strict=True)
+  for arm, count in zip((_ONE, _NEAREST, _VIEWS), (200, 800, 200), strict=True)
 )
-
-
 _ARM_NAMES = {
   '1 nearest center': _ONE,
   '8 nearest centers': _NEAREST,
@@ -226,7 +224,7 @@ STUDIES = {
     'Scenes: learning rates, each kind of labels at its best number of classes',
     _ON_VALIDATION,
     grid={_RATE: (2e-3, 4e-3, 8e-3)},
-    cells=_ARMS_AT_BEST_CLASSES,
+    cells=_AT_BEST_CLASSES,
     seeds=(100,),
   ),
   'digits_losses_scale': _digits(

@@ -201,6 +201,16 @@ def _check_training(c: ml_collections.ConfigDict) -> None:
       f'train.keep_best={c.train.keep_best}: needs a name of metrics.jsonl, '
       'such as train/loss'
     )
+  steps = tuple(c.train.profile_steps)
+  if steps and not (
+    len(steps) == 2
+    and all(type(step) is int for step in steps)
+    and 0 < steps[0] <= steps[1]
+  ):
+    raise errors.UserError(
+      f'train.profile_steps={steps}: needs (first, last), counted from 1, such '
+      'as (10, 14), or () for none'
+    )
   if c.train.wandb_project and not importlib.util.find_spec('wandb'):
     raise errors.UserError(
       f'train.wandb_project={c.train.wandb_project}: the package is not '

@@ -363,6 +363,12 @@ FIELDS = (
     high=MOST,
   ),
   Field(
+    'train.profile_steps',
+    (),
+    "Steps to trace by JAX's profiler, as (first, last); () = none. The trace "
+    'lies in tensorboard/plugins/profile.',
+  ),
+  Field(
     'train.wandb_project',
     '',
     "Project of Weights & Biases for the curves; '' = none.",

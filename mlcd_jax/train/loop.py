@@ -20,6 +20,7 @@ from mlcd_jax.runtime import files
 from mlcd_jax.runtime import progress
 from mlcd_jax.train import flops
 from mlcd_jax.train import metrics as metrics_lib
+from mlcd_jax.train import profile
 from mlcd_jax.train import step as step_lib
 from mlcd_jax.weights import checkpoint
 
@@ -216,6 +217,7 @@ def run(
   last: int,
   checkpointer: checkpoint.Checkpointer,
   log: Log,
+  trace: profile.Trace,
   interrupted: Callable[[], bool],
   evaluate: Evaluate | None,
 ) -> None:
@@ -233,6 +235,7 @@ def run(
     last: the number of the last step.
     checkpointer: the checkpointer that saves the states.
     log: the log that takes the metrics of each step.
+    trace: the profiler's trace of some steps.
     interrupted: a function that returns whether a signal asked this process
       to stop.
     evaluate: a function that scores the encoder every evaluate.every_steps;
@@ -251,8 +254,10 @@ def run(
   step = int(state.step)
   saved_step, saved_at = step, time.monotonic()
   while step < last:
-    state, metrics = program.step(state, next(batches))
+    with trace.step(step + 1):
+      state, metrics = program.step(state, next(batches))
     step += 1
+    trace.dispatched(step, metrics)
     log.add(step, metrics, batches.seconds_waited)
     if evaluate and step % evaluate_every == 0:
       log.evaluated(step, evaluate(program, state.encoder))

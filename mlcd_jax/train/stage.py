@@ -23,6 +23,7 @@ from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import signals
 from mlcd_jax.train import init
 from mlcd_jax.train import loop
+from mlcd_jax.train import profile
 from mlcd_jax.train import step as step_lib
 from mlcd_jax.train import summary
 from mlcd_jax.weights import checkpoint
@@ -102,6 +103,9 @@ def run(
       _batches(config, source, label_rows, labels, first, mesh)
     ) as batches,
     signals.noted() as interrupted,
+    profile.Trace(
+      tuple(config.train.profile_steps), workdir / 'tensorboard'
+    ) as trace,
   ):
     loop.run(
       program,
@@ -110,6 +114,7 @@ def run(
       last=last,
       checkpointer=checkpointer,
       log=log,
+      trace=trace,
       interrupted=interrupted,
       evaluate=evaluate,
     )

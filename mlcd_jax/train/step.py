@@ -204,10 +204,11 @@ class Program:
     """
     batch = self._with_chosen_labels(batch, state.step)
     (loss, statistics), gradients = self._gradients(state, batch)
-    updates, opt_state = self._optimizer.update(
-      gradients, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = self._optimizer.update(
+        gradients, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
     params['encoder'] = batch_norm.follow(params['encoder'], statistics)
     metrics = {
       'train/loss': loss,
@@ -309,24 +310,26 @@ class Program:
       part: the index of the part, which only drop path depends on.
     """
     key = jax.random.fold_in(self._key(4), step)
-    out, seen = self._sharded_model.apply(
-      {'params': params['encoder']},
-      batch['image'],
-      weight_B=batch['weight'],
-      drop_path_key=jax.random.fold_in(key, part),
-      mutable=batch_norm.STATISTICS,
-    )
-    loss_B = classifier.loss(
-      params['classifier']['weight'],
-      out['embedding'],
-      batch['labels'],
-      num_classes=self.num_classes,
-      config=self.config.loss,
-      dtype=jnp.dtype(self.config.model.dtype),
-      # All parts of a step share their negatives, as in one large batch.
-      key=jax.random.fold_in(self._key(2), step),
-      mesh=self.mesh,
-    )
+    with jax.named_scope('encoder'):
+      out, seen = self._sharded_model.apply(
+        {'params': params['encoder']},
+        batch['image'],
+        weight_B=batch['weight'],
+        drop_path_key=jax.random.fold_in(key, part),
+        mutable=batch_norm.STATISTICS,
+      )
+    with jax.named_scope('classifier'):
+      loss_B = classifier.loss(
+        params['classifier']['weight'],
+        out['embedding'],
+        batch['labels'],
+        num_classes=self.num_classes,
+        config=self.config.loss,
+        dtype=jnp.dtype(self.config.model.dtype),
+        # All parts of a step share their negatives, as in one large batch.
+        key=jax.random.fold_in(self._key(2), step),
+        mesh=self.mesh,
+      )
     loss = jnp.sum(loss_B * batch['weight'])
     return loss, seen.get(batch_norm.STATISTICS, {})
 
