@@ -190,6 +190,11 @@ _AT_BEST_CLASSES = tuple(
   {**arm, 'cluster.num_centers': count}
   for arm, count in zip((_ONE, _NEAREST, _VIEWS), (200, 800, 200), strict=True)
 )
+# And of scenes_rates.
+_AT_BEST = tuple(
+  {**arm, _RATE: rate}
+  for arm, rate in zip(_AT_BEST_CLASSES, (4e-3, 8e-3, 8e-3), strict=True)
+)
 _ARM_NAMES = {
   '1 nearest center': _ONE,
   '8 nearest centers': _NEAREST,
@@ -226,6 +231,13 @@ STUDIES = {
     grid={_RATE: (2e-3, 4e-3, 8e-3)},
     cells=_AT_BEST_CLASSES,
     seeds=(100,),
+  ),
+  'scenes_rules': _scenes(
+    'Scenes: labels of three kinds, each at its best',
+    cells=_AT_BEST,
+    seeds=(1, 2, 3, 4, 5),
+    score='paired',
+    against=_AT_BEST[0],
   ),
   'digits_losses_scale': _digits(
     'Scales of the losses, to choose from',

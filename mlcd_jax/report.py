@@ -1,6 +1,6 @@
 """Prints the results of one or more runs as a table.
 
-python -m mlcd_jax.report runs/quickstart runs/quickstart_1label
+python -m mlcd_jax.report runs/scenes runs/scenes_one
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ _HEADINGS = {
 }
 # The shown metric of the tasks that do not score accuracy.
 _METRICS = {'multi_label': 'mAP'}
+# What a row says of the rule; the others are by the nearest centers.
+_RULES = {'views': ', of its crops', 'pursuit': ', by pursuit'}
 
 
 def table(workdirs: Sequence[pathlib.Path]) -> str:
@@ -51,6 +53,7 @@ def table(workdirs: Sequence[pathlib.Path]) -> str:
       if encoder == 'trained':
         labels = config['loss']['num_positives']
         shown = f'{shown}, {labels} label{"s" * (labels > 1)} an image'
+        shown += _RULES.get(config['cluster'].get('rule'), '')
         shown = config['evaluate'].get('encoder') or shown
       for dataset in datasets:
         rows.append(

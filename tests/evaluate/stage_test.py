@@ -197,18 +197,28 @@ def test_undefined_is_null(tiny_config, tmp_path, monkeypatch):
 
 def test_report_shows_the_map_of_images_with_several_labels(tmp_path):
   name = 'trained/scenes/multi_label/mAP'
-  files.write_json(
-    tmp_path / 'results.json',
-    {name: 0.5, f'{name}_low': 0.45, f'{name}_high': 0.625},
-  )
-  files.write_json(
-    tmp_path / 'config.json', {'loss': {'num_positives': 8}, 'evaluate': {}}
-  )
-  heads, _, row = report.table([tmp_path]).splitlines()
-  cells = [[c.strip() for c in r.split('|')[1:-1]] for r in (heads, row)]
+  folders = [tmp_path / rule for rule in ('nearest', 'views')]
+  for folder in folders:
+    folder.mkdir()
+    files.write_json(
+      folder / 'results.json',
+      {name: 0.5, f'{name}_low': 0.45, f'{name}_high': 0.625},
+    )
+    files.write_json(
+      folder / 'config.json',
+      {
+        'loss': {'num_positives': 8},
+        'cluster': {'rule': folder.name},
+        'evaluate': {},
+      },
+    )
+  heads, _, *rows = report.table(folders).splitlines()
+  cells = [[c.strip() for c in r.split('|')[1:-1]] for r in (heads, *rows)]
+  score = ['scenes', '50.0 (45.0-62.5)']
   assert cells == [
     ['features', 'data', 'multi-label mAP'],
-    ['trained encoder, 8 labels an image', 'scenes', '50.0 (45.0-62.5)'],
+    ['trained encoder, 8 labels an image', *score],
+    ['trained encoder, 8 labels an image, of its crops', *score],
   ]
 
 
