@@ -160,7 +160,8 @@ _DEPENDS = {
   'train': (
     {'model', 'loss', 'optimizer', 'seed'},
     {'data.crop_area', 'data.flip', 'train.steps', 'train.epochs',
-     'train.batch_size', 'train.ema_decay', 'train.max_loss_ratio'},
+     'train.min_steps', 'train.batch_size', 'train.ema_decay',
+     'train.max_loss_ratio'},
   ),
   'evaluate': (
     {'optimizer', 'evaluate', 'lit', 'seed'},

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from mlcd_jax import unit
 from mlcd_jax.data import keys as keys_lib
 from mlcd_jax.runtime import errors
+from mlcd_jax.runtime import files
 from mlcd_jax.runtime import storage
 
 # Columns of the metadata that may hold the key, in order of preference:
@@ -316,23 +317,17 @@ def _caption(value: Any) -> str:
 
 def _header(f, path: str) -> tuple[tuple[int, int], np.dtype, int]:
   """Returns the shape, type and first byte of an array in the .npy format."""
-  version = np.lib.format.read_magic(f)
-  read = (
-    np.lib.format.read_array_header_1_0
-    if version == (1, 0)
-    else np.lib.format.read_array_header_2_0
-  )
-  shape, by_columns, dtype = read(f)
+  shape, by_columns, dtype, offset = files.npy_header(f.read(files.NPY_HEADER))
   # np.save writes an empty list as float64 of shape (0,), which has no width.
   if shape[:1] == (0,):
-    return (0, 0), np.dtype(np.float16), f.tell()
+    return (0, 0), np.dtype(np.float16), offset
   check_shape(shape, path)
   if dtype.kind != 'f' or dtype.itemsize > 8 or by_columns:
     raise errors.UserError(
       f'{path}: {dtype}{", by columns" * by_columns}; rows are float16, '
       'float32 or float64 in C order; save it again as those'
     )
-  return shape, dtype, f.tell()
+  return shape, dtype, offset
 
 
 def check_shape(shape: tuple[int, ...], path: str) -> None:

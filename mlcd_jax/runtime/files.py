@@ -13,6 +13,7 @@ import os
 import pathlib
 import secrets
 import tempfile
+import threading
 import time
 from typing import Any
 from typing import IO
@@ -28,7 +29,11 @@ _log = logging.getLogger(__name__)
 
 # Bytes to read for the header of a .npy file. Headers of version 1.0 are
 # shorter than 64 KiB.
-_NPY_HEADER = 65_536
+NPY_HEADER = 65_536
+
+# NumPy parses a header as Python. CPython 3.11 counts the depth of that over
+# all threads (its issue 106905): two headers at once can end in a SystemError.
+_PARSING = threading.Lock()
 
 # Age in seconds of a temporary file that counts as abandoned on a file system
 # without locks: no single write takes a day.
@@ -174,6 +179,33 @@ def write_npy(path: pathlib.Path, array: np.ndarray) -> None:
       np.save(f, array, allow_pickle=False)
 
 
+def npy_header(
+  start: bytes,
+) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+  """Parses the header of an array in the .npy format; threads may call it.
+
+  Args:
+    start: the first bytes of the file, NPY_HEADER of them if there are so many.
+
+  Returns:
+    The shape, whether the array lies by columns, its type, and the offset of
+    its first byte.
+
+  Raises:
+    ValueError: it is no such header.
+  """
+  header = io.BytesIO(start)
+  version = np.lib.format.read_magic(header)
+  read = (
+    np.lib.format.read_array_header_1_0
+    if version == (1, 0)
+    else np.lib.format.read_array_header_2_0
+  )
+  with _PARSING:
+    shape, by_columns, dtype = read(header)
+  return shape, by_columns, dtype, header.tell()
+
+
 def read_npy(path: pathlib.Path) -> np.ndarray:
   """Maps one .npy file into memory.
 
@@ -186,18 +218,11 @@ def read_npy(path: pathlib.Path) -> np.ndarray:
   with _opening(path), pa.memory_map(os.fspath(path)) as f:
     content = f.read_buffer()
   try:
-    header = io.BytesIO(content[:_NPY_HEADER])
-    version = np.lib.format.read_magic(header)
-    read = (
-      np.lib.format.read_array_header_1_0
-      if version == (1, 0)
-      else np.lib.format.read_array_header_2_0
-    )
-    shape, by_columns, dtype = read(header)
+    shape, by_columns, dtype, offset = npy_header(content[:NPY_HEADER])
     if dtype.hasobject:
       raise ValueError('it holds Python objects')
     order = 'F' if by_columns else 'C'
-    return np.ndarray(shape, dtype, content, header.tell(), order=order)
+    return np.ndarray(shape, dtype, content, offset, order=order)
   except (ValueError, EOFError, TypeError) as e:
     raise errors.UserError(
       f'{path}: cannot be read as an array ({e}); delete the folder it lies '

@@ -1,5 +1,6 @@
 """Files are whole, of one writer, and nothing that they hold is ever run."""
 
+from concurrent import futures
 import errno
 import fcntl
 import logging
@@ -7,10 +8,12 @@ import os
 import pathlib
 import pickle
 import tempfile
+import time
 
 import numpy as np
 import pytest
 
+from mlcd_jax.embed import row_files
 from mlcd_jax.embed import shards
 from mlcd_jax.runtime import errors
 from mlcd_jax.runtime import files
@@ -191,3 +194,28 @@ def test_nothing_asks_for_pickles():
     assert 'import pickle' not in text, path
     calls = sum(text.count(f'np.{f}(') for f in ('load', 'save', 'savez'))
     assert text.count('allow_pickle=False') == calls, path
+
+
+def test_headers_of_arrays_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+  """Two at once can end in CPython 3.11's SystemError, see files.npy_header."""
+  paths = [tmp_path / f'{i}.npy' for i in range(32)]
+  for i, path in enumerate(paths):
+    np.save(path, np.full((i + 1, 3), i, np.float16))
+  parse, inside, most = np.lib.format.read_array_header_1_0, [], []
+
+  def counted(header):
+    inside.append(1)
+    most.append(len(inside))
+    time.sleep(0.001)  # Lets the other threads come in.
+    found = parse(header)
+    inside.pop()
+    return found
+
+  monkeypatch.setattr(np.lib.format, 'read_array_header_1_0', counted)
+  with futures.ThreadPoolExecutor(8) as pool:
+    whole = list(pool.map(files.read_npy, paths))
+    rows = list(pool.map(lambda path: row_files.Npy(str(path)), paths))
+  assert len(most) == 64 and max(most) == 1
+  for i, (array, file) in enumerate(zip(whole, rows)):
+    assert array.shape == file.shape == (i + 1, 3)
+    assert (array == i).all() and (file.read(0, i + 1) == i).all()
