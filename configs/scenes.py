@@ -6,6 +6,9 @@ Crops of the scenes are clustered, and a scene's labels are the nearest centers
 of its crops. `configs/scenes.py:nearest` gives a scene the 8 nearest of 800
 centers of whole scenes instead, `:one` the nearest of 200. Every number of
 centers and every rate is the best on the validation scenes (docs/evidence.md).
+
+Seen: presence mAP 71 % with labels of crops, 60 and 59 % with the others, in
+about 6 minutes the first and 4 each of the others, on two cores.
 """
 
 from mlcd_jax import config as config_lib
