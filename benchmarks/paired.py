@@ -24,7 +24,7 @@ from mlcd_jax.evaluate import features
 from mlcd_jax.evaluate import labelled
 from mlcd_jax.evaluate import scores as scores_lib
 from mlcd_jax.evaluate import stage
-from mlcd_jax.evaluate.tasks import linear
+from mlcd_jax.evaluate.tasks import multi_label
 
 GROUPS = 50
 
@@ -48,17 +48,7 @@ def score(
       config=config.evaluate.datasets[name],
     )
     data = labelled.keep('multi_label', data, name)
-    y, held, test_y = linear.targets(data, config.seed, several=True)
-    logits, _ = linear.predict(
-      linear.training_rows(data),
-      y,
-      held,
-      data.test.features,
-      metric=scores_lib.mean_average_precision,
-      num_outputs=y.shape[1],
-      loss='sigmoid',
-      mesh=mesh,
-    )
+    logits, test_y, _ = multi_label.predict(data, config.seed)
     for metric, of in {
       'mAP': scores_lib.mean_average_precision,
       'exact_set': lambda z, y: float(np.nanmean(scores_lib.exact_set(z, y))),

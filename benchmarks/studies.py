@@ -164,7 +164,7 @@ _TUNED = tuple(
 # Students of scenes. Each arm is one way to label a scene: what the centers are
 # of, which of them become labels, and the loss that suits their number.
 _SCENES_SETTINGS = {
-  'model.image_size': 40,  # A step takes a third of that at 64 pixels.
+  'model.image_size': 40,
   'train.steps': 600,
   'train.checkpoint_every_steps': 600,
   'cluster.num_labels': 8,

@@ -7,8 +7,8 @@ of its crops. `configs/scenes.py:nearest` gives a scene the 8 nearest of 800
 centers of whole scenes instead, `:one` the nearest of 200. Every number of
 centers and every rate is the best on the validation scenes (docs/evidence.md).
 
-Seen: presence mAP 71 % with labels of crops, 60 and 59 % with the others, in
-about 6 minutes the first and 4 each of the others, on two cores.
+Seen: presence mAP 69 % with labels of crops, 59 % with the others, in about 5
+minutes the first and 3 the second, on two cores.
 """
 
 from mlcd_jax import config as config_lib
@@ -31,14 +31,14 @@ def get_config(arg=None):
   config.cluster.num_labels = 8
   config.cluster.tolerance = 1e-4
   config.model.variant = 'resnet_nano'
-  config.model.image_size = 40  # A step takes a third of that at 64 pixels.
+  config.model.image_size = 40  # Digits of 11 to 18 pixels.
   config.model.embedding_dim = 128
   config.model.pooling = 'average'
   config.model.dtype = 'float32'  # CPUs are slower in bfloat16.
   config.optimizer.learning_rate = 8e-3
   config.optimizer.weight_decay = 0.05
   config.optimizer.b2 = 0.98
-  config.train.steps = 600
+  config.train.steps = 400  # The studies have 600.
   config.train.batch_size = 128
   config.train.checkpoint_every_steps = 150
   config.train.log_every_steps = 20

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Trains on the scenes with three kinds of labels: the nearest centers of a
 # scene's crops, its 8 nearest centers, and the nearest one. Each has its best
-# settings (docs/evidence.md), but 400 of the 600 steps, to end in ten minutes on
-# two cores. Prints the three beside the baselines. A demo of another seed that
-# lies there already is moved aside.
+# settings (docs/evidence.md). Prints the three beside the baselines. A demo of
+# another seed that lies there already is moved aside.
 #
 #   launch/demo.sh [SEED]
 set -euo pipefail
@@ -20,7 +19,7 @@ for run in runs/scenes runs/scenes_nearest runs/scenes_one; do
     echo "$run was made with seed $before and is now $aside"
   fi
 done
-common=("--config.seed=$seed" --config.train.steps=400)
+common=("--config.seed=$seed")
 "$python" -m mlcd_jax.main --config=configs/scenes.py "${common[@]}" \
   --config.evaluate.baselines=embedder,random
 common+=('--config.evaluate.baselines=()')

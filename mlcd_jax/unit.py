@@ -10,8 +10,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-# Rows whose largest value lies outside this range are divided by it first. The
-# sum of the squares of other rows is a normal float32.
+# Rows of a length (in JAX, a largest value) outside this range are divided by
+# their largest value first. The squares of others have a normal float32 sum.
 _SMALL = 1e-15
 _LARGE = 1e15
 
@@ -35,12 +35,14 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     zero.
   """
   rows = np.asarray(rows, np.float32)
+  with np.errstate(over='ignore'):
+    norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
   # Squares of values above 1.8e19 or below 1e-23 leave the range of float32.
-  peak = np.abs(rows).max(-1, keepdims=True, initial=0)
-  extreme = np.isfinite(peak) & ((peak > _LARGE) | (peak < _SMALL))
+  extreme = (norm < _SMALL) | (norm > _LARGE)
   if extreme.any():
-    rows = rows / np.where(extreme & (peak > 0), peak, 1)
-  norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
+    peak = np.abs(rows).max(-1, keepdims=True)
+    rows = rows / np.where(extreme & np.isfinite(peak) & (peak > 0), peak, 1)
+    norm = np.sqrt(np.square(rows).sum(-1, keepdims=True))
   usable = np.isfinite(norm) & (norm > 0)
   return np.where(usable, rows / np.where(usable, norm, 1), 0)
 

@@ -18,7 +18,7 @@ _ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _take_one_core():
-  """Of several processes of tests, each has a core: threads do not compete."""
+  """Gives each of several processes a core: threads do not compete."""
   worker = os.environ.get('PYTEST_XDIST_WORKER')
   if worker and hasattr(os, 'sched_setaffinity'):
     cores = sorted(os.sched_getaffinity(0))

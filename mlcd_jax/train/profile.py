@@ -48,10 +48,13 @@ class Trace(contextlib.AbstractContextManager):
     """
     if self._runs and number == self._steps[-1]:
       jax.block_until_ready(metrics)
-      self.__exit__()
+      self._stop()
 
   def __exit__(self, *error):
     """Writes the trace if it runs."""
+    self._stop()
+
+  def _stop(self) -> None:
     if self._runs:
       self._runs = False
       jax.profiler.stop_trace()

@@ -41,7 +41,7 @@ def _write(source, folder, ids, count):
 
 
 def _opened(source, folder, splits=('train', 'test')):
-  """What evaluation gets."""
+  """Returns what evaluation gets."""
   config = config_lib.default()
   config_lib.add_dataset(
     config,

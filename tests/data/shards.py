@@ -104,7 +104,7 @@ def class_folders(folder, count=80):
 
 
 def parquet(path, count=80, images=None):
-  """As Hugging Face writes it: images in a struct, classes named in a note."""
+  """Writes images in a struct and classes in a note, as Hugging Face does."""
   images = images or [jpeg(number) for number in range(count)]
   features = {'label': {'names': [str(i) for i in range(NUM_CLASSES)]}}
   table = pa.table(

@@ -31,19 +31,10 @@ def run(
   The dict also has the values of `linear.predict` that describe the fit. It is
   empty if the images do not have several labels.
   """
-  y, held, test_y = linear.targets(data, config.seed, several=True)
-  if y is None:
+  predicted = predict(data, config.seed)
+  if predicted is None:
     return {}
-  found, fitted = linear.predict(
-    linear.training_rows(data),
-    y,
-    held,
-    data.test.features,
-    metric=scores.mean_average_precision,
-    num_outputs=y.shape[1],
-    loss='sigmoid',
-    mesh=data.mesh,
-  )
+  found, test_y, fitted = predicted
   out = dict(fitted)
   for name, metric in {
     'mAP': scores.mean_average_precision,
@@ -62,6 +53,36 @@ def run(
   for name, interval in values.items():
     out |= {f'{name}{k}': v for k, v in interval.items()}
   return out
+
+
+def predict(
+  data: features.Data, seed: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]] | None:
+  """Fits the probe and scores the test rows.
+
+  Args:
+    data: the data of the task.
+    seed: see `linear.targets`.
+
+  Returns:
+    The logits float32 [M, C] and labels [M, C] of the test rows, and the values
+    of `linear.predict` that describe the fit; None if the images do not have
+    several labels.
+  """
+  y, held, test_y = linear.targets(data, seed, several=True)
+  if y is None:
+    return None
+  logits_MC, fitted = linear.predict(
+    linear.training_rows(data),
+    y,
+    held,
+    data.test.features,
+    metric=scores.mean_average_precision,
+    num_outputs=y.shape[1],
+    loss='sigmoid',
+    mesh=data.mesh,
+  )
+  return logits_MC, test_y, fitted
 
 
 def _recall(
